@@ -1,0 +1,54 @@
+"""Builds the compiled registry; everything else stands in pyproject.toml."""
+
+import os
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+BUILD = os.environ.get("BGTASKS_BUILD", "auto")
+TRACE = os.environ.get("BGTASKS_TRACE", "0")
+for variable, value, values in (
+    ("BGTASKS_BUILD", BUILD, ("auto", "require", "skip")),
+    ("BGTASKS_TRACE", TRACE, ("0", "1")),
+):
+    if value not in values:
+        sys.exit(f"{variable}={value!r} is unknown; it takes one of: {', '.join(values)}")
+
+
+class BuildRegistry(build_ext):
+    """Builds the extension; under BGTASKS_BUILD=auto a machine that cannot gets the Python twin and is told so."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            if BUILD == "require":
+                raise
+            self.extensions = []
+            print(
+                f"bgtasks: the compiled registry was not built ({type(error).__name__}: {error}); "
+                "installing the Python twin, which does the same more slowly. "
+                "BGTASKS_BUILD=require makes this an error.",
+                file=sys.stderr,
+            )
+
+
+def extensions() -> list[Extension]:
+    if BUILD == "skip" or sys.implementation.name != "cpython":
+        return []
+    from Cython.Build import cythonize
+
+    macros = [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if TRACE == "1" else []
+    registry = Extension(
+        "bgtasks._registry",
+        ["src/bgtasks/_registry.pyx"],
+        depends=["src/bgtasks/_clock.h", "src/bgtasks/_tracked_task.h"],
+        include_dirs=["src/bgtasks"],
+        define_macros=macros,
+        optional=BUILD == "auto",
+    )
+    return cythonize([registry], compiler_directives={"linetrace": TRACE == "1"}, annotate=TRACE == "1")
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildRegistry})

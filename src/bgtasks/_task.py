@@ -1,0 +1,91 @@
+"""The task object that shows the user's frames, and the native coroutine that runs around the user's.
+
+A compiled coroutine would be a little faster, but the interpreter's own tools (``task.get_stack()``,
+``asyncio.print_call_graph``, ``python -m asyncio pstree``) do not see through one, so these stay in Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bgtasks._registry_py import Record
+
+_cancel = asyncio.Task.cancel
+_get_wrapper = asyncio.Task.get_coro
+
+
+class TrackedTask(asyncio.Task[Any]):
+    """An ``asyncio.Task`` that shows the user's coroutine instead of the one that runs around it.
+
+    ``get_coro()``, ``get_stack()``, ``print_stack()`` and ``repr()`` give what they give for a bare task. The registry
+    sets ``_record`` right after construction; an eager task is asked earlier, from inside its first step. The compiled
+    registry has a type of its own for it (``_tracked_task.h``) and puts the methods of this class on it.
+    """
+
+    __slots__ = ("_record",)
+
+    _record: Record
+
+    def get_coro(self) -> Any:
+        """Return the user's coroutine."""
+        try:
+            return self._record.coro
+        except AttributeError:
+            return _get_wrapper(self)
+
+    # asyncio's own repr() and get_stack() read this name.
+    _coro = property(get_coro)
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Request cancellation, as ``asyncio.Task.cancel`` does.
+
+        A task cancelled before its first step never enters the coroutine around the user's, so nothing in there could
+        settle the record: a done callback does it then, and only then.
+        """
+        wrapper: Any = _get_wrapper(self)
+        if not wrapper.cr_suspended and not wrapper.cr_running and not self.done():
+            self.add_done_callback(self._record.settle)
+        return _cancel(self, msg=msg)
+
+
+async def run(coro: Coroutine[Any, Any, Any], record: Record) -> Any:
+    """Run the user's coroutine and settle its record where it ends, not a loop iteration later."""
+    try:
+        return record.complete(await coro)
+    except BaseException as error:
+        record.fail(error)
+        raise
+
+
+async def run_queued(coro: Coroutine[Any, Any, Any], record: Record) -> Any:
+    """Wait for a place among the running coroutines, then do as ``run`` does."""
+    try:
+        await record.place
+        record.begin()
+        return record.complete(await coro)
+    except BaseException as error:
+        record.fail(error)
+        raise
+
+
+def starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
+    """Tell by trying whether a task built with ``eager_start=True`` runs inside its constructor.
+
+    uvloop and others accept the argument in ``create_task`` on interpreters where it does nothing, so neither the
+    version nor the signature tells. To be called while ``loop`` runs.
+    """
+
+    async def probe() -> None:
+        return None
+
+    coro = probe()
+    options: dict[str, Any] = {"eager_start": True}
+    try:
+        task = asyncio.Task(coro, loop=loop, **options)
+    except TypeError:
+        coro.close()
+        return False
+    return task.done() or not task.cancel()

@@ -1,0 +1,137 @@
+"""Errors that bgtasks raises, and their texts.
+
+::
+
+    BgtasksError
+    ├── InvalidContextError   (TypeError)     ``context`` or ``contextvars_context`` of the wrong kind
+    ├── InvalidOptionError    (ValueError)    an option of the manager outside its values
+    ├── InvalidTimeoutError   (ValueError)    a timeout that is no positive number
+    ├── ManagerClosedError    (RuntimeError)  work handed in after ``shutdown``
+    ├── NoRunningLoopError    (RuntimeError)  no event loop here, or none that can be named
+    ├── NotACoroutineError    (TypeError)     something other than a coroutine object
+    └── TaskRejectedError     (RuntimeError)  the manager is at its cap
+
+A refusal closes the coroutine it refuses, so no "was never awaited" warning follows. The texts are made here, once,
+for both twins of the registry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import Any
+
+__all__ = [
+    "BgtasksError",
+    "InvalidContextError",
+    "InvalidOptionError",
+    "InvalidTimeoutError",
+    "ManagerClosedError",
+    "NoRunningLoopError",
+    "NotACoroutineError",
+    "TaskRejectedError",
+]
+
+
+class BgtasksError(Exception):
+    """Base of every error that bgtasks raises."""
+
+
+class InvalidContextError(BgtasksError, TypeError):
+    """``context`` is no mapping, or ``contextvars_context`` is no ``contextvars.Context``."""
+
+
+class InvalidOptionError(BgtasksError, ValueError):
+    """An option of the manager is outside the values it takes."""
+
+
+class InvalidTimeoutError(BgtasksError, ValueError):
+    """A timeout is no number of seconds greater than zero."""
+
+
+class ManagerClosedError(BgtasksError, RuntimeError):
+    """The manager was shut down and takes no more work."""
+
+
+class NoRunningLoopError(BgtasksError, RuntimeError):
+    """No event loop runs in this thread, or none can be told from the others."""
+
+
+class NotACoroutineError(BgtasksError, TypeError):
+    """What was handed in is no coroutine object."""
+
+
+class TaskRejectedError(BgtasksError, RuntimeError):
+    """The manager holds ``max_pending_tasks`` tasks and its overflow policy is ``"raise"``."""
+
+
+def describe(value: object) -> str:
+    """Return a short text for ``value`` that cannot raise: its ``repr``, cut, or its type where that fails."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__} object>"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def text_of(error: BaseException) -> str:
+    """Return the type and the message of an error, as the last line of its traceback, whatever its ``str`` does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def not_a_coroutine(value: object) -> NotACoroutineError:
+    """Return the error for ``value`` where a coroutine object was wanted."""
+    if inspect.iscoroutinefunction(value):
+        name = getattr(value, "__name__", "function")
+        text = f"{describe(value)} is a coroutine function, not a coroutine: call it, create_task({name}(...))"
+    elif asyncio.isfuture(value):
+        text = (
+            f"{describe(value)} runs already: a manager starts coroutines. "
+            "Await it inside a coroutine function and hand in that coroutine"
+        )
+    else:
+        text = f"a coroutine object is needed, got {type(value).__name__}: {describe(value)}"
+    return NotACoroutineError(text)
+
+
+def invalid_timeout(value: object) -> InvalidTimeoutError:
+    """Return the error for a task's timeout that is no positive number of seconds."""
+    return InvalidTimeoutError(
+        f"timeout must be a number of seconds greater than 0, or None for no timeout; got {describe(value)}"
+    )
+
+
+def invalid_context(value: object) -> InvalidContextError:
+    """Return the error for a ``context`` that is no mapping."""
+    if type(value).__name__ == "Context" and type(value).__module__ == "_contextvars":
+        text = (
+            "context is the mapping that goes into log records, got a contextvars.Context: "
+            "pass that one as contextvars_context="
+        )
+    else:
+        text = f"context must be a mapping or None, got {type(value).__name__}: {describe(value)}"
+    return InvalidContextError(text)
+
+
+def invalid_contextvars_context(value: object) -> InvalidContextError:
+    """Return the error for a ``contextvars_context`` that is no ``contextvars.Context``."""
+    return InvalidContextError(
+        f"contextvars_context must be a contextvars.Context or None, got {type(value).__name__}: {describe(value)}; "
+        "a mapping for log records is passed as context="
+    )
+
+
+def no_running_loop() -> NoRunningLoopError:
+    """Return the error for a task started where no event loop runs."""
+    return NoRunningLoopError(
+        "no event loop runs in this thread: call from a coroutine or a callback of the loop, "
+        "or hand the work over from a thread with create_task_threadsafe()"
+    )
+
+
+def close_refused(coro: Any) -> None:
+    """Close a coroutine that will not run, so that Python does not warn that nobody awaited it."""
+    coro.close()

@@ -1,0 +1,717 @@
+"""The policy above the registry: what is let in, what is reported, how it all ends."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import functools
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from types import TracebackType
+from typing import Any, Final, Literal, TypeVar
+
+from bgtasks import errors
+from bgtasks._bell import Bell
+from bgtasks.info import FinishedTask, ManagerStats, ShutdownStats, TaskInfo, TaskMetadata
+from bgtasks.registry import DEFAULT_NAME, Record, Registry
+
+__all__ = ["BackgroundTaskManager"]
+
+logger = logging.getLogger("bgtasks")
+
+Result = TypeVar("Result")
+
+# Once in so many seconds a full manager says so in the log, however much it drops.
+DROP_WARNING_INTERVAL: Final = 5.0
+# A task that swallowed its cancellation gets a second one when shutdown's time is up, and so many seconds to heed it.
+SECOND_CANCEL_GRACE: Final = 0.1
+# A cancelled shutdown outlasts so many more cancellations: anyio repeats its own in every iteration of the loop.
+CANCELLATIONS_OUTLASTED: Final = 5
+# Of so many stragglers the log says where they stand.
+STRAGGLERS_LOGGED: Final = 20
+
+
+class BackgroundTaskManager(Registry):
+    """Starts coroutines in the background, keeps every one until it ends, and ends them all in good order.
+
+    It can be made without a running loop, serves loops one after another and in several threads at once, and is true
+    even when empty.
+
+    Args:
+        default_shutdown_timeout: seconds that ``shutdown`` waits for cancelled tasks, >= 0.
+        max_pending_tasks: how many tasks may be in flight, queued ones included; 0 for no cap.
+        overflow: at the cap, ``"raise"`` a ``TaskRejectedError`` or ``"drop_new"``: close the coroutine, return None and
+            count it in ``dropped_count``.
+        max_concurrency: how many coroutines may run at once; the others wait in order, unstarted, shown as queued. None
+            for no limit. A running task that awaits a queued one of its own manager holds the place the other needs.
+        drain_timeout: seconds that ``shutdown`` lets tasks finish before it cancels them, >= 0.
+        on_error: called as ``on_error(info, exception)`` for each task that failed, after the log record.
+        history: how many finished tasks ``get_history`` remembers.
+
+    Raises:
+        InvalidOptionError: an argument is outside its values.
+
+    Example:
+        >>> async def main():
+        ...     async with BackgroundTaskManager() as manager:
+        ...         manager.create_task(send("hello"), name="greeting", timeout=5.0)
+        ...         await manager.wait_for_all()
+    """
+
+    def __init__(
+        self,
+        default_shutdown_timeout: float = 30.0,
+        max_pending_tasks: int = 0,
+        *,
+        overflow: Literal["raise", "drop_new"] = "raise",
+        max_concurrency: int | None = None,
+        drain_timeout: float = 0.0,
+        on_error: Callable[[TaskInfo, BaseException], object] | None = None,
+        history: int = 0,
+    ) -> None:
+        self._default_shutdown_timeout = _checked_wait("default_shutdown_timeout", default_shutdown_timeout)
+        self._drain_timeout = _checked_wait("drain_timeout", drain_timeout)
+        self._max_pending_tasks = _checked_count("max_pending_tasks", max_pending_tasks, 0)
+        if overflow not in ("raise", "drop_new"):
+            raise errors.InvalidOptionError(
+                f"overflow must be 'raise' or 'drop_new', got {errors.describe(overflow)}; to wait for room, await spawn()"
+            )
+        if max_concurrency is not None:
+            _checked_count("max_concurrency", max_concurrency, 1)
+        if on_error is not None and not callable(on_error):
+            raise errors.InvalidOptionError(f"on_error must be callable or None, got {errors.describe(on_error)}")
+        super().__init__(
+            history=_checked_count("history", history, 0),
+            max_running=max_concurrency or 0,
+            # While DEBUG is off the logger's own cache says so: one dict look-up a task instead of a call.
+            muted=getattr(logger, "_cache", None),
+            muted_level=logging.DEBUG,
+        )
+        self._overflow = overflow
+        self._on_error = on_error
+        self._dropped = 0
+        self._last_drop_warning = -DROP_WARNING_INTERVAL
+        self._phase: Literal["open", "draining", "cancelling", "closed"] = "open"
+        # Guards the phase, the drop counter and the tables below: all are touched from several threads.
+        self._policy_lock = threading.RLock()
+        self._quiet = Bell()
+        self._closed = Bell()
+        self._room = Bell()
+        self._waits = 0
+        # Tasks of the manager that wait for all others: they are not waited for.
+        self._waiting_inside: Counter[asyncio.AbstractEventLoop] = Counter()
+        self._watches: list[list[BaseException]] = []
+        self._handed_over: dict[
+            concurrent.futures.Future[Any], tuple[asyncio.AbstractEventLoop, Coroutine[Any, Any, Any]]
+        ] = {}
+        self._shut_gate_if_needed()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._phase}, {self.get_task_count()} tasks>"
+
+    # -- starting tasks: create_task, fire and task_factory come from the registry --------------------------------------
+
+    async def spawn(
+        self,
+        coro: Coroutine[Any, Any, Result],
+        *,
+        name: str = DEFAULT_NAME,
+        timeout: float | None = None,
+        context: Mapping[str, Any] | None = None,
+        eager_start: bool = False,
+        contextvars_context: contextvars.Context | None = None,
+    ) -> asyncio.Task[Result]:
+        """Start a coroutine as ``create_task`` does, but wait for room where that one refuses or drops.
+
+        Those that wait get room in the order in which they came. Arguments and errors are those of ``create_task``.
+
+        Returns:
+            The task.
+        """
+        while self._max_pending_tasks and self._phase == "open" and self._owned() >= self._max_pending_tasks:
+            self._room_wanted = True
+            try:
+                await self._room.wait_until(self._has_room, None)
+            except BaseException:
+                errors.close_refused(coro)
+                # The room that woke this one is free for the next.
+                self._on_room()
+                raise
+        task = self.create_task(
+            coro,
+            name=name,
+            timeout=timeout,
+            context=context,
+            eager_start=eager_start,
+            contextvars_context=contextvars_context,
+        )
+        assert task is not None, "there was room"
+        return task
+
+    def create_task_threadsafe(
+        self,
+        coro: Coroutine[Any, Any, Result],
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+        name: str = DEFAULT_NAME,
+        timeout: float | None = None,
+        context: Mapping[str, Any] | None = None,
+        eager_start: bool = False,
+        contextvars_context: contextvars.Context | None = None,
+    ) -> concurrent.futures.Future[Result]:
+        """Start a coroutine on the manager's loop from another thread.
+
+        Args:
+            coro: a coroutine object.
+            loop: the loop to run on; needed only where the manager serves several running ones.
+            name, timeout, context, eager_start, contextvars_context: as for ``create_task``.
+
+        Returns:
+            A future with the outcome; cancelling it cancels the task. What ``create_task`` would raise on the loop, and
+            a drop at the cap, is set on the future.
+
+        Raises:
+            NotACoroutineError: ``coro`` is no coroutine object.
+            NoRunningLoopError: no loop is known (enter the manager with ``async with``, or create a task in the loop
+                first), several are, or the one given is closed. The coroutine is closed.
+        """
+        if not asyncio.iscoroutine(coro):
+            raise errors.not_a_coroutine(coro)
+        try:
+            target = self._only_running_loop() if loop is None else loop
+        except errors.NoRunningLoopError:
+            errors.close_refused(coro)
+            raise
+        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        options: dict[str, Any] = {
+            "name": name,
+            "timeout": timeout,
+            "context": context,
+            "eager_start": eager_start,
+            "contextvars_context": contextvars_context,
+        }
+        self._handed_over[future] = (target, coro)
+        try:
+            target.call_soon_threadsafe(self._start_handed_over, future, options)
+        except RuntimeError:
+            del self._handed_over[future]
+            errors.close_refused(coro)
+            raise errors.NoRunningLoopError(
+                "the event loop is closed: hand work over while it runs, or pass loop= with one that does"
+            ) from None
+        return future
+
+    def _only_running_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the one running loop that the manager serves."""
+        loops = [loop for loop, _ in self._owned_by_loop() if loop.is_running()]
+        if len(loops) == 1:
+            return loops[0]
+        if loops:
+            raise errors.NoRunningLoopError(
+                f"the manager serves {len(loops)} running event loops: say which one with loop="
+            )
+        raise errors.NoRunningLoopError(
+            "the manager knows no running event loop: enter it with 'async with', or create a task in the loop first, "
+            "or pass loop="
+        )
+
+    def _start_handed_over(self, future: concurrent.futures.Future[Any], options: dict[str, Any]) -> None:
+        """Start a coroutine that another thread handed over; runs on the loop."""
+        loop, coro = self._handed_over.pop(future)
+        if future.cancelled():
+            errors.close_refused(coro)
+            return
+        try:
+            task: asyncio.Task[Any] | None = self.create_task(coro, **options)
+            if task is None:
+                raise errors.TaskRejectedError(self._full_text(options["name"]))
+        except BaseException as error:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        task.add_done_callback(functools.partial(_copy_outcome, future))
+
+        def cancel_task(cancelled: concurrent.futures.Future[Any]) -> None:
+            if cancelled.cancelled() and not loop.is_closed():
+                loop.call_soon_threadsafe(task.cancel)
+
+        future.add_done_callback(cancel_task)
+
+    def _admit(self, coro: Coroutine[Any, Any, Any], name: str) -> bool:
+        """Let a new task in, drop it, or refuse it with an error; what is not let in is closed."""
+        if self._phase != "open" and not (self._phase == "draining" and self._current_record() is not None):
+            errors.close_refused(coro)
+            raise errors.ManagerClosedError(
+                f"the manager was shut down and takes no more tasks (name {errors.describe(name)}): "
+                "start work before shutdown(), or make a new manager"
+            )
+        if not self._max_pending_tasks or self._owned() < self._max_pending_tasks:
+            return True
+        errors.close_refused(coro)
+        if self._overflow == "raise":
+            raise errors.TaskRejectedError(self._full_text(name))
+        with self._policy_lock:
+            self._dropped += 1
+            now = time.monotonic()
+            silent = now - self._last_drop_warning < DROP_WARNING_INTERVAL
+            if not silent:
+                self._last_drop_warning = now
+        if not silent:
+            logger.warning(
+                "%s Dropped %d so far; the next warning comes in %.0f s at the earliest.",
+                self._full_text(name),
+                self._dropped,
+                DROP_WARNING_INTERVAL,
+            )
+        return False
+
+    def _full_text(self, name: str) -> str:
+        return (
+            f"{self._max_pending_tasks} tasks are in flight (max_pending_tasks), no room for {errors.describe(name)}: "
+            "await spawn() to wait for room, or raise the cap."
+        )
+
+    def _has_room(self) -> bool:
+        return self._phase != "open" or self._owned() < self._max_pending_tasks
+
+    def _on_room(self) -> None:
+        if self._has_room():
+            self._room.ring(1)
+        self._room_wanted = bool(self._room)
+
+    # -- looking at tasks -------------------------------------------------------------------------------------------
+
+    @property
+    def pending_count(self) -> int:
+        """The number of tasks that have not ended, as ``get_task_count()``."""
+        return int(self.get_task_count())
+
+    @property
+    def dropped_count(self) -> int:
+        """The number of tasks that were dropped at the cap."""
+        return self._dropped
+
+    @property
+    def _tasks(self) -> set[asyncio.Task[Any]]:
+        """A set of the live tasks, made for the caller: tests and programs of the replaced manager read this name."""
+        return {record.task for record in self._live_records() if record.task is not None}
+
+    @property
+    def _task_metadata(self) -> dict[asyncio.Task[Any], TaskMetadata]:
+        """A dict with a ``TaskMetadata`` for each live task, made for the caller, as ``_tasks`` is."""
+        now = time.time()
+        return {
+            record.task: TaskMetadata(record.name, now - record.duration, record.timeout, record.context)
+            for record in self._live_records()
+            if record.task is not None
+        }
+
+    def get_task(self, task_id: int) -> asyncio.Task[Any] | None:
+        """Return the live task with this id, None if there is none or ``fire`` has not started it yet."""
+        for record in self._live_records():
+            if record.task_id == task_id:
+                return record.task
+        return None
+
+    def get_task_id(self, task: asyncio.Task[Any]) -> int | None:
+        """Return the id of a live task of this manager, None for any other."""
+        record = self._record_of(task)
+        return None if record is None else record.task_id
+
+    def stats(self) -> ManagerStats:
+        """Return the counters since the manager was made, in all and for each name. Safe from any thread."""
+        counters: ManagerStats = self._counters()
+        counters["dropped"] = self._dropped
+        return counters
+
+    # -- stopping tasks ---------------------------------------------------------------------------------------------
+
+    def cancel(self, task: int | str) -> int:
+        """Cancel the task with this id, or all tasks of this name. Safe from any thread.
+
+        Returns:
+            How many tasks were asked to cancel; 0 if none matches.
+        """
+        return sum(
+            self._request_cancel(record)
+            for record in self._live_records()
+            if (record.name if isinstance(task, str) else record.task_id) == task
+        )
+
+    def _request_cancel(self, record: Record) -> bool:
+        """Cancel the task of a record on its own loop; return False if there is nothing to cancel."""
+        loop = self._loop_of(record)
+        if loop is None:
+            return False
+        if loop is asyncio._get_running_loop():
+            return bool(record.cancel())
+        try:
+            loop.call_soon_threadsafe(record.cancel)
+        except RuntimeError:
+            return False
+        return True
+
+    async def cancel_all(self) -> None:
+        """Cancel all tasks but the calling one and wait until they have ended, at most ``default_shutdown_timeout``.
+
+        The manager stays open. Tasks on other loops are asked to cancel and not waited for.
+        """
+        current = self._current_record()
+        loop = asyncio.get_running_loop()
+        awaited = []
+        for record in self._live_records():
+            if record.is_observed or record is current:
+                continue
+            task = record.task
+            if task is not None and self._loop_of(record) is loop:
+                awaited.append(task)
+            self._request_cancel(record)
+        if awaited:
+            _, remaining = await asyncio.wait(awaited, timeout=self._default_shutdown_timeout)
+            if remaining:
+                logger.warning(
+                    "%d of %d tasks still run %.1f s after cancel_all()",
+                    len(remaining),
+                    len(awaited),
+                    self._default_shutdown_timeout,
+                )
+
+    # -- waiting ----------------------------------------------------------------------------------------------------
+
+    async def wait_for_all(self, timeout: float | None = None, return_exceptions: bool = False) -> None:
+        """Wait until no task is left, those started meanwhile included, then raise the first failure among them.
+
+        Nothing is cancelled, neither at the timeout nor when this wait is. Called from a task of the manager it does not
+        wait for that one. Tasks that came through ``task_factory`` are not waited for.
+
+        Args:
+            timeout: seconds to wait at most, >= 0; None for no limit. When they are over a warning is logged and the
+                call returns.
+            return_exceptions: True to swallow the failures here; they were logged in any case.
+
+        Raises:
+            InvalidTimeoutError: ``timeout`` is negative or no number.
+            BaseException: the first failure of a task during the wait.
+        """
+        if timeout is not None:
+            _checked_wait("timeout", timeout, errors.InvalidTimeoutError)
+        failures: list[BaseException] = []
+        self._watches.append(failures)
+        try:
+            if not await self._until_quiet(timeout):
+                logger.warning("%d tasks still run after waiting %s s for all", self._owned(), timeout)
+                return
+        finally:
+            # By identity: equal lists of two waiters are not one.
+            self._watches = [watch for watch in self._watches if watch is not failures]
+        if failures and not return_exceptions:
+            try:
+                raise failures[0]
+            finally:
+                failures.clear()
+
+    async def _until_quiet(self, timeout: float | None) -> bool:
+        """Wait until every task the manager owns has ended, save those that wait here themselves; say if it came so."""
+        loop = asyncio.get_running_loop()
+        current = self._current_record()
+        inside = current is not None and not current.is_observed
+        with self._policy_lock:
+            self._waits += 1
+            if inside:
+                self._waiting_inside[loop] += 1
+        if inside:
+            self._quiet.ring()
+        try:
+            if not await self._quiet.wait_until(self._is_quiet, timeout):
+                return False
+        finally:
+            with self._policy_lock:
+                self._waits -= 1
+                if inside:
+                    self._waiting_inside[loop] -= 1
+                    self._waiting_inside += Counter()
+            self._set_wakes()
+        # The last task rang from inside its last step: now its done callbacks have run, too.
+        await asyncio.sleep(0)
+        return True
+
+    def _is_quiet(self) -> bool:
+        """Say whether no owned task is left on any running loop, save those that wait; ask to hear of the change."""
+        self._set_wakes()
+        with self._policy_lock:
+            return all(
+                owned <= self._waiting_inside[loop] for loop, owned in self._owned_by_loop() if loop.is_running()
+            )
+
+    def _set_wakes(self) -> None:
+        with self._policy_lock:
+            for loop, _ in self._owned_by_loop():
+                self._wake_at(loop, self._waiting_inside[loop] if self._waits else -1)
+
+    def _on_quiet(self) -> None:
+        self._quiet.ring()
+
+    def _current_record(self) -> Record | None:
+        """Return the record of the running task if it is one of this manager."""
+        loop = asyncio._get_running_loop()
+        task = None if loop is None else asyncio.current_task(loop)
+        return None if task is None else self._record_of(task)
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    async def shutdown(self, timeout: float | None = None, *, drain: float | None = None) -> ShutdownStats:
+        """Refuse new work, let tasks finish for ``drain`` seconds, cancel the rest and wait for them.
+
+        While it drains, tasks of the manager may still start others. A task that swallows its cancellation is cancelled
+        once more when the time is up, and then named and let go: it cannot hold the shutdown up. Called from a task of
+        the manager it neither cancels nor waits for that one. If it is cancelled itself, it cancels the tasks at once,
+        waits for them and lets the cancellation go on. Tasks that came through ``task_factory`` are left alone.
+
+        Args:
+            timeout: seconds to wait for cancelled tasks, >= 0; ``default_shutdown_timeout`` by default.
+            drain: seconds to let tasks finish first, >= 0; ``drain_timeout`` by default.
+
+        Returns:
+            What was done. A second call returns the status ``"already_shutdown"``, at the end of the first one.
+
+        Raises:
+            InvalidTimeoutError: ``timeout`` or ``drain`` is negative or no number; the manager stays open.
+        """
+        begun = time.monotonic()
+        timeout = self._default_shutdown_timeout if timeout is None else timeout
+        drain = self._drain_timeout if drain is None else drain
+        _checked_wait("timeout", timeout, errors.InvalidTimeoutError)
+        _checked_wait("drain", drain, errors.InvalidTimeoutError)
+        with self._policy_lock:
+            first = self._phase == "open"
+            if first:
+                self._phase = "draining"
+        if not first:
+            if self._current_record() is None:
+                await self._closed.wait_until(self._is_closed, timeout + drain)
+            return self._shutdown_stats("already_shutdown", 0, begun)
+        self._shut_gate_if_needed()
+        self._room.ring()
+        initial = len(self._others())
+        try:
+            if drain > 0:
+                await self._until_quiet(drain)
+            self._cancel_others()
+            if not await self._until_quiet(timeout):
+                self._log_stragglers()
+                self._cancel_others()
+                await self._until_quiet(SECOND_CANCEL_GRACE)
+        except asyncio.CancelledError:
+            self._cancel_others()
+            await self._outlast_cancellations(timeout)
+            raise
+        finally:
+            self._phase = "closed"
+            self._closed.ring()
+        return self._shutdown_stats("completed", initial, begun)
+
+    def _is_closed(self) -> bool:
+        return self._phase == "closed"
+
+    def _shut_gate_if_needed(self) -> None:
+        self._set_gate(self._phase != "open" or self._max_pending_tasks > 0)
+
+    def _others(self) -> list[Record]:
+        """Return the records of all tasks the manager owns but the calling one."""
+        current = self._current_record()
+        return [record for record in self._live_records() if record is not current and not record.is_observed]
+
+    def _cancel_others(self) -> None:
+        self._phase = "cancelling"
+        for record in self._others():
+            self._request_cancel(record)
+
+    async def _outlast_cancellations(self, timeout: float) -> None:
+        """Wait for cancelled tasks although the caller is cancelled, too; give up when that is repeated."""
+        deadline = time.monotonic() + timeout
+        for _ in range(CANCELLATIONS_OUTLASTED):
+            try:
+                await self._until_quiet(max(deadline - time.monotonic(), 0))
+                return
+            except asyncio.CancelledError:
+                continue
+
+    def _shutdown_stats(
+        self, status: Literal["completed", "already_shutdown"], initial: int, begun: float
+    ) -> ShutdownStats:
+        names = sorted(record.name for record in self._others())
+        stats: ShutdownStats = {
+            "status": "timeout" if names and status == "completed" else status,
+            "initial_tasks": initial,
+            "completed_tasks": max(initial - len(names), 0),
+            "remaining_tasks": len(names),
+            "duration_seconds": time.monotonic() - begun,
+            "remaining_names": names,
+        }
+        return stats
+
+    def _log_stragglers(self) -> None:
+        others = self._others()
+        for record in others[:STRAGGLERS_LOGGED]:
+            logger.warning(
+                "Background task '%s' still runs at the end of shutdown, %s",
+                record.name,
+                _where(record.coro),
+                extra=_log_extra(record),
+            )
+        if len(others) > STRAGGLERS_LOGGED:
+            logger.warning("%d more background tasks still run at the end of shutdown", len(others) - STRAGGLERS_LOGGED)
+
+    async def aclose(self) -> None:
+        """Shut down, as ``shutdown()``; for ``contextlib.aclosing``."""
+        await self.shutdown()
+
+    async def __aenter__(self) -> BackgroundTaskManager:
+        """Make the running loop known to ``create_task_threadsafe`` and return the manager."""
+        self._bind_running_loop()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Shut down; if the block raised, without draining first."""
+        await self.shutdown(drain=None if error is None else 0.0)
+
+    # -- what the registry tells ------------------------------------------------------------------------------------
+
+    def _report(self, record: Record, error: BaseException | None) -> None:
+        outcome = record.outcome
+        if outcome == "failed":
+            if error is not None and not record.is_observed:
+                self._report_failure(record, error)
+            return
+        if not logger.isEnabledFor(logging.DEBUG):
+            return
+        if outcome == "completed":
+            text = "Background task '%s' completed after %.3f s"
+        elif outcome == "cancelled":
+            text = "Background task '%s' was cancelled after %.3f s"
+        elif outcome == "abandoned":
+            text = "Background task '%s' was closed from outside after %.3f s"
+        else:
+            text = "Background task '%s' ended after its timeout, %.3f s old"
+        self._guarded(record, logger.debug, text, record.name, record.duration, extra=_log_extra(record))
+
+    def _report_failure(self, record: Record, error: BaseException) -> None:
+        for watch in self._watches:
+            watch.append(error)
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            # They leave the loop and reach whoever runs it; here they would be told twice.
+            return
+        # The first entry of the traceback is bgtasks' own coroutine around the user's.
+        traceback = None if error.__traceback__ is None else error.__traceback__.tb_next
+        self._guarded(
+            record,
+            logger.error,
+            "Background task '%s' failed after %.3f s: %s: %s",
+            record.name,
+            record.duration,
+            type(error).__name__,
+            error,
+            exc_info=(type(error), error, traceback),
+            extra=_log_extra(record),
+        )
+        if self._on_error is not None:
+            self._guarded(record, self._on_error, record.info(), error)
+
+    def _on_timeout(self, record: Record) -> None:
+        message = f"timed out after {record.timeout} seconds"
+        self._guarded(
+            record,
+            logger.warning,
+            "Background task '%s' timed out after %s seconds",
+            record.name,
+            record.timeout,
+            extra=_log_extra(record),
+        )
+        self._guarded(record, record.cancel, message)
+
+    def _on_abandoned(self, names: dict[str, int]) -> None:
+        logger.warning(
+            "A closed event loop left %d background tasks behind; they are abandoned: %s",
+            sum(names.values()),
+            ", ".join(f"{name} ({count})" for name, count in names.items()),
+        )
+
+    def _let_go_of_closed_loops(self) -> None:
+        super()._let_go_of_closed_loops()
+        for future, (loop, _) in list(self._handed_over.items()):
+            if loop.is_closed():
+                handed_over = self._handed_over.pop(future, None)
+                if handed_over is not None:
+                    errors.close_refused(handed_over[1])
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(
+                            errors.NoRunningLoopError("the event loop was closed before it could start the task")
+                        )
+
+    def _guarded(self, record: Record, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """Call what may be the user's: an error of a hook or a logging handler goes to the loop, once."""
+        try:
+            function(*args, **kwargs)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            loop = self._loop_of(record)
+            if loop is not None:
+                loop.call_exception_handler(
+                    {
+                        "message": f"Reporting on background task {record.name!r} failed",
+                        "exception": error,
+                        "task": record.task,
+                    }
+                )
+
+
+def _log_extra(record: Record) -> dict[str, Any]:
+    return {"task_id": record.task_id, "task_name": record.name, "task_context": record.context}
+
+
+def _where(coro: Any) -> str:
+    """Return where a suspended coroutine stands: file, line and function of its innermost frame."""
+    frame = None
+    while coro is not None and getattr(coro, "cr_frame", None) is not None:
+        frame = coro.cr_frame
+        coro = getattr(coro, "cr_await", None)
+    if frame is None:
+        return "nothing is known of where it stands"
+    return f"at {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+
+
+def _copy_outcome(future: concurrent.futures.Future[Any], task: asyncio.Task[Any]) -> None:
+    """Give the outcome of a task to the future of the thread that handed it over."""
+    if task.cancelled():
+        future.cancel()
+        future.set_running_or_notify_cancel()
+        return
+    if not future.set_running_or_notify_cancel():
+        return
+    error = task.exception()
+    if error is None:
+        future.set_result(task.result())
+    else:
+        future.set_exception(error)
+
+
+def _checked_wait(name: str, seconds: float, kind: type[errors.BgtasksError] = errors.InvalidOptionError) -> float:
+    """Return ``seconds`` if it is a length of time a wait can have."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+        raise kind(f"{name} must be a number of seconds, 0 or more; got {errors.describe(seconds)}")
+    return seconds
+
+
+def _checked_count(name: str, count: int, least: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise errors.InvalidOptionError(f"{name} must be a whole number, {least} or more; got {errors.describe(count)}")
+    return count
