@@ -20,10 +20,11 @@ from asyncio.events import _get_running_loop
 from collections import deque
 from collections.abc import Mapping
 from contextvars import Context
+from functools import partial
 from time import time as wall_clock
 
 from bgtasks import _task, errors
-from bgtasks._task import run, run_queued, starts_eagerly
+from bgtasks._task import record_of, run, run_queued, starts_eagerly
 
 cdef extern from "Python.h":
     bint PyCoro_CheckExact(object value)
@@ -320,9 +321,14 @@ cdef class Record:
             return
         self._coro.close()
         if not task.cancelled():
-            self.fail(task.exception())
-            return
-        self.records.finish(self, TIMED_OUT if self.expired and task.cancelling() <= 1 else CANCELLED, None)
+            error = task.exception()
+            if error is not None:
+                self.fail(error)
+                return
+            # A task of a foreign factory that never ran what it was given.
+            self.records.finish(self, ABANDONED, None)
+        else:
+            self.records.finish(self, TIMED_OUT if self.expired and task.cancelling() <= 1 else CANCELLED, None)
         self.report(None)
         self.release()
 
@@ -365,6 +371,10 @@ cdef class Record:
         return 0
 
 
+def _nothing():
+    """Do nothing."""
+
+
 cdef object _name_of(object coro):
     cdef object name = getattr(coro, "__qualname__", None)
     return type(coro).__qualname__ if name is None else name
@@ -374,6 +384,12 @@ def _retrieve(task):
     """Mark a failure as seen: it was reported, the loop's "never retrieved" must not follow."""
     if not task.cancelled():
         task.exception()
+
+
+def _settle_around(record, wrapper, task):
+    """Settle the record of a task that a foreign factory built, which may never have entered the coroutine it got."""
+    wrapper.close()
+    record.settle(task)
 
 
 @cython.final
@@ -578,6 +594,12 @@ cdef class LoopRecords:
     cdef inline object task_factory(self):
         return self.loop._task_factory if self.has_factory_attribute else self.read_factory()
 
+    cdef bint builds_itself(self, object factory) except -1:
+        """Tell whether tasks are built here: the loop has no factory, asyncio's eager one, or the manager's own."""
+        return (
+            factory is None or factory is self.registry._eager_factory or factory == self.registry.task_factory
+        )
+
     cdef bint can_start_eagerly(self) except -1:
         if self.eager < 0:
             self.eager = self.registry._has_eager_tasks(self.loop)
@@ -663,7 +685,7 @@ cdef class LoopRecords:
         cdef dict options
         cdef object name = record._name
         cdef Registry registry = self.registry
-        cdef bint ours = True
+        cdef bint ours
         if registry._max_running and not registry._take_place(record):
             record.queued = True
             record._place = self.loop.create_future()
@@ -672,16 +694,17 @@ cdef class LoopRecords:
             wrapper = _run(record._coro, record)
         try:
             factory = self.task_factory()
-            if factory is registry._eager_factory and factory is not None:
-                eager = True
-            elif factory is not None and factory != registry.task_factory:
-                ours = False
+            ours = self.builds_itself(factory)
+            eager = eager or (factory is not None and factory is registry._eager_factory)
+            if eager and context is not None:
+                # Raises if the context is entered now: the task's constructor would notice too late, half built.
+                context.run(_nothing)
             if not ours:
                 options = {"name": name}
                 if context is not None:
                     options["context"] = context
                 task = self.loop.create_task(wrapper, **options)
-                task.add_done_callback(record.settle)
+                task.add_done_callback(partial(_settle_around, record, wrapper))
             elif eager and self.can_start_eagerly():
                 options = {"loop": self.loop, "name": name, "context": context, "eager_start": True}
                 task = PyObject_Call(_TrackedTask, (wrapper,), options)
@@ -818,10 +841,10 @@ cdef class LoopRecords:
             self.set_timer()
 
     cdef bint defers(self) except -1:
-        """Tell whether ``fire`` may put off the start of a task: eager tasks are to be had and no factory wants a say."""
+        """Tell whether ``fire`` may put off the start of a task: eager tasks are to be had, no foreign factory is set."""
         # The answer holds for the whole of a batch: it starts in the next iteration of the loop.
         return self.batch is not None or (
-            not self.registry._max_running and self.can_start_eagerly() and self.task_factory() is None
+            not self.registry._max_running and self.can_start_eagerly() and self.builds_itself(self.task_factory())
         )
 
     cdef int defer(self, Record record) except -1:
@@ -1007,8 +1030,8 @@ cdef class Registry:
         cdef double seconds
         if self._gated and not self._admit(coro, name):
             return None
-        if name is None:
-            name = _DEFAULT_NAME
+        if type(name) is not str:
+            name = _DEFAULT_NAME if name is None else str(name)
         seconds = _seconds(coro, timeout)
         if context is not None and type(context) is not dict:
             _check_context(coro, context)
@@ -1036,8 +1059,8 @@ cdef class Registry:
         cdef double seconds
         if self._gated and not self._admit(coro, name):
             return
-        if name is None:
-            name = _DEFAULT_NAME
+        if type(name) is not str:
+            name = _DEFAULT_NAME if name is None else str(name)
         seconds = _seconds(coro, timeout)
         if context is not None and type(context) is not dict:
             _check_context(coro, context)
@@ -1169,7 +1192,7 @@ cdef class Registry:
     def get_task_count(self):
         """Return the number of tasks that have not ended, queued ones included."""
         cdef LoopRecords records = self._current
-        if records is not None and len(self._by_loop) == 1:
+        if records is not None and len(self._by_loop) == 1 and not records.loop.is_closed():
             return records.live + records.observed
         return sum([self._count(records) for records in self._all_records()])
 
@@ -1208,8 +1231,8 @@ cdef class Registry:
         """Return the record of a live task of this manager, None for any other."""
         cdef Record record
         if isinstance(task, TrackedTask):
-            record = task._record
-            if record._outcome == RUNNING and record.records is not None and record.records.registry is self:
+            record = record_of(task)
+            if record is not None and record._outcome == RUNNING and record.records is not None and record.records.registry is self:
                 return record
             return None
         for record in self._live_records():
@@ -1274,10 +1297,12 @@ cdef class Registry:
         cdef dict names = {}
         cdef LoopRecords records
         with self._lock:
+            # First of all: it moves the counters of loops closed meanwhile to the retired ones.
+            open_loops = self._all_records()
             total.add(self._retired)
             for name, stats in self._retired_names.items():
                 _add_to(names, name, <NameStats>stats)
-            for records in self._all_records():
+            for records in open_loops:
                 _merge(total, names, records)
             counters = total.as_dict()
             counters["queued"] = len(self._queue)

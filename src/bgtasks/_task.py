@@ -21,8 +21,8 @@ class TrackedTask(asyncio.Task[Any]):
     """An ``asyncio.Task`` that shows the user's coroutine instead of the one that runs around it.
 
     ``get_coro()``, ``get_stack()``, ``print_stack()`` and ``repr()`` give what they give for a bare task. The registry
-    sets ``_record`` right after construction; an eager task is asked earlier, from inside its first step. The compiled
-    registry has a type of its own for it (``_tracked_task.h``) and puts the methods of this class on it.
+    sets ``_record`` right after construction. The compiled registry has a type of its own for it (``_tracked_task.h``)
+    and puts the methods of this class on it.
     """
 
     __slots__ = ("_record",)
@@ -31,10 +31,8 @@ class TrackedTask(asyncio.Task[Any]):
 
     def get_coro(self) -> Any:
         """Return the user's coroutine."""
-        try:
-            return self._record.coro
-        except AttributeError:
-            return _get_wrapper(self)
+        record = record_of(self)
+        return _get_wrapper(self) if record is None else record.coro
 
     # asyncio's own repr() and get_stack() read this name.
     _coro = property(get_coro)
@@ -49,6 +47,21 @@ class TrackedTask(asyncio.Task[Any]):
         if not wrapper.cr_suspended and not wrapper.cr_running and not self.done():
             self.add_done_callback(self._record.settle)
         return _cancel(self, msg=msg)
+
+
+# asyncio prints this name in repr() and in "Task exception was never retrieved", for which logs are searched.
+TrackedTask.__name__ = "Task"
+
+
+def record_of(task: Any) -> Record | None:
+    """Return the record of a tracked task, also from inside the first step of an eager one; None past saving."""
+    try:
+        record: Record = task._record
+    except AttributeError:
+        # It has not left its constructor: the record is an argument of the coroutine around the user's.
+        frame: Any = _get_wrapper(task).cr_frame
+        return None if frame is None else frame.f_locals.get("record")
+    return record
 
 
 async def run(coro: Coroutine[Any, Any, Any], record: Record) -> Any:

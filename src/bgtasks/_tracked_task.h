@@ -51,7 +51,7 @@ bgtasks_make_task_type(PyObject *base)
         {0, NULL},
     };
     PyType_Spec spec = {
-        "bgtasks._registry.TrackedTask",
+        "bgtasks._registry.Task",
         (int)(((PyTypeObject *)base)->tp_basicsize + sizeof(PyObject *)),
         0,
         Py_TPFLAGS_DEFAULT,

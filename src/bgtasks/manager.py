@@ -508,7 +508,8 @@ class BackgroundTaskManager(Registry):
                 self._cancel_others()
                 await self._until_quiet(SECOND_CANCEL_GRACE)
         except asyncio.CancelledError:
-            self._cancel_others()
+            if self._phase == "draining":
+                self._cancel_others()
             await self._outlast_cancellations(timeout)
             raise
         finally:
@@ -669,7 +670,9 @@ class BackgroundTaskManager(Registry):
                     {
                         "message": f"Reporting on background task {record.name!r} failed",
                         "exception": error,
-                        "task": record.task,
+                        # Not under the key "task": the loop would enter that task's context, which is entered now.
+                        "task_id": record.task_id,
+                        "task_name": record.name,
                     }
                 )
 

@@ -1,0 +1,119 @@
+"""Every test that asks for a manager runs on both twins; every ``async def`` test runs on every loop, in debug mode."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+from loops import LOOPS
+from twins import MODULES, manager_module, registry_module
+
+import bgtasks
+from bgtasks import _registry_py
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the choice of the twins; leaving one out has to be said."""
+    parser.addoption("--twin", choices=["both", *MODULES], default="both", help="the registries to test")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say what runs."""
+    return f"bgtasks {bgtasks.__version__}, default registry: {bgtasks.IMPLEMENTATION}, tested: {config.option.twin}"
+
+
+def twins_chosen(config: pytest.Config) -> list[str]:
+    """Return the names of the twins to test."""
+    return list(MODULES) if config.option.twin == "both" else [config.option.twin]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run on each twin what names the fixture ``twin``, on each loop what is a coroutine function."""
+    if "twin" in metafunc.fixturenames:
+        metafunc.parametrize("twin", twins_chosen(metafunc.config), scope="session")
+    if "loop_kind" in metafunc.fixturenames:
+        metafunc.parametrize("loop_kind", list(LOOPS))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
+    """Have every ``async def`` test ask for a loop."""
+    if collector.istestfunction(obj, name) and inspect.iscoroutinefunction(obj):
+        pytest.mark.usefixtures("loop_kind", "loop_errors")(obj)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run an ``async def`` test on its loop."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = inspect.signature(pyfuncitem.obj).parameters
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    errors: list[dict[str, Any]] = pyfuncitem.funcargs["loop_errors"]
+    with asyncio.Runner(debug=True, loop_factory=LOOPS[pyfuncitem.funcargs["loop_kind"]]) as runner:
+        runner.get_loop().set_exception_handler(lambda loop, context: errors.append(context))
+        runner.run(pyfuncitem.obj(**arguments))
+    return True
+
+
+@pytest.fixture
+def loop_errors() -> Iterator[list[dict[str, Any]]]:
+    """Give what reached the loop's exception handler; what the test leaves in there fails it."""
+    errors: list[dict[str, Any]] = []
+    yield errors
+    gc.collect()
+    assert not errors, "the loop's exception handler was called"
+
+
+@pytest.fixture(scope="session")
+def registry(twin: str) -> ModuleType:
+    """Give the registry module of the twin."""
+    return registry_module(twin)
+
+
+@pytest.fixture(scope="session")
+def manager_of_twin(twin: str) -> ModuleType:
+    """Give the manager module on the twin."""
+    return manager_module(twin)
+
+
+@pytest.fixture
+def make_manager(manager_of_twin: ModuleType) -> Iterator[Callable[..., Any]]:
+    """Give the class of managers; each one made must be empty at the end of the test."""
+    made: list[Any] = []
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        manager = manager_of_twin.BackgroundTaskManager(*args, **kwargs)
+        made.append(manager)
+        return manager
+
+    yield make
+    for manager in made:
+        stats = manager.stats()
+        assert manager.get_task_info() == []
+        assert stats["started"] == sum(
+            stats[outcome] for outcome in ("completed", "failed", "cancelled", "timed_out", "abandoned")
+        )
+    assert not _registry_py._in_use
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left() -> Iterator[None]:
+    """Fail a test that leaves a thread behind."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
+    assert not left
+
+
+@pytest.fixture
+def bgtasks_module() -> ModuleType:
+    """Give the package itself."""
+    return importlib.import_module("bgtasks")

@@ -1,0 +1,285 @@
+"""Starting tasks, keeping them, and what is left of them afterwards."""
+
+import asyncio
+import contextvars
+import gc
+import logging
+import weakref
+
+import pytest
+from work import after, failing, failing_later, forever, until, value
+
+from bgtasks import InvalidContextError
+
+variable = contextvars.ContextVar("variable", default="unset")
+
+
+async def read_variable():
+    await asyncio.sleep(0)
+    return variable.get()
+
+
+async def test_returns_a_real_task_with_the_result(make_manager):
+    """create_task returns an asyncio.Task that can be awaited for the coroutine's result."""
+    manager = make_manager()
+    task = manager.create_task(value(42), name="answer")
+    assert isinstance(task, asyncio.Task)
+    assert task.get_name() == "answer"
+    assert await task == 42
+    assert manager.get_task_count() == 0
+
+
+async def test_the_count_is_right_as_soon_as_the_task_was_awaited(make_manager):
+    """No iteration of the loop lies between the end of a task and the end of its record."""
+    manager = make_manager()
+    await asyncio.gather(*(manager.create_task(value(), name=f"n{i}") for i in range(100)))
+    assert manager.get_task_count() == 0
+    assert manager.stats()["completed"] == 100
+
+
+async def test_tasks_of_one_name_do_not_evict_each_other(make_manager):
+    """A hundred live tasks of one name count as a hundred; the end of one leaves ninety-nine."""
+    manager = make_manager()
+    first, others = asyncio.Event(), asyncio.Event()
+    task = manager.create_task(after(first), name="same")
+    for _ in range(99):
+        manager.create_task(after(others), name="same")
+    assert manager.get_task_count() == 100
+    first.set()
+    await task
+    assert manager.get_task_count() == 99
+    assert len({info["task_id"] for info in manager.get_task_info()}) == 99
+    others.set()
+    await manager.wait_for_all()
+
+
+async def test_info_tells_what_was_given(make_manager):
+    """get_task_info has the keys of the replaced manager, and id, state and coroutine name."""
+    manager = make_manager()
+    task = manager.create_task(forever(), name="waits", timeout=30, context={"user": "alice"})
+    manager.create_task(forever())
+    (info, plain) = manager.get_task_info()
+    assert info.pop("age_seconds") >= 0
+    assert info == {
+        "task_id": manager.get_task_id(task),
+        "name": "waits",
+        "coroutine": "forever",
+        "state": "running",
+        "timeout": 30.0,
+        "context": {"user": "alice"},
+        "done": False,
+        "cancelled": False,
+    }
+    assert (plain["name"], plain["timeout"], plain["context"]) == ("background_task", None, {})
+    assert manager.get_task(info["task_id"]) is task
+    await manager.shutdown()
+
+
+async def test_a_task_that_nobody_holds_is_not_collected(make_manager):
+    """A task that waits for a future which only it refers to survives the collector, and so does its manager."""
+    manager = make_manager()
+    seen = []
+
+    async def waits():
+        future = asyncio.get_running_loop().create_future()
+        seen.append(weakref.ref(future))
+        seen.append(await future)
+
+    manager.create_task(waits())
+    fired = weakref.ref(manager)
+    await until(lambda: seen)
+    gc.collect()
+    assert fired() is not None
+    seen[0]().set_result("done")
+    await manager.wait_for_all()
+    assert seen[1] == "done"
+
+
+@pytest.mark.parametrize("ending", ["result", "error", "cancelled", "cancelled before the start", "timeout"])
+async def test_nothing_is_kept_of_a_finished_task(make_manager, ending, caplog):
+    """After every kind of end the registry is empty and the task, its coroutine's locals and context are free."""
+    manager = make_manager()
+
+    class Local:
+        pass
+
+    async def work():
+        local = Local()
+        kept.append(weakref.ref(local))
+        await asyncio.sleep(0)
+        if ending == "error":
+            raise ValueError("expected")
+        if ending in ("cancelled", "timeout"):
+            await asyncio.Event().wait()
+
+    class Mapping(dict):
+        pass
+
+    kept = []
+    context = Mapping()
+    kept.append(weakref.ref(context))
+    task = manager.create_task(work(), timeout=0.001 if ending == "timeout" else None, context=context)
+    kept.append(weakref.ref(task))
+    del context
+    if ending == "cancelled before the start":
+        task.cancel()
+    elif ending == "cancelled":
+        await asyncio.sleep(0)
+        task.cancel()
+    with caplog.at_level(logging.CRITICAL):
+        await manager.wait_for_all(return_exceptions=True)
+    assert manager.get_task_count() == 0
+    del task
+    caplog.clear()
+    # asyncio itself keeps a cancelled task in a cycle with its CancelledError's traceback.
+    gc.collect()
+    await asyncio.sleep(0)
+    assert [reference() for reference in kept] == [None] * len(kept)
+
+
+async def test_contextvars_are_those_of_the_caller(make_manager):
+    """A task sees a copy of the caller's context variables, or the contextvars.Context it is given."""
+    manager = make_manager()
+    token = variable.set("outer")
+    inherited = manager.create_task(read_variable())
+    context = contextvars.copy_context()
+    context.run(variable.set, "given")
+    given = manager.create_task(read_variable(), contextvars_context=context)
+    variable.reset(token)
+    assert (await inherited, await given, variable.get()) == ("outer", "given", "unset")
+
+
+async def test_one_context_serves_several_tasks(make_manager):
+    """A contextvars.Context may be shared; an eager start inside it while it is entered raises and loses nothing."""
+    manager = make_manager()
+    context = contextvars.copy_context()
+    tasks = [manager.create_task(read_variable(), contextvars_context=context) for _ in range(3)]
+    assert await asyncio.gather(*tasks) == ["unset"] * 3
+    assert manager.stats()["completed"] == 3
+
+
+async def test_a_context_of_the_wrong_kind_is_refused(make_manager):
+    """A contextvars.Context as context, or a dict as contextvars_context, is an error that names the other argument."""
+    manager = make_manager()
+    with pytest.raises(InvalidContextError, match="contextvars_context="):
+        manager.create_task(value(), context=contextvars.copy_context())
+    with pytest.raises(InvalidContextError, match="context="):
+        manager.create_task(value(), contextvars_context={"user": "alice"})
+    with pytest.raises(TypeError, match="mapping"):
+        manager.create_task(value(), context="user")
+    assert manager.stats()["started"] == 0
+
+
+async def test_eager_start_runs_to_the_first_suspension(make_manager, loop_kind):
+    """With eager_start the coroutine runs inside create_task where the interpreter can, else in the next iteration."""
+    manager = make_manager()
+    seen = []
+
+    async def work():
+        seen.append("started")
+        assert manager.get_task_count() == 1
+        await asyncio.sleep(0)
+        seen.append("ended")
+
+    task = manager.create_task(work(), eager_start=True, timeout=30)
+    if hasattr(asyncio, "eager_task_factory"):
+        assert seen == ["started"]
+    await task
+    assert seen == ["started", "ended"]
+
+
+async def test_an_eager_task_that_ends_at_once_leaves_no_record(make_manager, caplog):
+    """Eager coroutines that return, raise or cancel themselves inside create_task are settled and counted."""
+    manager = make_manager()
+
+    async def cancels_itself():
+        asyncio.current_task().cancel()
+        await asyncio.sleep(0)
+
+    async def spawns():
+        return await manager.create_task(value(1), eager_start=True)
+
+    with caplog.at_level(logging.CRITICAL):
+        returned = manager.create_task(value(7), eager_start=True, timeout=5)
+        raised = manager.create_task(failing(ValueError("expected")), eager_start=True)
+        cancelled = manager.create_task(cancels_itself(), eager_start=True)
+        nested = manager.create_task(spawns(), eager_start=True)
+        await asyncio.wait([returned, raised, cancelled, nested])
+    assert returned.result() == 7
+    assert isinstance(raised.exception(), ValueError)
+    assert cancelled.cancelled()
+    assert nested.result() == 1
+    stats = manager.stats()
+    assert (stats["completed"], stats["failed"], stats["cancelled"], stats["in_flight"]) == (3, 1, 1, 0)
+
+
+@pytest.mark.parametrize("name", [None, 7, "x"])
+async def test_names_of_any_kind_become_text(make_manager, name):
+    """A name that is no string is converted, as asyncio does; None gives the default."""
+    manager = make_manager()
+    task = manager.create_task(value(), name=name)
+    assert task.get_name() == ("background_task" if name is None else str(name))
+    await task
+
+
+async def test_debug_mode_remembers_the_users_line(make_manager):
+    """In debug mode a task says that it was created where create_task was called."""
+    manager = make_manager()
+    task = manager.create_task(value())
+    created = "created at " + __file__
+    assert created in repr(task) or task.done()
+    await task
+
+
+async def test_an_await_in_a_task_sees_its_own_task(make_manager):
+    """Inside the coroutine current_task() is the tracked task, asyncio.timeout and cancellation work as usual."""
+    manager = make_manager()
+
+    async def work():
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await asyncio.Event().wait()
+        return asyncio.current_task()
+
+    task = manager.create_task(work())
+    assert await task is task
+
+
+async def test_every_end_is_counted_once(make_manager, caplog):
+    """The outcomes add up to the tasks started, by name and in all."""
+    manager = make_manager(history=10)
+    with caplog.at_level(logging.CRITICAL):
+        manager.create_task(value(), name="fine")
+        manager.create_task(failing_later(ValueError("expected")), name="fails")
+        manager.create_task(forever(), name="late", timeout=0.001)
+        manager.create_task(forever(), name="stopped").cancel()
+        await manager.wait_for_all(return_exceptions=True)
+    stats = manager.stats()
+    assert [stats[key] for key in ("started", "completed", "failed", "timed_out", "cancelled")] == [4, 1, 1, 1, 1]
+    assert stats["names"]["late"]["timed_out"] == 1
+    assert {entry["name"]: entry["outcome"] for entry in manager.get_history()} == {
+        "fine": "completed",
+        "fails": "failed",
+        "late": "timed_out",
+        "stopped": "cancelled",
+    }
+
+
+async def test_a_manager_is_true_when_empty_and_made_without_a_loop(make_manager):
+    """The truth of a manager says that it is there, not that it holds tasks."""
+    manager = make_manager()
+    assert manager
+    assert manager.get_task_count() == 0
+    assert "open, 0 tasks" in repr(manager)
+
+
+async def test_the_private_names_of_the_replaced_manager_are_there(make_manager):
+    """_tasks is a set and _task_metadata a dict with name, created_at, timeout and context."""
+    manager = make_manager()
+    task = manager.create_task(forever(), name="waits", timeout=9, context={"a": 1})
+    assert manager._tasks == {task}
+    metadata = manager._task_metadata[task]
+    assert (metadata.name, metadata.timeout, metadata.context) == ("waits", 9.0, {"a": 1})
+    assert metadata.created_at > 0
+    assert manager.pending_count == 1
+    await manager.cancel_all()

@@ -1,0 +1,190 @@
+"""The cap, spawn that waits for room, and places among the running coroutines."""
+
+import asyncio
+import inspect
+import logging
+import random
+
+import pytest
+from work import after, failing, forever, until, value
+
+from bgtasks import ManagerClosedError, TaskRejectedError
+
+
+async def test_at_the_cap_raise(make_manager):
+    """With overflow="raise" the error says how to wait, and the coroutine is closed."""
+    manager = make_manager(max_pending_tasks=2)
+    manager.create_task(forever())
+    manager.fire(forever())
+    for start in (manager.create_task, manager.fire):
+        coro = forever()
+        with pytest.raises(TaskRejectedError, match=r"await spawn\(\)"):
+            start(coro)
+        assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
+    assert (manager.stats()["started"], manager.dropped_count) == (2, 0)
+    await manager.cancel_all()
+    await manager.create_task(value())
+
+
+async def test_at_the_cap_drop(make_manager, caplog):
+    """With overflow="drop_new" None is returned, the drop counted, and one warning logged however many follow."""
+    manager = make_manager(max_pending_tasks=1, overflow="drop_new")
+    manager.create_task(forever())
+    for _ in range(50):
+        assert manager.create_task(forever(), name="dropped") is None
+        assert manager.fire(forever()) is None
+    assert manager.dropped_count == 100
+    assert manager.stats()["dropped"] == 100
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "'dropped'" in caplog.records[0].getMessage()
+    await manager.shutdown()
+
+
+async def test_spawn_waits_for_room_in_order(make_manager):
+    """Those that wait get room in the order in which they came, one for each task that ends."""
+    manager = make_manager(max_pending_tasks=2)
+    events = [asyncio.Event() for _ in range(6)]
+    started = []
+
+    async def work(number):
+        started.append(number)
+        await events[number].wait()
+
+    spawners = [asyncio.ensure_future(manager.spawn(work(number))) for number in range(6)]
+    for number in range(4):
+        await until(lambda: len(started) == number + 2)
+        assert manager.get_task_count() == 2
+        events[number].set()
+    for event in events:
+        event.set()
+    await asyncio.gather(*spawners)
+    await manager.wait_for_all()
+    assert started == [0, 1, 2, 3, 4, 5]
+
+
+async def test_a_cancelled_spawn_passes_its_room_on(make_manager):
+    """A spawn that is cancelled while it waits closes its coroutine, and the next one gets the room."""
+    manager = make_manager(max_pending_tasks=1)
+    event = asyncio.Event()
+    manager.create_task(after(event))
+    coro = forever()
+    first = asyncio.ensure_future(manager.spawn(coro))
+    second = asyncio.ensure_future(manager.spawn(value("second")))
+    await asyncio.sleep(0)
+    event.set()
+    await asyncio.sleep(0)
+    first.cancel()
+    task = await second
+    assert await task == "second"
+    await asyncio.wait([first])
+    if first.cancelled():
+        assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
+    await manager.cancel_all()
+
+
+async def test_a_spawn_that_waits_is_refused_by_shutdown(make_manager):
+    """shutdown wakes those that wait for room with ManagerClosedError and closes their coroutines."""
+    manager = make_manager(max_pending_tasks=1)
+    manager.create_task(forever())
+    coro = forever()
+    waiting = asyncio.ensure_future(manager.spawn(coro))
+    await asyncio.sleep(0)
+    await manager.shutdown()
+    with pytest.raises(ManagerClosedError):
+        await waiting
+    assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
+
+
+async def test_never_more_coroutines_run_than_allowed(make_manager):
+    """Of a thousand tasks never more than ten have been entered at once, first come first served."""
+    manager = make_manager(max_concurrency=10)
+    running, most, order = 0, 0, []
+
+    async def work(number):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        order.append(number)
+        await asyncio.sleep(0)
+        running -= 1
+
+    for number in range(1000):
+        manager.create_task(work(number))
+    assert manager.stats()["queued"] == 990
+    assert {info["state"] for info in manager.get_task_info()} == {"queued", "running"}
+    await manager.wait_for_all()
+    assert most == 10
+    assert order == list(range(1000))
+    assert manager.stats()["queued"] == 0
+
+
+async def test_places_survive_every_end(make_manager, caplog):
+    """Cancelled, failed, timed out and queued tasks give their places back."""
+    manager = make_manager(max_concurrency=3)
+    chance = random.Random(7)
+    with caplog.at_level(logging.CRITICAL):
+        for number in range(300):
+            kind = chance.randrange(4)
+            if kind == 0:
+                manager.create_task(failing(ValueError(number)))
+            elif kind == 1:
+                manager.create_task(forever(), timeout=0.0005)
+            elif kind == 2:
+                manager.create_task(asyncio.sleep(0))
+            else:
+                task = manager.create_task(forever(), name="stopped")
+                if chance.randrange(2):
+                    await asyncio.sleep(0)
+                task.cancel()
+            assert manager.stats()["running"] <= 3
+        await manager.wait_for_all(return_exceptions=True)
+    tasks = [manager.create_task(forever()) for _ in range(4)]
+    await asyncio.sleep(0)
+    assert manager.stats()["running"] == 3
+    assert manager.stats()["queued"] == 1
+    await manager.cancel_all()
+    assert all(task.cancelled() for task in tasks)
+
+
+async def test_a_queued_task_that_is_cancelled_never_runs(make_manager):
+    """Its coroutine is closed, and whoever was behind it moves up."""
+    manager = make_manager(max_concurrency=1)
+    event = asyncio.Event()
+    manager.create_task(after(event))
+    coro = failing(AssertionError("must not run"))
+    queued = manager.create_task(coro, name="queued")
+    behind = manager.create_task(value("behind"))
+    await asyncio.sleep(0)
+    queued.cancel()
+    await asyncio.wait([queued])
+    assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
+    event.set()
+    assert await behind == "behind"
+
+
+async def test_the_timeout_of_a_queued_task_counts_from_its_start(make_manager):
+    """Waiting for a place does not use up the timeout, and the age shown begins with the start."""
+    manager = make_manager(max_concurrency=1)
+    event = asyncio.Event()
+    manager.create_task(after(event))
+    queued = manager.create_task(asyncio.sleep(0, "done"), timeout=0.01)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    await until(lambda: loop.time() - begun > 0.03)
+    event.set()
+    assert await queued == "done"
+
+
+async def test_a_fired_task_waits_for_a_place_too(make_manager):
+    """fire under max_concurrency queues like create_task."""
+    manager = make_manager(max_concurrency=1)
+    order = []
+
+    async def work(number):
+        order.append(number)
+        await asyncio.sleep(0)
+
+    for number in range(5):
+        manager.fire(work(number))
+    await manager.wait_for_all()
+    assert order == [0, 1, 2, 3, 4]

@@ -1,0 +1,224 @@
+"""One manager on many loops: one after another, several at once, closed under it, with factories of others."""
+
+import asyncio
+import gc
+import inspect
+import threading
+
+import pytest
+from loops import LOOPS
+from work import after, forever, until, value
+
+
+def test_serves_loops_one_after_another(make_manager, loop_errors):
+    """A manager goes on over many asyncio.run calls, with ids that never repeat and counters that add up."""
+    manager = make_manager(history=100)
+    for _ in range(20):
+        asyncio.run(one_round(manager))
+    assert manager.stats()["completed"] == 40
+    assert len({entry["task_id"] for entry in manager.get_history()}) == 40
+
+
+async def one_round(manager):
+    assert await manager.create_task(value(1)) == 1
+    manager.fire(value(2))
+    await manager.wait_for_all()
+
+
+@pytest.mark.parametrize("kind", list(LOOPS))
+def test_what_a_closed_loop_left_is_abandoned_and_said_once(make_manager, caplog, kind, capfd):
+    """Tasks of a loop that was closed are dropped at the next use, counted, closed and named in one warning."""
+    manager = make_manager(max_concurrency=3)
+    coro = forever()
+    ended = []
+
+    async def work():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def start():
+        manager.create_task(work(), name="left", timeout=3600)
+        manager.create_task(work(), name="left")
+        await asyncio.sleep(0)
+        manager.fire(forever(), name="not started")
+        manager.create_task(coro, name="queued")
+
+    loop = LOOPS[kind]()
+    loop.run_until_complete(start())
+    loop.close()
+    assert manager.get_task_count() == 0
+    assert manager.stats()["abandoned"] == 4
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "4 background tasks" in record.getMessage()
+    assert "left (2)" in record.getMessage()
+    assert ended == [True, True]
+    assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
+    assert asyncio.run(run_value(manager)) == 5
+    gc.collect()
+    assert "destroyed" not in capfd.readouterr().err
+
+
+async def run_value(manager):
+    return await manager.create_task(value(5))
+
+
+def test_tasks_cancelled_by_the_end_of_a_run_are_cancelled_not_abandoned(make_manager):
+    """asyncio.run cancels what is left; the manager counts that as it happened."""
+    manager = make_manager()
+
+    async def main():
+        manager.create_task(forever())
+        manager.fire(forever())
+
+    asyncio.run(main())
+    assert (manager.stats()["cancelled"], manager.stats()["abandoned"]) == (2, 0)
+
+
+def test_serves_loops_in_several_threads_at_once(make_manager):
+    """Each loop's tasks run on their own loop; counts and infos span all of them."""
+    manager = make_manager()
+    barrier = threading.Barrier(4)
+    failures = []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        event = asyncio.Event()
+        task = manager.create_task(after(event, loop), name="shared")
+        await asyncio.to_thread(barrier.wait)
+        if manager.get_task_count() < 4:
+            failures.append("count")
+        await asyncio.to_thread(barrier.wait)
+        event.set()
+        if await task is not loop:
+            failures.append("loop")
+
+    threads = [threading.Thread(target=asyncio.run, args=(main(),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not failures
+    assert manager.stats()["completed"] == 4
+
+
+def test_shutdown_reaches_the_tasks_of_other_threads(make_manager):
+    """A shutdown on one loop cancels the tasks of loops that run elsewhere, and waits for them."""
+    manager = make_manager()
+    started = threading.Event()
+    seen = []
+
+    async def elsewhere():
+        task = manager.create_task(forever())
+        started.set()
+        await asyncio.wait([task])
+        seen.append(task.cancelled())
+
+    thread = threading.Thread(target=asyncio.run, args=(elsewhere(),))
+    thread.start()
+    started.wait(30)
+    stats = asyncio.run(manager.shutdown())
+    thread.join(30)
+    assert seen == [True]
+    assert (stats["status"], stats["initial_tasks"]) == ("completed", 1)
+
+
+def test_a_loop_that_stands_still_does_not_hold_shutdown_up(make_manager):
+    """Tasks of a loop that is neither running nor closed are asked to cancel and named, not waited for."""
+    manager = make_manager()
+    idle = asyncio.new_event_loop()
+
+    async def start():
+        manager.create_task(forever(), name="idle")
+
+    idle.run_until_complete(start())
+    stats = asyncio.run(manager.shutdown(timeout=3600))
+    assert (stats["status"], stats["remaining_names"]) == ("timeout", ["idle"])
+    idle.run_until_complete(asyncio.sleep(0))
+    idle.close()
+    assert manager.stats()["cancelled"] == 1
+
+
+def plain_factory(loop, coro):
+    return asyncio.Task(coro, loop=loop)
+
+
+def options_factory(loop, coro, **kwargs):
+    return asyncio.Task(coro, loop=loop, **kwargs)
+
+
+class Wrapped(asyncio.Task):
+    """A task class of a third party."""
+
+
+def class_factory(loop, coro, context=None, **kwargs):
+    async def instrumented():
+        return await coro
+
+    return Wrapped(instrumented(), loop=loop, context=context, **kwargs)
+
+
+@pytest.mark.parametrize("factory", [plain_factory, options_factory, class_factory])
+async def test_a_foreign_factory_builds_the_task(make_manager, loop_kind, factory):
+    """Two-argument, keyword and instrumenting factories build the tasks, and every end is still counted."""
+    manager = make_manager()
+    if loop_kind == "uvloop" and factory is plain_factory:
+        # uvloop always passes a context, with or without a manager.
+        return
+    asyncio.get_running_loop().set_task_factory(factory)
+    try:
+        tasks = [
+            manager.create_task(value(7), name="fine"),
+            manager.create_task(forever(), timeout=0.001),
+            manager.create_task(forever()),
+            manager.create_task(forever(), eager_start=True),
+        ]
+        tasks[2].cancel()
+        await asyncio.sleep(0)
+        manager.cancel(manager.get_task_id(tasks[3]))
+        await asyncio.wait(tasks)
+    finally:
+        asyncio.get_running_loop().set_task_factory(None)
+    assert isinstance(tasks[0], asyncio.Task)
+    assert tasks[0].result() == 7
+    assert [manager.stats()[key] for key in ("completed", "timed_out", "cancelled")] == [1, 1, 2]
+
+
+async def test_a_factory_that_fails_loses_nothing(make_manager):
+    """If a factory raises, the error passes, the coroutine is closed and nothing is counted."""
+    manager = make_manager()
+
+    def broken(loop, coro, **kwargs):
+        raise RuntimeError("in the factory")
+
+    loop = asyncio.get_running_loop()
+    usual = loop.get_task_factory()
+    loop.set_task_factory(broken)
+    coro = forever()
+    try:
+        with pytest.raises(RuntimeError, match="in the factory"):
+            manager.create_task(coro)
+    finally:
+        loop.set_task_factory(usual)
+    assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
+    assert manager.stats()["started"] == 0
+
+
+async def test_another_managers_factory_tracks_too(make_manager):
+    """On a loop with another manager's factory both managers see the task."""
+    manager, other = make_manager(), make_manager()
+    loop = asyncio.get_running_loop()
+    usual = loop.get_task_factory()
+    loop.set_task_factory(other.task_factory)
+    try:
+        task = manager.create_task(after(asyncio.Event()), name="both")
+        await asyncio.sleep(0)
+        assert manager.get_task_count() == 1
+        assert other.get_task_count() == 1
+        task.cancel()
+        await asyncio.wait([task])
+    finally:
+        loop.set_task_factory(usual)
+    await until(lambda: other.get_task_count() == 0)
+    assert manager.stats()["cancelled"] == other.stats()["cancelled"] == 1

@@ -1,0 +1,274 @@
+"""shutdown: refuse, drain, cancel, wait, report; nothing holds it up and nothing is lost unsaid."""
+
+import asyncio
+import contextlib
+import logging
+import time
+
+import anyio
+import pytest
+from work import after, forever, stubborn, until, value
+
+from bgtasks import ManagerClosedError
+
+
+async def test_cancels_and_reports(make_manager):
+    """By default every task is cancelled and the statistics have the keys of the reference."""
+    manager = make_manager()
+    tasks = [manager.create_task(forever(), name=f"n{i}") for i in range(5)]
+    stats = await manager.shutdown()
+    duration = stats.pop("duration_seconds")
+    assert 0 <= duration < 5
+    assert stats == {
+        "status": "completed",
+        "initial_tasks": 5,
+        "completed_tasks": 5,
+        "remaining_tasks": 0,
+        "remaining_names": [],
+    }
+    assert all(task.cancelled() for task in tasks)
+
+
+async def test_a_second_call_says_so(make_manager):
+    """The second shutdown returns already_shutdown."""
+    manager = make_manager()
+    assert (await manager.shutdown())["status"] == "completed"
+    again = await manager.shutdown()
+    assert (again["status"], again["initial_tasks"], again["remaining_tasks"]) == ("already_shutdown", 0, 0)
+
+
+async def test_two_calls_at_once(make_manager):
+    """Of two concurrent calls one does the work, the other returns after it."""
+    manager = make_manager()
+    task = manager.create_task(forever())
+    first, second = await asyncio.gather(manager.shutdown(), manager.shutdown())
+    assert {first["status"], second["status"]} == {"completed", "already_shutdown"}
+    assert task.cancelled()
+
+
+async def test_draining_lets_tasks_finish(make_manager):
+    """Within the drain time tasks end by themselves, and those they start, too."""
+    manager = make_manager(drain_timeout=10)
+    event = asyncio.Event()
+
+    async def parent():
+        await event.wait()
+        return await manager.create_task(value("child"))
+
+    task = manager.create_task(parent())
+    closing = asyncio.ensure_future(manager.shutdown())
+    await asyncio.sleep(0)
+    with pytest.raises(ManagerClosedError):
+        manager.create_task(value())
+    event.set()
+    assert (await closing)["status"] == "completed"
+    assert task.result() == "child"
+
+
+async def test_what_outlasts_the_drain_is_cancelled(make_manager):
+    """After the drain time the rest is cancelled."""
+    manager = make_manager()
+    task = manager.create_task(forever())
+    stats = await manager.shutdown(drain=0.005)
+    assert task.cancelled()
+    assert stats["status"] == "completed"
+
+
+async def test_an_endless_respawner_does_not_hold_it_up(make_manager, caplog):
+    """A task that starts its successor for ever ends with the drain time."""
+    manager = make_manager()
+
+    async def respawn():
+        await asyncio.sleep(0)
+        manager.create_task(respawn())
+
+    with caplog.at_level(logging.CRITICAL):
+        manager.create_task(respawn())
+        stats = await manager.shutdown(drain=0.01, timeout=5)
+    assert stats["remaining_tasks"] == 0
+    assert manager.get_task_count() == 0
+
+
+async def test_cleanup_of_tasks_is_over_when_it_returns(make_manager, caplog):
+    """A resource closed after shutdown is not touched by a task's finally, nor by a child started in it."""
+    manager = make_manager()
+    resource = {"open": True}
+    refused = []
+
+    async def child():
+        assert resource["open"]
+
+    async def work():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            assert resource["open"]
+            try:
+                manager.create_task(child())
+            except ManagerClosedError as error:
+                refused.append(error)
+
+    manager.create_task(work())
+    await asyncio.sleep(0)
+    await manager.shutdown()
+    resource["open"] = False
+    assert len(refused) == 1
+    assert manager.stats()["cancelled"] == 1
+
+
+@pytest.mark.parametrize("times", [1, 2, 10**9])
+async def test_a_task_that_swallows_cancellation(make_manager, caplog, times):
+    """One swallowed cancellation is met by a second; a task that never heeds is named and let go by the deadline."""
+    manager = make_manager()
+    release = asyncio.Event()
+    task = manager.create_task(stubborn(times, release), name="stubborn")
+    await asyncio.sleep(0)
+    cpu = time.process_time()
+    stats = await manager.shutdown(timeout=0.02)
+    assert time.process_time() - cpu < 5
+    if times == 1:
+        assert stats["status"] == "completed"
+        assert task.cancelled()
+    else:
+        assert (stats["status"], stats["remaining_tasks"], stats["remaining_names"]) == ("timeout", 1, ["stubborn"])
+        assert stats["completed_tasks"] == 0
+        assert not task.done()
+    straggler = [record for record in caplog.records if "still runs" in record.getMessage()]
+    assert len(straggler) == 1
+    assert "work.py" in straggler[0].getMessage() or "locks.py" in straggler[0].getMessage()
+    release.set()
+    await asyncio.wait([task])
+
+
+async def test_called_from_a_managed_task(make_manager):
+    """A managed task that shuts its manager down is neither cancelled nor waited for."""
+    manager = make_manager()
+    other = manager.create_task(forever())
+    task = manager.create_task(manager.shutdown())
+    stats = await task
+    assert (stats["status"], stats["initial_tasks"], stats["remaining_tasks"]) == ("completed", 1, 0)
+    assert other.cancelled()
+
+
+async def test_a_task_that_calls_it_while_it_is_cancelled_by_it(make_manager):
+    """shutdown in a task's cleanup during shutdown returns at once: neither waits for the other."""
+    manager = make_manager()
+    seen = []
+
+    async def work():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            seen.append((await manager.shutdown())["status"])
+
+    manager.create_task(work())
+    await asyncio.sleep(0)
+    stats = await manager.shutdown(timeout=5)
+    assert stats["status"] == "completed"
+    assert seen == ["already_shutdown"]
+
+
+@pytest.mark.parametrize("drain", [0, 60])
+async def test_cancelled_midway_it_settles_the_tasks_and_passes_the_cancellation_on(make_manager, drain):
+    """Whoever cancels shutdown gets CancelledError, after the tasks have ended."""
+    manager = make_manager()
+    ended = []
+
+    async def work():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            ended.append(True)
+
+    tasks = [manager.create_task(work()) for _ in range(3)]
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(manager.shutdown(drain=drain))
+    await asyncio.sleep(0)
+    closing.cancel("enough")
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert len(ended) == 3
+    assert all(task.cancelled() for task in tasks)
+    assert (await manager.shutdown())["status"] == "already_shutdown"
+
+
+async def test_cancelled_again_and_again_it_gives_up(make_manager, caplog):
+    """A shutdown that is cancelled repeatedly returns promptly although a task never ends."""
+    manager = make_manager()
+    release = asyncio.Event()
+    task = manager.create_task(stubborn(10**9, release))
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(manager.shutdown())
+    for _ in range(20):
+        await asyncio.sleep(0)
+        closing.cancel()
+    await asyncio.wait([closing], timeout=5)
+    assert closing.cancelled()
+    release.set()
+    await asyncio.wait([task])
+
+
+async def test_inside_a_cancelled_anyio_scope(make_manager):
+    """In a cancelled anyio scope the tasks are cancelled and end all the same."""
+    manager = make_manager()
+    task = manager.create_task(forever())
+    await asyncio.sleep(0)
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await manager.shutdown(drain=60)
+    await until(task.done)
+    assert task.cancelled()
+    assert manager.get_task_count() == 0
+    assert (await manager.shutdown())["status"] == "already_shutdown"
+
+
+async def test_the_context_manager_shuts_down(make_manager):
+    """Leaving the block cancels what runs, by default."""
+    async with make_manager() as manager:
+        task = manager.create_task(forever())
+        assert manager.get_task_count() == 1
+    assert task.cancelled()
+    assert "closed" in repr(manager)
+
+
+async def test_the_context_manager_drains_if_told_to_but_not_after_an_error(make_manager):
+    """With drain_timeout a clean exit lets tasks finish; an exception in the block cancels them at once."""
+    async with make_manager(drain_timeout=10) as manager:
+        task = manager.create_task(asyncio.sleep(0.001, "finished"))
+    assert task.result() == "finished"
+    with pytest.raises(KeyError):
+        async with make_manager(drain_timeout=3600) as manager:
+            task = manager.create_task(forever())
+            raise KeyError
+    assert task.cancelled()
+
+
+async def test_aclose_closes(make_manager):
+    """A manager works with contextlib.aclosing."""
+    async with contextlib.aclosing(make_manager()) as manager:
+        task = manager.create_task(forever())
+    assert task.cancelled()
+
+
+async def test_fired_and_queued_tasks_are_ended_too(make_manager):
+    """Tasks that have not started, because they were fired or wait for a place, are cancelled without running."""
+    manager = make_manager(max_concurrency=1)
+    manager.create_task(forever(), name="runs")
+    manager.create_task(after(None), name="queued")
+    manager.fire(after(None), name="fired")
+    stats = await manager.shutdown()
+    assert stats["remaining_tasks"] == 0
+    assert manager.stats()["cancelled"] == 3
+
+
+async def test_thousands_of_tasks(make_manager):
+    """Two thousand tasks end in one shutdown."""
+    manager = make_manager()
+    for _ in range(2_000):
+        manager.create_task(forever())
+    await asyncio.sleep(0)
+    stats = await manager.shutdown()
+    assert (stats["initial_tasks"], stats["remaining_tasks"]) == (2_000, 0)

@@ -1,0 +1,110 @@
+"""manager.task_factory: every task of a program is counted and shown, and behaves as it would without."""
+
+import asyncio
+import gc
+import logging
+
+import pytest
+from work import failing_later, forever, value
+
+
+@pytest.fixture
+def observing(make_manager):
+    """Give a manager and a context manager that puts its factory on the running loop."""
+
+    class Observing:
+        manager = make_manager()
+
+        def __enter__(self):
+            self.loop = asyncio.get_running_loop()
+            self.usual = self.loop.get_task_factory()
+            self.loop.set_task_factory(self.manager.task_factory)
+            return self.manager
+
+        def __exit__(self, *error):
+            self.loop.set_task_factory(self.usual)
+
+    return Observing()
+
+
+async def test_tasks_of_others_are_seen(observing):
+    """Tasks that know nothing of the manager are counted by the name of their coroutine and shown by their own name."""
+    with observing as manager:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(asyncio.sleep(0.001), name="theirs")
+            group.create_task(value())
+            await asyncio.sleep(0)
+            (info,) = manager.get_task_info()
+            assert (info["name"], info["coroutine"], info["state"]) == ("theirs", "sleep", "running")
+            assert manager.get_task(info["task_id"]) is task
+    stats = manager.stats()
+    assert (stats["started"], stats["completed"]) == (2, 2)
+    assert stats["names"]["sleep"]["completed"] == 1
+
+
+async def test_their_errors_go_where_they_would_go(observing, caplog, loop_errors):
+    """An exception of an observed task is not logged by the manager; unretrieved it is the loop's to report, once."""
+    with observing as manager:
+        with pytest.raises(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(failing_later(ValueError("handled")))
+        task = asyncio.get_running_loop().create_task(failing_later(ValueError("nobody looks")))
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+    assert not [record for record in caplog.records if record.name == "bgtasks"]
+    assert [context["message"] for context in loop_errors] == ["Task exception was never retrieved"]
+    loop_errors.clear()
+    assert manager.stats()["failed"] == 2
+
+
+async def test_shutdown_and_caps_leave_them_alone(observing):
+    """Observed tasks count towards no cap, are not waited for and not cancelled, also after shutdown; cancel reaches them."""
+    with observing as manager:
+        task = asyncio.get_running_loop().create_task(forever(), name="theirs")
+        await asyncio.sleep(0)
+        await manager.wait_for_all()
+        await manager.shutdown()
+        later = asyncio.get_running_loop().create_task(value(3))
+        assert await later == 3
+        assert not task.done()
+        assert manager.cancel("theirs") == 1
+        await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_the_managers_own_tasks_are_tracked_once(observing):
+    """create_task and fire on a loop with the manager's own factory make one record each, owned."""
+    with observing as manager:
+        assert await manager.create_task(value(1), name="own") == 1
+        manager.fire(value(2), name="own")
+        await manager.wait_for_all()
+    assert manager.stats()["started"] == 2
+    assert manager.stats()["names"]["own"]["completed"] == 2
+
+
+async def test_what_is_no_coroutine_is_refused_as_by_asyncio(observing):
+    """The factory leaves the error for a wrong argument to asyncio."""
+    with observing as manager, pytest.raises(TypeError, match="a coroutine was expected"):
+        manager.task_factory(asyncio.get_running_loop(), 7)
+
+
+def test_a_whole_program_under_the_factory(make_manager, caplog):
+    """asyncio.run with the factory set: results, cleanup at the end and counters are as they should be."""
+    manager = make_manager()
+
+    async def main():
+        asyncio.get_running_loop().set_task_factory(manager.task_factory)
+        left = asyncio.ensure_future(forever())
+        queue = asyncio.Queue()
+        producer = asyncio.ensure_future(queue.put(5))
+        async with asyncio.timeout(5):
+            assert await queue.get() == 5
+        await producer
+        return left
+
+    with caplog.at_level(logging.DEBUG):
+        assert asyncio.run(main()).cancelled()
+    stats = manager.stats()
+    assert stats["in_flight"] == 0
+    assert stats["cancelled"] == 1
