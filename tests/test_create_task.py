@@ -15,6 +15,7 @@ variable = contextvars.ContextVar("variable", default="unset")
 
 
 async def read_variable():
+    """Return the context variable after one suspension."""
     await asyncio.sleep(0)
     return variable.get()
 

@@ -9,6 +9,7 @@ from work import failing, failing_later, forever, until, value
 
 
 def errors_of(caplog):
+    """Return the ERROR records of bgtasks."""
     return [record for record in caplog.records if record.name == "bgtasks" and record.levelno >= logging.ERROR]
 
 
@@ -42,7 +43,7 @@ async def test_a_failure_is_reported_exactly_once(make_manager, caplog, who):
 
 
 async def test_the_logged_traceback_begins_with_the_users_frame(make_manager, caplog):
-    """bgtasks' own coroutine around the user's is not part of what the log shows."""
+    """Bgtasks' own coroutine around the user's is not part of what the log shows."""
     manager = make_manager()
     await asyncio.wait([manager.create_task(failing_later(ValueError("expected")))])
     traceback = errors_of(caplog)[0].exc_info[2]
@@ -147,7 +148,7 @@ async def test_a_logging_handler_that_raises_harms_nothing(make_manager, loop_er
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("eager", [False, True])
 def test_what_stops_the_loop_stops_it_as_ever(make_manager, caplog, error, eager):
-    """SystemExit and KeyboardInterrupt leave the loop as with a bare task; the record is settled, nothing logged twice."""
+    """SystemExit and KeyboardInterrupt leave the loop as with a bare task; the record is settled, nothing logged."""
     manager = make_manager()
 
     async def main():
@@ -183,7 +184,7 @@ async def test_a_coroutine_that_raises_cancelled_error_itself_counts_as_cancelle
 async def test_an_error_whose_text_fails_is_still_reported(make_manager, caplog):
     """A failure whose str() raises is counted, remembered and does not stop the report."""
 
-    class Textless(Exception):
+    class TextlessError(Exception):
         def __str__(self):
             raise RuntimeError("no text")
 
@@ -191,11 +192,12 @@ async def test_an_error_whose_text_fails_is_still_reported(make_manager, caplog)
     logger = logging.getLogger("bgtasks")
     logger.addFilter(reject)
     try:
-        await asyncio.wait([manager.create_task(failing(Textless()))])
+        await asyncio.wait([manager.create_task(failing(TextlessError()))])
     finally:
         logger.removeFilter(reject)
-    assert manager.get_history()[0]["error"] == "Textless"
+    assert manager.get_history()[0]["error"] == "TextlessError"
 
 
 def reject(record):
+    """Let no record through."""
     return False

@@ -79,7 +79,7 @@ async def test_the_context_is_free_after_the_end(make_manager):
 
 
 async def test_can_be_cancelled_before_it_starts(make_manager):
-    """cancel reaches a fired task that has not started: it never runs and counts as cancelled."""
+    """Cancel reaches a fired task that has not started: it never runs and counts as cancelled."""
     manager = make_manager()
     manager.fire(failing(AssertionError("must not run")), name="fired")
     assert manager.cancel("fired") == 1

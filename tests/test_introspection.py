@@ -13,10 +13,12 @@ from work import failing, forever, value
 
 
 async def inner():
+    """Wait for ever, one frame down."""
     await asyncio.Event().wait()
 
 
 async def outer():
+    """Wait for ever in another coroutine."""
     await inner()
 
 

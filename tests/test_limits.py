@@ -52,7 +52,7 @@ async def test_spawn_waits_for_room_in_order(make_manager):
 
     spawners = [asyncio.ensure_future(manager.spawn(work(number))) for number in range(6)]
     for number in range(4):
-        await until(lambda: len(started) == number + 2)
+        await until(lambda expected=number + 2: len(started) == expected)
         assert manager.get_task_count() == 2
         events[number].set()
     for event in events:
@@ -83,7 +83,7 @@ async def test_a_cancelled_spawn_passes_its_room_on(make_manager):
 
 
 async def test_a_spawn_that_waits_is_refused_by_shutdown(make_manager):
-    """shutdown wakes those that wait for room with ManagerClosedError and closes their coroutines."""
+    """Shutdown wakes those that wait for room with ManagerClosedError and closes their coroutines."""
     manager = make_manager(max_pending_tasks=1)
     manager.create_task(forever())
     coro = forever()
@@ -176,7 +176,7 @@ async def test_the_timeout_of_a_queued_task_counts_from_its_start(make_manager):
 
 
 async def test_a_fired_task_waits_for_a_place_too(make_manager):
-    """fire under max_concurrency queues like create_task."""
+    """Fire under max_concurrency queues like create_task."""
     manager = make_manager(max_concurrency=1)
     order = []
 

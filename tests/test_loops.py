@@ -20,6 +20,7 @@ def test_serves_loops_one_after_another(make_manager, loop_errors):
 
 
 async def one_round(manager):
+    """Run two tasks."""
     assert await manager.create_task(value(1)) == 1
     manager.fire(value(2))
     await manager.wait_for_all()
@@ -61,6 +62,7 @@ def test_what_a_closed_loop_left_is_abandoned_and_said_once(make_manager, caplog
 
 
 async def run_value(manager):
+    """Run one task."""
     return await manager.create_task(value(5))
 
 
@@ -141,10 +143,12 @@ def test_a_loop_that_stands_still_does_not_hold_shutdown_up(make_manager):
 
 
 def plain_factory(loop, coro):
+    """Build a task with the two arguments factories once had."""
     return asyncio.Task(coro, loop=loop)
 
 
 def options_factory(loop, coro, **kwargs):
+    """Build a task with all it is given."""
     return asyncio.Task(coro, loop=loop, **kwargs)
 
 
@@ -153,6 +157,8 @@ class Wrapped(asyncio.Task):
 
 
 def class_factory(loop, coro, context=None, **kwargs):
+    """Build a task of another class around a coroutine of its own, as instrumentation does."""
+
     async def instrumented():
         return await coro
 

@@ -46,7 +46,8 @@ async def test_anything_else_is_refused_by_its_type(make_manager, way):
             raise RuntimeError("no repr")
 
     future = asyncio.get_running_loop().create_future()
-    for thing, text in ((future, "runs already"), (7, "got int: 7"), (None, "NoneType"), (Nameless(), "Nameless object")):
+    things = ((future, "runs already"), (7, "got int: 7"), (None, "NoneType"), (Nameless(), "Nameless object"))
+    for thing, text in things:
         with pytest.raises(NotACoroutineError, match=text):
             await start(manager, way, thing)
     assert not future.cancelled()
@@ -141,7 +142,7 @@ def test_options_outside_their_values_are_refused(manager_of_twin, options, text
 
 
 async def test_waits_of_no_length_are_refused(make_manager):
-    """shutdown and wait_for_all take seconds from 0 on; a refused shutdown leaves the manager open."""
+    """Shutdown and wait_for_all take seconds from 0 on; a refused shutdown leaves the manager open."""
     manager = make_manager()
     for seconds in (-1, math.nan, "1"):
         with pytest.raises(InvalidTimeoutError, match="timeout"):

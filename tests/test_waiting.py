@@ -160,7 +160,7 @@ async def test_cancel_all_while_tasks_start_and_cancel_each_other(make_manager, 
 
 
 async def test_cancel_by_id_and_by_name(make_manager):
-    """cancel takes an id or a name and tells how many tasks it reached."""
+    """Cancel takes an id or a name and tells how many tasks it reached."""
     manager = make_manager()
     first, second, third = (manager.create_task(forever(), name=name) for name in ("a", "b", "b"))
     assert manager.cancel(manager.get_task_id(first)) == 1

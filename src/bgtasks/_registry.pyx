@@ -169,9 +169,9 @@ cdef double _middle_of(int index) noexcept:
 cdef class Record:
     """What the registry keeps on one task while it lives.
 
-    The list of its ``LoopRecords`` owns it from creation to the end of the task; the task's slot and the coroutine around
-    the user's share it. It is invisible to the cycle collector on purpose: a task must not vanish because nobody but its
-    manager holds it, and ``release`` cuts every reference at the end.
+    The list of its ``LoopRecords`` owns it from creation to the end of the task; the task's slot and the coroutine
+    around the user's share it. It is invisible to the cycle collector on purpose: a task must not vanish because nobody
+    but its manager holds it, and ``release`` cuts every reference at the end.
     """
 
     # Neighbours in the list of live records, borrowed: the list holds one reference to each member.
@@ -262,8 +262,6 @@ cdef class Record:
 
     def info(self):
         """Return what there is to tell about the task as a ``TaskInfo``."""
-        cdef object task = self._task
-        cdef bint done = self._outcome != RUNNING
         return {
             "task_id": self._task_id,
             "name": self.name,
@@ -272,7 +270,7 @@ cdef class Record:
             "age_seconds": self.duration,
             "timeout": self.timeout,
             "context": self.context,
-            "done": done,
+            "done": self._outcome != RUNNING,
             "cancelled": self._outcome == CANCELLED or self._outcome == TIMED_OUT,
         }
 
@@ -573,7 +571,7 @@ cdef class LoopRecords:
     def __init__(self, Registry registry, loop):
         self.registry = registry
         self.loop = loop
-        # A loop with a clock of its own (a test's virtual one) is asked; asyncio's and uvloop's are the monotonic clock.
+        # A loop with a clock of its own (a test's virtual one) is asked; asyncio's and uvloop's is the monotonic clock.
         stock = getattr(type(loop), "time", None) is BaseEventLoop.time or type(loop).__module__ == "uvloop"
         self.clock = None if stock else loop.time
         self.read_factory = loop.get_task_factory
@@ -841,7 +839,7 @@ cdef class LoopRecords:
             self.set_timer()
 
     cdef bint defers(self) except -1:
-        """Tell whether ``fire`` may put off the start of a task: eager tasks are to be had, no foreign factory is set."""
+        """Tell whether ``fire`` may put off a start: eager tasks are to be had, and no foreign factory has a say."""
         # The answer holds for the whole of a batch: it starts in the next iteration of the loop.
         return self.batch is not None or (
             not self.registry._max_running and self.can_start_eagerly() and self.builds_itself(self.task_factory())
@@ -1073,8 +1071,8 @@ cdef class Registry:
     def task_factory(self, loop, coro, **kwargs):
         """Build a task for ``loop.set_task_factory(manager.task_factory)``: every task of the program is tracked.
 
-        Such tasks are observed, not owned: they are counted, timed and shown, and ``cancel`` reaches them by id or name.
-        Caps and ``shutdown`` leave them alone, and their exceptions go where they would go without a manager.
+        Such tasks are observed, not owned: they are counted, timed and shown, and ``cancel`` reaches them by id or
+        name. Caps and ``shutdown`` leave them alone, and their exceptions go where they would go without a manager.
 
         Args:
             loop: the loop that asks.
@@ -1083,7 +1081,7 @@ cdef class Registry:
         """
         cdef LoopRecords records
         cdef Record record
-        cdef object name, task
+        cdef object task
         if not iscoroutine(coro):
             return Task(coro, loop=loop, **kwargs)
         records = self.records_of(loop)
@@ -1232,9 +1230,9 @@ cdef class Registry:
         cdef Record record
         if isinstance(task, TrackedTask):
             record = record_of(task)
-            if record is not None and record._outcome == RUNNING and record.records is not None and record.records.registry is self:
-                return record
-            return None
+            if record is None or record._outcome != RUNNING or record.records.registry is not self:
+                return None
+            return record
         for record in self._live_records():
             if record._task is task and task is not None:
                 return record

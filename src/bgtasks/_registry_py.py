@@ -14,12 +14,13 @@ from asyncio import BaseEventLoop, CancelledError, Task, current_task, iscorouti
 from asyncio.events import _get_running_loop
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
 from time import time as wall_clock
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from bgtasks import errors
 from bgtasks._task import TrackedTask, record_of, run, run_queued, starts_eagerly
@@ -118,8 +119,8 @@ def _middle_of(bucket: int) -> float:
 class Record:
     """What the registry keeps on one task while it lives.
 
-    Its ``LoopRecords`` owns it from creation to the end of the task; the task's slot and the coroutine around the user's
-    share it. ``release`` cuts every reference at the end.
+    Its ``LoopRecords`` owns it from creation to the end of the task; the task's slot and the coroutine around the
+    user's share it. ``release`` cuts every reference at the end.
     """
 
     __slots__ = (
@@ -163,7 +164,7 @@ class Record:
     queued: bool
     holds_place: bool
 
-    def __init__(self) -> NoReturn:
+    def __init__(self) -> None:
         raise TypeError("a Record is made by its registry")
 
     @property
@@ -353,9 +354,9 @@ def _settle_around(record: Record, wrapper: Coroutine[Any, Any, Any], task: Task
 class TimerWheel:
     """Timeouts by the millisecond: O(1) to arm and to disarm, O(log n) in the number of different ticks to advance.
 
-    A tick is a number of milliseconds since the wheel's start. The compiled twin has a hierarchical wheel; here a dict of
-    slots, with a heap of their ticks, does the same work faster. A slot that empties is forgotten at once, its tick when
-    the heap is twice as large as it needs to be.
+    A tick is a number of milliseconds since the wheel's start. The compiled twin has a hierarchical wheel; here a dict
+    of slots, with a heap of their ticks, does the same work faster. A slot that empties is forgotten at once, its tick
+    when the heap is twice as large as it needs to be.
     """
 
     __slots__ = ("_due", "_heap", "_slots", "armed", "now")
@@ -390,6 +391,10 @@ class TimerWheel:
             del self._due[record]
         record.tick = -1
         self.armed -= 1
+        if self.armed == 0:
+            # Emptied, a dict keeps the room it once needed; a new one does not.
+            self._slots = {}
+            self._heap = []
 
     def next_tick(self) -> int:
         while self._heap and self._heap[0] not in self._slots:
@@ -419,7 +424,7 @@ class LoopRecords:
     def __init__(self, registry: Registry, loop: asyncio.AbstractEventLoop) -> None:
         self.registry = registry
         self.loop = loop
-        # A loop with a clock of its own (a test's virtual one) is asked; asyncio's and uvloop's are the monotonic clock.
+        # A loop with a clock of its own (a test's virtual one) is asked; asyncio's and uvloop's is the monotonic clock.
         stock = getattr(type(loop), "time", None) is BaseEventLoop.time or type(loop).__module__ == "uvloop"
         self.now: Callable[[], float] = monotonic if stock else loop.time
         self.task_factory: Callable[[], Any] = loop.get_task_factory
@@ -453,9 +458,7 @@ class LoopRecords:
             self.eager = self.registry._has_eager_tasks(self.loop)
         return self.eager
 
-    def enroll(
-        self, coro: Any, name: str, timeout: float, context: Mapping[str, Any] | None, observed: bool
-    ) -> Record:
+    def enroll(self, coro: Any, name: str, timeout: float, context: Mapping[str, Any] | None, observed: bool) -> Record:
         """Make the record of a task to come and put it at the end of the list."""
         stats = self.names.get(name)
         if stats is None:
@@ -600,6 +603,8 @@ class LoopRecords:
             if registry._room_wanted:
                 registry._on_room()
         if not self.records:
+            # Emptied, a dict keeps the room it once needed; a new one does not.
+            self.records = {}
             _in_use.discard(self)
 
     def arm(self, record: Record) -> None:
@@ -641,7 +646,7 @@ class LoopRecords:
             self.set_timer()
 
     def defers(self) -> bool:
-        """Tell whether ``fire`` may put off the start of a task: eager tasks are to be had, no foreign factory is set."""
+        """Tell whether ``fire`` may put off a start: eager tasks are to be had, and no foreign factory has a say."""
         # The answer holds for the whole of a batch: it starts in the next iteration of the loop.
         return self.batch is not None or (
             not self.registry._max_running and self.can_start_eagerly() and self.builds_itself(self.task_factory())
@@ -717,10 +722,8 @@ def _hide_own_frames(task: Any) -> None:
 
 def _close_quietly(coro: Any) -> None:
     # What a coroutine raises while it is closed after the end of its loop has no one left to go to.
-    try:
+    with suppress(BaseException):
         coro.close()
-    except BaseException:
-        pass
 
 
 def _seconds(coro: Any, timeout: float | None) -> float:
@@ -750,6 +753,7 @@ class Registry:
         max_running: how many coroutines may run at once; 0 for no limit.
         muted: the cache of a logger: while ``muted.get(muted_level)`` is False a completed task is not reported.
         muted_level: the logging level of that report.
+
     """
 
     def __init__(
@@ -807,6 +811,7 @@ class Registry:
             InvalidContextError: ``context`` is no mapping, or ``contextvars_context`` no ``contextvars.Context``.
 
         After any of them the coroutine is closed.
+
         """
         records = self.records_here(coro)
         if self._gated and not self._admit(coro, name):
@@ -844,6 +849,7 @@ class Registry:
 
         Raises:
             BgtasksError: what ``create_task`` raises, for the same reasons; the coroutine is closed.
+
         """
         records = self.records_here(coro)
         if self._gated and not self._admit(coro, name):
@@ -862,13 +868,14 @@ class Registry:
     def task_factory(self, loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> Any:
         """Build a task for ``loop.set_task_factory(manager.task_factory)``: every task of the program is tracked.
 
-        Such tasks are observed, not owned: they are counted, timed and shown, and ``cancel`` reaches them by id or name.
-        Caps and ``shutdown`` leave them alone, and their exceptions go where they would go without a manager.
+        Such tasks are observed, not owned: they are counted, timed and shown, and ``cancel`` reaches them by id or
+        name. Caps and ``shutdown`` leave them alone, and their exceptions go where they would go without a manager.
 
         Args:
             loop: the loop that asks.
             coro: the coroutine.
             kwargs: what the loop passes on to the task: ``name``, ``context``, ``eager_start``.
+
         """
         if not iscoroutine(coro):
             return Task(coro, loop=loop, **kwargs)
@@ -1006,9 +1013,9 @@ class Registry:
         """Return the record of a live task of this manager, None for any other."""
         if isinstance(task, TrackedTask):
             record = record_of(task)
-            if record is not None and record._outcome == RUNNING and record.records is not None and record.records.registry is self:
-                return record
-            return None
+            if record is None or record._outcome != RUNNING or record.records.registry is not self:
+                return None
+            return record
         for record in self._live_records():
             if record._task is task and task is not None:
                 return record

@@ -59,8 +59,8 @@ def record_of(task: Any) -> Record | None:
         record: Record = task._record
     except AttributeError:
         # It has not left its constructor: the record is an argument of the coroutine around the user's.
-        frame: Any = _get_wrapper(task).cr_frame
-        return None if frame is None else frame.f_locals.get("record")
+        wrapper: Any = _get_wrapper(task)
+        return None if wrapper.cr_frame is None else wrapper.cr_frame.f_locals.get("record")
     return record
 
 

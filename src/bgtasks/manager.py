@@ -12,11 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar
 
 from bgtasks import errors
 from bgtasks._bell import Bell
-from bgtasks.info import FinishedTask, ManagerStats, ShutdownStats, TaskInfo, TaskMetadata
+from bgtasks.info import ManagerStats, ShutdownStats, TaskInfo, TaskMetadata
 from bgtasks.registry import DEFAULT_NAME, Record, Registry
 
 __all__ = ["BackgroundTaskManager"]
@@ -44,10 +44,11 @@ class BackgroundTaskManager(Registry):
     Args:
         default_shutdown_timeout: seconds that ``shutdown`` waits for cancelled tasks, >= 0.
         max_pending_tasks: how many tasks may be in flight, queued ones included; 0 for no cap.
-        overflow: at the cap, ``"raise"`` a ``TaskRejectedError`` or ``"drop_new"``: close the coroutine, return None and
-            count it in ``dropped_count``.
-        max_concurrency: how many coroutines may run at once; the others wait in order, unstarted, shown as queued. None
-            for no limit. A running task that awaits a queued one of its own manager holds the place the other needs.
+        overflow: at the cap, ``"raise"`` a ``TaskRejectedError`` or ``"drop_new"``: close the coroutine, return None
+            and count it in ``dropped_count``.
+        max_concurrency: how many coroutines may run at once; the others wait in order, unstarted, shown as queued.
+            None for no limit. A running task that awaits a queued one of its own manager holds the place that the other
+            one needs.
         drain_timeout: seconds that ``shutdown`` lets tasks finish before it cancels them, >= 0.
         on_error: called as ``on_error(info, exception)`` for each task that failed, after the log record.
         history: how many finished tasks ``get_history`` remembers.
@@ -60,6 +61,7 @@ class BackgroundTaskManager(Registry):
         ...     async with BackgroundTaskManager() as manager:
         ...         manager.create_task(send("hello"), name="greeting", timeout=5.0)
         ...         await manager.wait_for_all()
+
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class BackgroundTaskManager(Registry):
         self._max_pending_tasks = _checked_count("max_pending_tasks", max_pending_tasks, 0)
         if overflow not in ("raise", "drop_new"):
             raise errors.InvalidOptionError(
-                f"overflow must be 'raise' or 'drop_new', got {errors.describe(overflow)}; to wait for room, await spawn()"
+                f"overflow must be 'raise' or 'drop_new', got {errors.describe(overflow)}; "
+                "to wait for room, await spawn()"
             )
         if max_concurrency is not None:
             _checked_count("max_concurrency", max_concurrency, 1)
@@ -113,7 +116,7 @@ class BackgroundTaskManager(Registry):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._phase}, {self.get_task_count()} tasks>"
 
-    # -- starting tasks: create_task, fire and task_factory come from the registry --------------------------------------
+    # -- starting tasks: create_task, fire and task_factory come from the registry ------------------------------------
 
     async def spawn(
         self,
@@ -131,6 +134,7 @@ class BackgroundTaskManager(Registry):
 
         Returns:
             The task.
+
         """
         while self._max_pending_tasks and self._phase == "open" and self._owned() >= self._max_pending_tasks:
             self._room_wanted = True
@@ -168,7 +172,11 @@ class BackgroundTaskManager(Registry):
         Args:
             coro: a coroutine object.
             loop: the loop to run on; needed only where the manager serves several running ones.
-            name, timeout, context, eager_start, contextvars_context: as for ``create_task``.
+            name: as for ``create_task``.
+            timeout: as for ``create_task``.
+            context: as for ``create_task``.
+            eager_start: as for ``create_task``.
+            contextvars_context: as for ``create_task``.
 
         Returns:
             A future with the outcome; cancelling it cancels the task. What ``create_task`` would raise on the loop, and
@@ -178,6 +186,7 @@ class BackgroundTaskManager(Registry):
             NotACoroutineError: ``coro`` is no coroutine object.
             NoRunningLoopError: no loop is known (enter the manager with ``async with``, or create a task in the loop
                 first), several are, or the one given is closed. The coroutine is closed.
+
         """
         if not asyncio.iscoroutine(coro):
             raise errors.not_a_coroutine(coro)
@@ -314,10 +323,10 @@ class BackgroundTaskManager(Registry):
 
     def get_task(self, task_id: int) -> asyncio.Task[Any] | None:
         """Return the live task with this id, None if there is none or ``fire`` has not started it yet."""
-        for record in self._live_records():
-            if record.task_id == task_id:
-                return record.task
-        return None
+        found: list[asyncio.Task[Any] | None] = [
+            record.task for record in self._live_records() if record.task_id == task_id
+        ]
+        return found[0] if found else None
 
     def get_task_id(self, task: asyncio.Task[Any]) -> int | None:
         """Return the id of a live task of this manager, None for any other."""
@@ -337,6 +346,7 @@ class BackgroundTaskManager(Registry):
 
         Returns:
             How many tasks were asked to cancel; 0 if none matches.
+
         """
         return sum(
             self._request_cancel(record)
@@ -387,8 +397,8 @@ class BackgroundTaskManager(Registry):
     async def wait_for_all(self, timeout: float | None = None, return_exceptions: bool = False) -> None:
         """Wait until no task is left, those started meanwhile included, then raise the first failure among them.
 
-        Nothing is cancelled, neither at the timeout nor when this wait is. Called from a task of the manager it does not
-        wait for that one. Tasks that came through ``task_factory`` are not waited for.
+        Nothing is cancelled, neither at the timeout nor when this wait is. Called from a task of the manager it does
+        not wait for that one. Tasks that came through ``task_factory`` are not waited for.
 
         Args:
             timeout: seconds to wait at most, >= 0; None for no limit. When they are over a warning is logged and the
@@ -398,6 +408,7 @@ class BackgroundTaskManager(Registry):
         Raises:
             InvalidTimeoutError: ``timeout`` is negative or no number.
             BaseException: the first failure of a task during the wait.
+
         """
         if timeout is not None:
             _checked_wait("timeout", timeout, errors.InvalidTimeoutError)
@@ -482,6 +493,7 @@ class BackgroundTaskManager(Registry):
 
         Raises:
             InvalidTimeoutError: ``timeout`` or ``drain`` is negative or no number; the manager stays open.
+
         """
         begun = time.monotonic()
         timeout = self._default_shutdown_timeout if timeout is None else timeout
@@ -573,7 +585,7 @@ class BackgroundTaskManager(Registry):
         """Shut down, as ``shutdown()``; for ``contextlib.aclosing``."""
         await self.shutdown()
 
-    async def __aenter__(self) -> BackgroundTaskManager:
+    async def __aenter__(self) -> Self:
         """Make the running loop known to ``create_task_threadsafe`` and return the manager."""
         self._bind_running_loop()
         return self
