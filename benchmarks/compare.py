@@ -356,9 +356,7 @@ def compare_memory(count: int) -> None:
     def of_manager(twin: str) -> Callable[[], Awaitable[tuple[float, float]]]:
         async def run() -> tuple[float, float]:
             manager = manager_module(twin).BackgroundTaskManager()
-            return await measure(
-                lambda coro: manager.create_task(coro, name="event", timeout=3600.0, context=CONTEXT)
-            )
+            return await measure(lambda coro: manager.create_task(coro, name="event", timeout=3600.0, context=CONTEXT))
 
         return run
 
@@ -372,7 +370,9 @@ def compare_memory(count: int) -> None:
 
 def compare_shutdown(count: int, rounds: int) -> None:
     """Print the time of shutdown against cancelling and awaiting as many bare tasks."""
-    print(f"\n## shutdown() of {count:,} sleeping tasks / cancelling and awaiting as many bare ones (lower is better)\n")
+    print(
+        f"\n## shutdown() of {count:,} sleeping tasks / cancelling and awaiting as many bare ones (lower is better)\n"
+    )
     for loop_name, run in loops().items():
         ratios: list[float] = []
 

@@ -193,12 +193,13 @@ cdef class Record:
     cdef double _duration
     cdef uint64_t tick
     cdef long long _task_id
-    cdef int slot
+    # Small on purpose, as the flags are: a record is to fit into three cache lines.
+    cdef short slot
     cdef unsigned char _outcome
-    cdef bint observed
-    cdef bint expired
-    cdef bint queued
-    cdef bint holds_place
+    cdef unsigned char observed
+    cdef unsigned char expired
+    cdef unsigned char queued
+    cdef unsigned char holds_place
 
     def __init__(self):
         raise TypeError("a Record is made by its registry")

@@ -617,11 +617,11 @@ class BackgroundTaskManager(Registry):
         self._guarded(record, logger.debug, text, record.name, record.duration, extra=_log_extra(record))
 
     def _report_failure(self, record: Record, error: BaseException) -> None:
-        for watch in self._watches:
-            watch.append(error)
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             # They leave the loop and reach whoever runs it; here they would be told twice.
             return
+        for watch in self._watches:
+            watch.append(error)
         # The first entry of the traceback is bgtasks' own coroutine around the user's.
         traceback = None if error.__traceback__ is None else error.__traceback__.tb_next
         self._guarded(

@@ -1,0 +1,52 @@
+"""Every program in the documentation runs, and every link and command in it leads somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PROGRAMS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+]
+
+
+def test_there_are_programs():
+    """The pages were found and hold programs."""
+    assert len(PROGRAMS) >= 7
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_of_the_documentation_runs(program, tmp_path):
+    """A block of Python is a whole program that ends well, with warnings as errors."""
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-X", "dev", file], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "never awaited" not in done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_commands_lead_somewhere(page):
+    """Relative links and the scripts named in shell blocks exist."""
+    text = page.read_text()
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    targets += re.findall(r"^(scripts/\w+)", text, re.MULTILINE)
+    for target in targets:
+        base = ROOT if target.startswith("scripts/") else page.parent
+        assert (base / target).exists(), target
+
+
+def test_the_docstring_of_the_manager_names_every_argument(manager_of_twin):
+    """Each constructor argument of design and code is described."""
+    manager = manager_of_twin.BackgroundTaskManager
+    for name in manager.__init__.__annotations__:
+        if name != "return":
+            assert f"{name}:" in manager.__doc__
