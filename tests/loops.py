@@ -55,6 +55,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         selector.loop = self
         self.now = 1000.0
         super().__init__(selector)
+        # asyncio runs a timer when time + resolution is past it; the real resolution is lost in a time of years.
+        self._clock_resolution = 1e-6
 
     def time(self) -> float:
         """Return the virtual time in seconds."""

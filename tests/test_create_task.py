@@ -1,6 +1,7 @@
 """Starting tasks, keeping them, and what is left of them afterwards."""
 
 import asyncio
+import collections.abc
 import contextvars
 import gc
 import logging
@@ -212,6 +213,36 @@ async def test_an_eager_task_that_ends_at_once_leaves_no_record(make_manager, ca
     assert nested.result() == 1
     stats = manager.stats()
     assert (stats["completed"], stats["failed"], stats["cancelled"], stats["in_flight"]) == (3, 1, 1, 0)
+
+
+async def test_what_asyncio_takes_for_a_coroutine_is_taken(make_manager):
+    """An object with send, throw and close runs, suspends, is cancelled and fails like a native coroutine."""
+
+    class Like(collections.abc.Coroutine):
+        def __init__(self, coro):
+            self.coro = coro
+
+        def send(self, value):
+            return self.coro.send(value)
+
+        def throw(self, *error):
+            return self.coro.throw(*error)
+
+        def close(self):
+            self.coro.close()
+
+        def __await__(self):
+            return self
+
+    manager = make_manager()
+    task = manager.create_task(Like(asyncio.sleep(0.001, "slept")))
+    stopped = [manager.create_task(Like(forever())) for _ in range(2)]
+    stopped[0].cancel()
+    await asyncio.sleep(0)
+    stopped[1].cancel()
+    assert await task == "slept"
+    await asyncio.wait(stopped)
+    assert [task.cancelled() for task in stopped] == [True, True]
 
 
 @pytest.mark.parametrize("name", [None, 7, "x"])

@@ -59,7 +59,7 @@ async def test_their_errors_go_where_they_would_go(observing, caplog, loop_error
 
 
 async def test_shutdown_and_caps_leave_them_alone(observing):
-    """Shutdown neither waits for observed tasks nor cancels them, and they still start after it; cancel reaches them."""
+    """Shutdown neither waits for observed tasks nor cancels them; they start after it, too; cancel reaches them."""
     with observing as manager:
         task = asyncio.get_running_loop().create_task(forever(), name="theirs")
         await asyncio.sleep(0)

@@ -24,7 +24,7 @@ from functools import partial
 from time import time as wall_clock
 
 from bgtasks import _task, errors
-from bgtasks._task import record_of, run, run_queued, starts_eagerly
+from bgtasks._task import drive, record_of, run, run_queued, starts_eagerly
 
 cdef extern from "Python.h":
     bint PyCoro_CheckExact(object value)
@@ -81,6 +81,7 @@ cdef enum:
     IDS_AT_ONCE = 1024
 
 cdef double TICKS_A_SECOND = 1000.0
+cdef double SHORTEST_WAIT = 1e-6
 cdef uint64_t MAX_TICK = (<uint64_t>1 << 62)
 # 63 of the 64 slots of the top level: with all 64, the farthest slot would be the one the hand stands on.
 cdef uint64_t WHEEL_SPAN = (<uint64_t>63 << 30)
@@ -300,7 +301,7 @@ cdef class Record:
             task = self._task = current_task(records.loop)
         if self.queued:
             self._coro.close()
-        if isinstance(error, GeneratorExit) and current_task(_running_loop()) is not task:
+        if isinstance(error, GeneratorExit) and not _is_running(task):
             # Closed from outside: nobody runs this coroutine any more.
             records.finish(self, ABANDONED, None)
         elif not isinstance(error, CancelledError):
@@ -368,6 +369,19 @@ cdef class Record:
         self.records = None
         self.name_stats = None
         return 0
+
+
+cdef inline object _wrap(Record record, object function):
+    """Return the native coroutine around the user's."""
+    if PyCoro_CheckExact(record._coro):
+        return function(record._coro, record)
+    return function(drive(record._coro), record)
+
+
+cdef bint _is_running(object task) except -1:
+    """Tell whether the current step is one of this task."""
+    cdef object loop = _running_loop()
+    return loop is not None and current_task(loop) is task
 
 
 def _nothing():
@@ -665,7 +679,7 @@ cdef class LoopRecords:
         self.batch = None
         if context is not None or eager or self.registry._max_running or self.task_factory() is not None:
             return self.launch_specially(record, eager, context)
-        wrapper = _run(record._coro, record)
+        wrapper = _wrap(record, _run)
         self.options["name"] = record._name
         try:
             task = PyObject_Call(_TrackedTask, (wrapper,), self.options)
@@ -688,9 +702,9 @@ cdef class LoopRecords:
         if registry._max_running and not registry._take_place(record):
             record.queued = True
             record._place = self.loop.create_future()
-            wrapper = run_queued(record._coro, record)
+            wrapper = _wrap(record, run_queued)
         else:
-            wrapper = _run(record._coro, record)
+            wrapper = _wrap(record, _run)
         try:
             factory = self.task_factory()
             ours = self.builds_itself(factory)
@@ -801,8 +815,10 @@ cdef class LoopRecords:
         deadline = (record._created + record._timeout - self.wheel_start) * TICKS_A_SECOND
         if deadline >= <double>MAX_TICK:
             return 0
-        # The first tick after the deadline: never early, at most one tick late.
-        tick = <uint64_t>deadline + 1 if deadline >= 0 else 0
+        # The first tick at or after the deadline: never early, less than a tick late.
+        tick = <uint64_t>deadline if deadline > 0 else 0
+        if <double>tick < deadline:
+            tick += 1
         self.wheel.arm(record, tick)
         if not self.timer_wanted and (self.timer is None or record.tick < self.timer_tick):
             # One loop timer for all: set once an iteration, so tasks that end in it never touch the loop's heap.
@@ -813,6 +829,7 @@ cdef class LoopRecords:
     def set_timer(self):
         """Have the loop call ``wake`` when the earliest slot in use is due."""
         cdef uint64_t tick
+        cdef double wait
         self.timer_wanted = False
         if self.wheel.armed == 0:
             return
@@ -822,7 +839,10 @@ cdef class LoopRecords:
                 return
             self.timer.cancel()
         self.timer_tick = tick
-        self.timer = self.loop.call_later(tick / TICKS_A_SECOND + self.wheel_start - self.now(), self.wake)
+        # A clock far from its zero may not tell moments closer than SHORTEST_WAIT apart: without it, wake would be
+        # called again and again at the same one.
+        wait = tick / TICKS_A_SECOND + self.wheel_start - self.now()
+        self.timer = self.loop.call_later(wait if wait > SHORTEST_WAIT else SHORTEST_WAIT, self.wake)
 
     def wake(self):
         """Cancel the tasks whose timeout is over and set the timer anew."""
@@ -874,7 +894,7 @@ cdef class LoopRecords:
                 if record._outcome != RUNNING:
                     continue
                 record._created = self.last_end
-                wrapper = _run(record._coro, record)
+                wrapper = _wrap(record, _run)
                 if record._name is not name:
                     options["name"] = name = record._name
                 options["context"] = record._place
@@ -955,6 +975,7 @@ cdef class Registry:
 
     Args:
         history: how many finished tasks to remember as plain values; 0 for none.
+        cap: how many tasks it owns before ``create_task`` and ``fire`` ask ``_admit``; 0 for no cap.
         max_running: how many coroutines may run at once; 0 for no limit.
         muted: the cache of a logger: while ``muted.get(muted_level)`` is False a completed task is not reported.
         muted_level: the logging level of that report.
@@ -965,7 +986,8 @@ cdef class Registry:
     # Guards what several threads share: the table of loops, the counters of closed ones, ids, places and the queue.
     cdef object _lock
     cdef object _history
-    cdef bint _gated
+    cdef bint _shut
+    cdef Py_ssize_t _cap
     cdef public bint _room_wanted
     cdef readonly Py_ssize_t _max_running
     cdef Py_ssize_t _running
@@ -978,10 +1000,11 @@ cdef class Registry:
     cdef object _eager_tasks
     cdef object _eager_factory
 
-    def __init__(self, *, history=0, max_running=0, muted=None, muted_level=0):
+    def __init__(self, *, history=0, cap=0, max_running=0, muted=None, muted_level=0):
         self._by_loop = {}
         self._lock = threading.RLock()
         self._history = deque(maxlen=history) if history else None
+        self._cap = cap
         self._max_running = max_running
         self._queue = {}
         self._muted = muted
@@ -1027,7 +1050,7 @@ cdef class Registry:
         """
         cdef LoopRecords records = self.records_here(coro)
         cdef double seconds
-        if self._gated and not self._admit(coro, name):
+        if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name):
             return None
         if type(name) is not str:
             name = _DEFAULT_NAME if name is None else str(name)
@@ -1056,7 +1079,7 @@ cdef class Registry:
         cdef LoopRecords records = self.records_here(coro)
         cdef Record record
         cdef double seconds
-        if self._gated and not self._admit(coro, name):
+        if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name):
             return
         if type(name) is not str:
             name = _DEFAULT_NAME if name is None else str(name)
@@ -1088,7 +1111,7 @@ cdef class Registry:
         records = self.records_of(loop)
         record = records.enroll(coro, _name_of(coro), 0.0, None, True)
         record._created = records.now()
-        wrapper = _run(coro, record)
+        wrapper = _wrap(record, _run)
         try:
             task = TrackedTask(wrapper, loop=loop, **kwargs)
         except BaseException:
@@ -1098,6 +1121,10 @@ cdef class Registry:
         if record._outcome == RUNNING:
             record._task = task
         return task
+
+    cdef inline bint must_ask(self, LoopRecords records):
+        # One loop's count is at hand; those of several are for _admit to add up.
+        return self._shut or records.live >= self._cap or len(self._by_loop) > 1
 
     cdef inline LoopRecords records_here(self, object coro):
         cdef object loop
@@ -1313,9 +1340,9 @@ cdef class Registry:
 
     # -- what the owner sets -------------------------------------------------------------------------------------
 
-    def _set_gate(self, bint shut):
-        """Have ``create_task`` and ``fire`` ask ``_admit`` first, or no longer."""
-        self._gated = shut
+    def _shut_gate(self):
+        """Have ``create_task`` and ``fire`` ask ``_admit`` for every task from now on."""
+        self._shut = True
 
     def _wake_at(self, loop, Py_ssize_t count):
         """Have ``_on_quiet`` called each time a task ends and ``loop`` is left with ``count`` owned ones or fewer."""
@@ -1326,7 +1353,7 @@ cdef class Registry:
     # -- what the owner is asked and told ------------------------------------------------------------------------
 
     def _admit(self, coro, name):
-        """Say whether a new task may start while a gate is shut; raise to refuse it with an error."""
+        """Say whether a new task may start at the cap or behind a shut gate; raise to refuse it with an error."""
         return True
 
     def _report(self, Record record, error):

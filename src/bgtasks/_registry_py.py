@@ -23,7 +23,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from bgtasks import errors
-from bgtasks._task import TrackedTask, record_of, run, run_queued, starts_eagerly
+from bgtasks._task import TrackedTask, drive, record_of, run, run_queued, starts_eagerly
 
 if TYPE_CHECKING:
     from bgtasks.info import FinishedTask, ManagerStats, TaskInfo
@@ -42,6 +42,7 @@ RUNNING, COMPLETED, FAILED, CANCELLED, TIMED_OUT, ABANDONED = range(6)
 BUCKETS: Final = 329
 IDS_AT_ONCE: Final = 1024
 TICKS_A_SECOND: Final = 1000.0
+SHORTEST_WAIT: Final = 1e-6
 MAX_TICK: Final = 1 << 62
 
 # Every LoopRecords that holds a record: neither it nor its manager may be collected under a running task.
@@ -260,7 +261,7 @@ class Record:
             task = self._task = current_task(records.loop)
         if self.queued:
             self._coro.close()
-        if isinstance(error, GeneratorExit) and current_task(_get_running_loop()) is not task:
+        if isinstance(error, GeneratorExit) and not _is_running(task):
             # Closed from outside: nobody runs this coroutine any more.
             records.finish(self, ABANDONED, None)
         elif not isinstance(error, CancelledError):
@@ -327,6 +328,18 @@ class Record:
         self._place = None
         self.records = None  # type: ignore[assignment]
         self.name_stats = None  # type: ignore[assignment]
+
+
+def _wrap(record: Record, function: Callable[[Any, Record], Coroutine[Any, Any, Any]]) -> Coroutine[Any, Any, Any]:
+    """Return the native coroutine around the user's."""
+    coro = record._coro
+    return function(coro if type(coro) is CoroutineType else drive(coro), record)
+
+
+def _is_running(task: Task[Any]) -> bool:
+    """Tell whether the current step is one of this task."""
+    loop = _get_running_loop()
+    return loop is not None and current_task(loop) is task
 
 
 def _nothing() -> None:
@@ -506,7 +519,7 @@ class LoopRecords:
         self.batch = None
         if context is not None or eager or self.registry._max_running or self.task_factory() is not None:
             return self.launch_specially(record, eager, context)
-        wrapper = run(record._coro, record)
+        wrapper = _wrap(record, run)
         try:
             task = TrackedTask(wrapper, loop=self.loop, name=record._name)
         except BaseException:
@@ -525,9 +538,9 @@ class LoopRecords:
         if registry._max_running and not registry._take_place(record):
             record.queued = True
             record._place = self.loop.create_future()
-            wrapper = run_queued(record._coro, record)
+            wrapper = _wrap(record, run_queued)
         else:
-            wrapper = run(record._coro, record)
+            wrapper = _wrap(record, run)
         task: Any
         try:
             factory = self.task_factory()
@@ -614,8 +627,8 @@ class LoopRecords:
         deadline = (record._created + record._timeout - self.wheel_start) * TICKS_A_SECOND
         if deadline >= MAX_TICK:
             return
-        # The first tick after the deadline: never early, at most one tick late.
-        self.wheel.arm(record, int(deadline) + 1 if deadline >= 0 else 0)
+        # The first tick at or after the deadline: never early, less than a tick late.
+        self.wheel.arm(record, math.ceil(deadline) if deadline > 0 else 0)
         if not self.timer_wanted and (self.timer is None or record.tick < self.timer_tick):
             # One loop timer for all: set once an iteration, so tasks that end in it never touch the loop's heap.
             self.timer_wanted = True
@@ -632,7 +645,10 @@ class LoopRecords:
                 return
             self.timer.cancel()
         self.timer_tick = tick
-        self.timer = self.loop.call_later(tick / TICKS_A_SECOND + self.wheel_start - self.now(), self.wake)
+        # A clock far from its zero may not tell moments closer than SHORTEST_WAIT apart: without it, wake would be
+        # called again and again at the same one.
+        wait = tick / TICKS_A_SECOND + self.wheel_start - self.now()
+        self.timer = self.loop.call_later(max(wait, SHORTEST_WAIT), self.wake)
 
     def wake(self) -> None:
         """Cancel the tasks whose timeout is over and set the timer anew."""
@@ -676,7 +692,7 @@ class LoopRecords:
                 if record._outcome != RUNNING:
                     continue
                 record._created = self.last_end
-                wrapper = run(record._coro, record)
+                wrapper = _wrap(record, run)
                 context = record._place
                 record._place = None
                 try:
@@ -750,6 +766,7 @@ class Registry:
 
     Args:
         history: how many finished tasks to remember as plain values; 0 for none.
+        cap: how many tasks it owns before ``create_task`` and ``fire`` ask ``_admit``; 0 for no cap.
         max_running: how many coroutines may run at once; 0 for no limit.
         muted: the cache of a logger: while ``muted.get(muted_level)`` is False a completed task is not reported.
         muted_level: the logging level of that report.
@@ -757,14 +774,21 @@ class Registry:
     """
 
     def __init__(
-        self, *, history: int = 0, max_running: int = 0, muted: dict[int, bool] | None = None, muted_level: int = 0
+        self,
+        *,
+        history: int = 0,
+        cap: int = 0,
+        max_running: int = 0,
+        muted: dict[int, bool] | None = None,
+        muted_level: int = 0,
     ) -> None:
         self._current: LoopRecords | None = None
         self._by_loop: dict[asyncio.AbstractEventLoop, LoopRecords] = {}
         # Guards what several threads share: the table of loops, the counters of closed ones, ids, places and the queue.
         self._lock = threading.RLock()
         self._history: deque[tuple[Any, ...]] | None = deque(maxlen=history) if history else None
-        self._gated = False
+        self._shut = False
+        self._cap = cap
         self._room_wanted = False
         self._max_running = max_running
         self._running = 0
@@ -814,7 +838,7 @@ class Registry:
 
         """
         records = self.records_here(coro)
-        if self._gated and not self._admit(coro, name):
+        if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name):
             return None  # type: ignore[return-value]
         if type(name) is not str:
             name = DEFAULT_NAME if name is None else str(name)
@@ -852,7 +876,7 @@ class Registry:
 
         """
         records = self.records_here(coro)
-        if self._gated and not self._admit(coro, name):
+        if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name):
             return
         if type(name) is not str:
             name = DEFAULT_NAME if name is None else str(name)
@@ -882,7 +906,7 @@ class Registry:
         records = self.records_of(loop)
         record = records.enroll(coro, _name_of(coro), 0.0, None, True)
         record._created = records.now()
-        wrapper = run(coro, record)
+        wrapper = _wrap(record, run)
         try:
             task = TrackedTask(wrapper, loop=loop, **kwargs)
         except BaseException:
@@ -891,6 +915,10 @@ class Registry:
         task._record = record
         records.follow(record, task)
         return task
+
+    def must_ask(self, records: LoopRecords) -> bool:
+        # One loop's count is at hand; those of several are for _admit to add up.
+        return self._shut or records.live >= self._cap or len(self._by_loop) > 1
 
     def records_here(self, coro: Any) -> LoopRecords:
         if type(coro) is not CoroutineType and not iscoroutine(coro):
@@ -1096,9 +1124,9 @@ class Registry:
 
     # -- what the owner sets -------------------------------------------------------------------------------------
 
-    def _set_gate(self, shut: bool) -> None:
-        """Have ``create_task`` and ``fire`` ask ``_admit`` first, or no longer."""
-        self._gated = shut
+    def _shut_gate(self) -> None:
+        """Have ``create_task`` and ``fire`` ask ``_admit`` for every task from now on."""
+        self._shut = True
 
     def _wake_at(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
         """Have ``_on_quiet`` called each time a task ends and ``loop`` is left with ``count`` owned ones or fewer."""
@@ -1109,7 +1137,7 @@ class Registry:
     # -- what the owner is asked and told ------------------------------------------------------------------------
 
     def _admit(self, coro: Coroutine[Any, Any, Any], name: str) -> bool:
-        """Say whether a new task may start while a gate is shut; raise to refuse it with an error."""
+        """Say whether a new task may start at the cap or behind a shut gate; raise to refuse it with an error."""
         return True
 
     def _report(self, record: Record, error: BaseException | None) -> None:

@@ -7,7 +7,8 @@ A compiled coroutine would be a little faster, but the interpreter's own tools (
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import types
+from collections.abc import Awaitable, Generator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,8 +32,12 @@ class TrackedTask(asyncio.Task[Any]):
 
     def get_coro(self) -> Any:
         """Return the user's coroutine."""
+        wrapper = _get_wrapper(self)
+        if wrapper is None:
+            # asyncio, too, forgets the coroutine of an eager task that ended inside its constructor.
+            return None
         record = record_of(self)
-        return _get_wrapper(self) if record is None else record.coro
+        return wrapper if record is None else record.coro
 
     # asyncio's own repr() and get_stack() read this name.
     _coro = property(get_coro)
@@ -44,7 +49,7 @@ class TrackedTask(asyncio.Task[Any]):
         settle the record: a done callback does it then, and only then.
         """
         wrapper: Any = _get_wrapper(self)
-        if not wrapper.cr_suspended and not wrapper.cr_running and not self.done():
+        if not self.done() and not wrapper.cr_suspended and not wrapper.cr_running:
             self.add_done_callback(self._record.settle)
         return _cancel(self, msg=msg)
 
@@ -60,11 +65,30 @@ def record_of(task: Any) -> Record | None:
     except AttributeError:
         # It has not left its constructor: the record is an argument of the coroutine around the user's.
         wrapper: Any = _get_wrapper(task)
-        return None if wrapper.cr_frame is None else wrapper.cr_frame.f_locals.get("record")
+        return None if wrapper is None or wrapper.cr_frame is None else wrapper.cr_frame.f_locals.get("record")
     return record
 
 
-async def run(coro: Coroutine[Any, Any, Any], record: Record) -> Any:
+@types.coroutine
+def drive(coro: Any) -> Generator[Any, Any, Any]:
+    """Run what asyncio takes for a coroutine although ``await`` may not: an object with send, throw and close."""
+    try:
+        step = coro.send(None)
+        while True:
+            try:
+                sent = yield step
+            except GeneratorExit:
+                coro.close()
+                raise
+            except BaseException as error:
+                step = coro.throw(error)
+            else:
+                step = coro.send(sent)
+    except StopIteration as end:
+        return end.value
+
+
+async def run(coro: Awaitable[Any], record: Record) -> Any:
     """Run the user's coroutine and settle its record where it ends, not a loop iteration later."""
     try:
         return record.complete(await coro)
@@ -73,7 +97,7 @@ async def run(coro: Coroutine[Any, Any, Any], record: Record) -> Any:
         raise
 
 
-async def run_queued(coro: Coroutine[Any, Any, Any], record: Record) -> Any:
+async def run_queued(coro: Awaitable[Any], record: Record) -> Any:
     """Wait for a place among the running coroutines, then do as ``run`` does."""
     try:
         await record.place

@@ -89,6 +89,7 @@ class BackgroundTaskManager(Registry):
             raise errors.InvalidOptionError(f"on_error must be callable or None, got {errors.describe(on_error)}")
         super().__init__(
             history=_checked_count("history", history, 0),
+            cap=self._max_pending_tasks,
             max_running=max_concurrency or 0,
             # While DEBUG is off the logger's own cache says so: one dict look-up a task instead of a call.
             muted=getattr(logger, "_cache", None),
@@ -111,7 +112,6 @@ class BackgroundTaskManager(Registry):
         self._handed_over: dict[
             concurrent.futures.Future[Any], tuple[asyncio.AbstractEventLoop, Coroutine[Any, Any, Any]]
         ] = {}
-        self._shut_gate_if_needed()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._phase}, {self.get_task_count()} tasks>"
@@ -508,7 +508,7 @@ class BackgroundTaskManager(Registry):
             if self._current_record() is None:
                 await self._closed.wait_until(self._is_closed, timeout + drain)
             return self._shutdown_stats("already_shutdown", 0, begun)
-        self._shut_gate_if_needed()
+        self._shut_gate()
         self._room.ring()
         initial = len(self._others())
         try:
@@ -531,9 +531,6 @@ class BackgroundTaskManager(Registry):
 
     def _is_closed(self) -> bool:
         return self._phase == "closed"
-
-    def _shut_gate_if_needed(self) -> None:
-        self._set_gate(self._phase != "open" or self._max_pending_tasks > 0)
 
     def _others(self) -> list[Record]:
         """Return the records of all tasks the manager owns but the calling one."""

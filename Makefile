@@ -1,0 +1,30 @@
+# The commands that people and CI share. They use the activated Python, or the one given: make test PYTHON=...
+PYTHON ?= python
+
+.PHONY: build test suite lint bench nightly dist
+
+build: # the package, editable and compiled, with what the other commands need
+	$(PYTHON) -m pip install --upgrade 'pip>=25.1'
+	BGTASKS_BUILD=require $(PYTHON) -m pip install --editable '.[uvloop]' --group dev
+
+test: # on both twins
+	PYTHON='$(PYTHON)' scripts/test_twins
+
+suite: # CPython's own asyncio tests, on tracked tasks
+	BGTASKS_IMPLEMENTATION=cython $(PYTHON) -X faulthandler tests/cpython_asyncio.py
+
+lint:
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+	$(PYTHON) -m cython_lint.cython_lint src
+
+bench:
+	BGTASKS_IMPLEMENTATION=cython $(PYTHON) benchmarks/compare.py
+
+nightly: # the tests that take minutes, on both twins
+	PYTHON='$(PYTHON)' scripts/test_twins -m nightly
+
+dist: # the sdist, and the wheel from it
+	$(PYTHON) -m pip install --upgrade build
+	BGTASKS_BUILD=require $(PYTHON) -m build

@@ -1,0 +1,146 @@
+"""Which registry runs, what importing costs, and which file may import which."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bgtasks
+
+PACKAGE = Path(bgtasks.__file__).parent
+# Each layer imports only from layers before it.
+LAYERS = [
+    {"errors", "info", "_bell", "_task"},
+    {"_registry", "_registry_py"},
+    {"registry"},
+    {"manager"},
+    {"__init__"},
+]
+
+
+def run(code, path=None, **environment):
+    """Run a program in an interpreter of its own; return what became of it."""
+    variables = {key: value for key, value in os.environ.items() if key != "BGTASKS_IMPLEMENTATION"}
+    if path is not None:
+        variables["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**variables, **environment},
+    )
+
+
+@pytest.fixture
+def copy_without_extension(tmp_path):
+    """Give a folder that holds the package without its compiled registry."""
+    shutil.copytree(PACKAGE, tmp_path / "bgtasks", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    return tmp_path
+
+
+SHOW = "import bgtasks; print(bgtasks.IMPLEMENTATION)"
+
+
+def test_auto_takes_the_compiled_registry(pytestconfig):
+    """Where the extension was built it is what runs."""
+    if pytestconfig.option.twin == "python":
+        return
+    assert run(SHOW).stdout == "cython\n"
+    assert run(SHOW, BGTASKS_IMPLEMENTATION="auto").stdout == "cython\n"
+    assert run(SHOW, BGTASKS_IMPLEMENTATION="cython").stdout == "cython\n"
+
+
+def test_python_takes_the_twin():
+    """The twin can be asked for."""
+    assert run(SHOW, BGTASKS_IMPLEMENTATION="python").stdout == "python\n"
+
+
+@pytest.mark.parametrize("value", ["0", "", "Cython", "yes"])
+def test_an_unknown_value_is_an_error_that_lists_the_values(value):
+    """No truthiness: a value is one of three or an error."""
+    done = run(SHOW, BGTASKS_IMPLEMENTATION=value)
+    assert done.returncode == 1
+    assert "auto, cython, python" in done.stderr
+
+
+def test_without_the_extension_auto_runs_the_twin_and_cython_is_an_error(copy_without_extension):
+    """Demanding the compiled registry where it is missing is no silent second best."""
+    assert run(SHOW, copy_without_extension).stdout == "python\n"
+    done = run(SHOW, copy_without_extension, BGTASKS_IMPLEMENTATION="cython")
+    assert "BGTASKS_BUILD=require" in done.stderr
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("choice", ["auto", "cython"])
+def test_an_extension_that_does_not_load_is_an_error(copy_without_extension, choice):
+    """A broken extension is not passed over."""
+    from importlib.machinery import EXTENSION_SUFFIXES
+
+    (copy_without_extension / "bgtasks" / f"_registry{EXTENSION_SUFFIXES[0]}").write_bytes(b"no extension")
+    done = run(SHOW, copy_without_extension, BGTASKS_IMPLEMENTATION=choice)
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PACKAGE.glob("*.py")))
+def test_each_module_imports_alone(name):
+    """Every module can be the first one imported, with warnings as errors."""
+    done = run(f"import bgtasks.{name}" if name != "__init__" else "import bgtasks")
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_loads_no_third_party_module():
+    """The core brings nothing along but the standard library."""
+    done = run("import sys; import bgtasks; print('\\n'.join(sys.modules))")
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    strangers = loaded - set(sys.stdlib_module_names) - {"bgtasks", "__main__"}
+    # What site starts for an editable install, and what Cython keeps for itself.
+    assert not {
+        name for name in strangers if not name.startswith(("__editable__", "_cython_", "cython_", "_distutils"))
+    }
+
+
+def imports_of(path):
+    """Return the names of the package's modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module == "bgtasks":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bgtasks."):
+            found.add(node.module.partition(".")[2])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("bgtasks.")}
+    return found
+
+
+def test_a_file_imports_only_from_layers_below():
+    """The layers of ARCHITECTURE.md hold."""
+    seen = set()
+    for number, layer in enumerate(LAYERS):
+        below = set().union(*LAYERS[:number])
+        for name in layer:
+            path = PACKAGE / f"{name}.py"
+            if path.exists():
+                seen.add(name)
+                # Only for the type checker: a record is what _task and its registry know of each other.
+                above = {"_registry_py"} if name == "_task" else set()
+                assert imports_of(path) <= below | above, name
+    assert seen == {path.stem for path in PACKAGE.glob("*.py")}
+
+
+def test_what_is_exported_is_sorted_and_there():
+    """Every name of __all__ exists, in order, and everything public is in it."""
+    assert bgtasks.__all__ == sorted(bgtasks.__all__, key=lambda name: (not name.isupper(), name))
+    for name in bgtasks.__all__:
+        assert getattr(bgtasks, name)
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {"_registry"}
+    public = {name for name in vars(bgtasks) if not name.startswith("_")} - modules
+    assert public == set(bgtasks.__all__)

@@ -1,0 +1,222 @@
+"""Timeouts: never early, at most a tick late, nothing left behind, whatever their lengths and order."""
+
+import asyncio
+import logging
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loops import LOOPS, VirtualLoop
+from twins import MODULES, manager_module
+from work import forever, value
+
+TICK = 0.001
+
+LENGTHS = st.one_of(
+    st.floats(min_value=1e-9, max_value=0.1),
+    st.floats(min_value=0.1, max_value=100.0),
+    st.floats(min_value=100.0, max_value=1e5),
+    st.integers(min_value=1, max_value=1000).map(lambda tenths: tenths / 10),
+    st.sampled_from([0.001, 0.064, 4.096, 262.144, 0.064001, 16777.216]),
+)
+# (pause before it is started, its timeout, when it ends by itself as a share of its timeout or never)
+TASKS = st.lists(
+    st.tuples(
+        st.one_of(st.just(0.0), st.floats(min_value=0.0, max_value=3e3)),
+        LENGTHS,
+        st.one_of(st.none(), st.floats(min_value=0.01, max_value=0.9)),
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """Leave the warnings of thousands of timeouts unformatted."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("twin_name", list(MODULES))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(tasks=TASKS)
+def test_never_early_and_at_most_a_tick_late(request, twin_name, tasks):
+    """Each task that outlasts its timeout ends within the tick after it; the others end by themselves."""
+    if request.config.option.twin not in ("both", twin_name):
+        return
+    manager = manager_module(twin_name).BackgroundTaskManager()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+
+        async def work(begun, timeout, ends):
+            try:
+                if ends is None:
+                    await asyncio.Event().wait()
+                await asyncio.sleep(timeout * ends)
+            except asyncio.CancelledError:
+                late = loop.time() - (begun + timeout)
+                assert -1e-6 <= late <= TICK + 2e-6, (timeout, late)
+                raise
+
+        timed_out = 0
+        for pause, timeout, ends in tasks:
+            await asyncio.sleep(pause)
+            manager.create_task(work(loop.time(), timeout, ends), timeout=timeout)
+            timed_out += ends is None
+        await manager.wait_for_all()
+        await asyncio.sleep(0)
+        assert not [handle for handle in loop._scheduled if not handle.cancelled()]
+        return timed_out
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        timed_out = runner.run(main())
+    stats = manager.stats()
+    assert (stats["timed_out"], stats["completed"]) == (timed_out, len(tasks) - timed_out)
+
+
+@pytest.mark.parametrize("timeout", [1073741.824, 7e7, 2.0**36 / 1000, 2.0**36 / 1000 + 1, 1e9])
+def test_timeouts_of_years(make_manager, timeout):
+    """Lengths beyond the wheel's span are kept as exactly as short ones."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        manager = make_manager()
+        begun = loop.time()
+        task = manager.create_task(forever(), timeout=timeout)
+        await asyncio.wait([task])
+        return loop.time() - begun - timeout
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert -1e-6 <= runner.run(main()) <= TICK + 1e-5
+
+
+def test_quick_tasks_leave_nothing_behind(make_manager):
+    """A thousand tasks that end long before their timeout leave no task, no timer and no handle in the loop."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        manager = make_manager()
+        tasks, scheduled = len(asyncio.all_tasks()), len(loop._scheduled)
+        for _ in range(1000):
+            manager.create_task(asyncio.sleep(0.001), timeout=30)
+        await manager.wait_for_all()
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == tasks
+        assert len(loop._scheduled) == scheduled
+
+    with asyncio.Runner(loop_factory=LOOPS["asyncio"]) as runner:
+        runner.run(main())
+
+
+def test_one_loop_timer_stands_for_all(make_manager):
+    """Ten thousand different timeouts, descending, need one timer of the loop at a time."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        manager = make_manager()
+        for number in range(10_000):
+            manager.create_task(forever(), timeout=3600 - number * 0.11)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len([handle for handle in loop._scheduled if not handle.cancelled()]) == 1
+        await manager.shutdown()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main())
+
+
+def test_a_timeout_meets_no_task_that_took_the_place_of_a_finished_one(make_manager):
+    """A record used again after its task ended is not touched by the old one's deadline."""
+
+    async def main():
+        manager = make_manager()
+        for _ in range(600):
+            await manager.create_task(value(), timeout=0.5)
+            await manager.create_task(asyncio.sleep(0.0001), timeout=0.5)
+        survivors = [manager.create_task(asyncio.sleep(10, "alive"), timeout=20) for _ in range(600)]
+        assert await asyncio.gather(*survivors) == ["alive"] * 600
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("cancelled_at", [0.9, 0.9999, 1.0, 1.0001])
+def test_timeout_and_cancellation_in_one_instant(make_manager, cancelled_at):
+    """Whichever of the two comes first in the same iteration of the loop, the external cancellation wins."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        manager = make_manager()
+        task = manager.create_task(forever(), timeout=1.0)
+        await asyncio.sleep(0)
+        loop.call_later(cancelled_at, task.cancel, "outside")
+        # The clock leaps past both: they are due in one iteration, in the order of their times.
+        loop.now += 2
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return manager.stats()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        stats = runner.run(main())
+    assert (stats["cancelled"], stats["timed_out"]) == (1, 0)
+
+
+def test_a_result_before_the_timeout_stands(make_manager):
+    """A task that ends in the iteration before its timeout is due has completed."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        manager = make_manager()
+        future = loop.create_future()
+
+        async def work():
+            return await future
+
+        task = manager.create_task(work(), timeout=1.0)
+        await asyncio.sleep(0.9999)
+        future.set_result("result")
+        loop.call_soon(lambda: setattr(loop, "now", loop.now + 1))
+        assert await task == "result"
+        await asyncio.sleep(5)
+        return manager.stats()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        stats = runner.run(main())
+    assert (stats["completed"], stats["timed_out"]) == (1, 0)
+
+
+def test_the_wall_clock_may_jump(make_manager, monkeypatch):
+    """Timeouts follow the loop's clock alone."""
+
+    async def main():
+        manager = make_manager()
+        task = manager.create_task(forever(), timeout=5)
+        for jump in (-1e9, 1e12):
+            monkeypatch.setattr(time, "time", lambda jump=jump: jump)
+            await asyncio.sleep(2)
+            assert not task.done()
+        await asyncio.sleep(1.1)
+        assert task.cancelled()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main())
+
+
+async def test_real_clocks_are_never_early(make_manager):
+    """On a real loop, uvloop's millisecond clock included, a timeout does not come before its time."""
+    manager = make_manager()
+
+    async def work(begun, timeout):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            assert time.monotonic() - begun >= timeout
+
+    for timeout in (0.0004, 0.001, 0.0023, 0.005, 0.01):
+        manager.create_task(work(time.monotonic(), timeout), timeout=timeout)
+    await manager.wait_for_all()
+    assert manager.stats()["timed_out"] == 5
