@@ -17,7 +17,8 @@ lint:
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
-	$(PYTHON) -m cython_lint.cython_lint src
+	scripts=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))') && \
+		PATH="$$scripts:$$PATH" cython-lint src # which calls pycodestyle by its name
 
 bench:
 	BGTASKS_IMPLEMENTATION=cython $(PYTHON) benchmarks/compare.py
