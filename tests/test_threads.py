@@ -203,7 +203,7 @@ def test_eight_loops_hammer_one_manager(make_manager):
     async def work(chance):
         for _ in range(40):
             await asyncio.gather(*(one(chance) for _ in range(10)), return_exceptions=True)
-        await manager.wait_for_all(timeout=0)
+        await manager.wait_for_all(timeout=0, return_exceptions=True)
 
     async def one(chance):
         kind = chance.randrange(6)
