@@ -178,7 +178,7 @@ cdef class Record:
     # Neighbours in the list of live records, borrowed: the list holds one reference to each member.
     cdef PyObject* previous_record
     cdef PyObject* next_record
-    # Neighbours in a slot of the timer wheel, borrowed.
+    # Neighbours in a slot of the timer wheel, borrowed; before the first one stands the last.
     cdef PyObject* previous_timer
     cdef PyObject* next_timer
     cdef LoopRecords records
@@ -463,23 +463,30 @@ cdef class TimerWheel:
     cdef int link(self, Record record, int slot) except -1:
         cdef PyObject* head = self.slots[slot]
         record.slot = slot
-        record.previous_timer = NULL
-        record.next_timer = head
-        if head is not NULL:
-            (<Record>head).previous_timer = <PyObject*>record
-        self.slots[slot] = <PyObject*>record
+        record.next_timer = NULL
+        if head is NULL:
+            record.previous_timer = <PyObject*>record
+            self.slots[slot] = <PyObject*>record
+            return 0
+        # At the end, so that equal timeouts are over in the order in which they were armed.
+        record.previous_timer = (<Record>head).previous_timer
+        (<Record>record.previous_timer).next_timer = <PyObject*>record
+        (<Record>head).previous_timer = <PyObject*>record
         return 0
 
     cdef int take(self, Record record) except -1:
         cdef int slot = record.slot
-        if record.previous_timer is not NULL:
+        cdef PyObject* head = self.slots[slot]
+        if head is not <PyObject*>record:
             (<Record>record.previous_timer).next_timer = record.next_timer
         else:
-            self.slots[slot] = record.next_timer
-            if record.next_timer is NULL and slot != DUE_SLOT:
+            self.slots[slot] = head = record.next_timer
+            if head is NULL and slot != DUE_SLOT:
                 self.occupied[slot // SLOTS] &= ~((<uint64_t>1) << (slot % SLOTS))
         if record.next_timer is not NULL:
             (<Record>record.next_timer).previous_timer = record.previous_timer
+        elif head is not NULL:
+            (<Record>head).previous_timer = record.previous_timer
         record.slot = NOT_ARMED
         return 0
 

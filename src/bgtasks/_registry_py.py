@@ -562,7 +562,11 @@ class LoopRecords:
         if ours:
             task._record = record
         self.follow(record, task)
-        return task
+        try:
+            return task
+        finally:
+            # The error of an eager task keeps this frame through its traceback: the frame must not keep the task.
+            del task
 
     def follow(self, record: Record, task: Any) -> None:
         """Take up a task that may have run eagerly: keep it and start its timeout unless it has ended."""
@@ -702,6 +706,8 @@ class LoopRecords:
                     raise
                 task._record = record
                 self.follow(record, task)
+                # As in ``launch_specially``: the frame must not keep the task.
+                del task
         finally:
             if index < len(batch):
                 # The first step of a task raised what stops the loop: the others start when it goes on.
@@ -848,10 +854,9 @@ class Registry:
         if contextvars_context is not None and not isinstance(contextvars_context, Context):
             errors.close_refused(coro)
             raise errors.invalid_contextvars_context(contextvars_context)
-        task: Task[Result] = records.launch(
+        return records.launch(  # type: ignore[no-any-return]
             records.enroll(coro, name, seconds, context, False), eager_start, contextvars_context
         )
-        return task
 
     def fire(
         self,
@@ -914,7 +919,11 @@ class Registry:
             raise
         task._record = record
         records.follow(record, task)
-        return task
+        try:
+            return task
+        finally:
+            # As in ``launch_specially``: the frame must not keep the task.
+            del task
 
     def must_ask(self, records: LoopRecords) -> bool:
         # One loop's count is at hand; those of several are for _admit to add up.

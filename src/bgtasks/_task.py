@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from bgtasks._registry_py import Record
 
 _cancel = asyncio.Task.cancel
-_get_wrapper = asyncio.Task.get_coro
+# Not get_coro() where it can be helped: up to Python 3.12.1 that crashes on an eager task that has ended.
+_get_wrapper = asyncio.Task._coro.__get__ if hasattr(asyncio.Task, "_coro") else asyncio.Task.get_coro
 
 
 class TrackedTask(asyncio.Task[Any]):

@@ -154,7 +154,11 @@ class BackgroundTaskManager(Registry):
             contextvars_context=contextvars_context,
         )
         assert task is not None, "there was room"
-        return task
+        try:
+            return task
+        finally:
+            # The error of an eager task keeps this frame through its traceback: the frame must not keep the task.
+            del task
 
     def create_task_threadsafe(
         self,
