@@ -35,6 +35,8 @@ class BuildRegistry(build_ext):
 
 
 def extensions() -> list[Extension]:
+    if BUILD == "require" and sys.implementation.name != "cpython":
+        sys.exit(f"BGTASKS_BUILD=require: the compiled registry is for CPython, this is {sys.implementation.name}")
     if BUILD == "skip" or sys.implementation.name != "cpython":
         return []
     from Cython.Build import cythonize

@@ -166,7 +166,8 @@ cdef double _middle_of(int index) noexcept:
 
 @cython.final
 @cython.no_gc
-@cython.freelist(256)
+# As many as a busy iteration of the loop has in flight; 1,024 records are some 170 kB.
+@cython.freelist(1024)
 cdef class Record:
     """What the registry keeps on one task while it lives.
 
