@@ -21,6 +21,7 @@ What is replaced, and nothing else:
   ``eager_start=True`` comes from asyncio's own eager factory. Classes with another ``Task``, the one in pure Python or
   one derived from either, are left out and counted: a manager builds none, and there is a twin for the one in C.
 - ``asyncio.eager_task_factory`` in all modules, in the same way.
+- A loop's ``close``, to look at the manager's live tasks before it works as ever.
 
 Tests that start a new interpreter and tests of what has no task in it run as always; the number of tests that had
 tracked tasks stands in the summary. When a loop is closed and after each test, no task that is done and none of a
@@ -187,7 +188,7 @@ class Result(unittest.TextTestResult):
         self.passed_ids: set[str] = set()
         self.failed_ids: set[str] = set()
         self.skipped_ids: set[str] = set()
-        self.differing_ids: set[str] = set()
+        self.differences: dict[str, str] = {}
         self.tracked_tests = 0
         self.tracked_modules: set[str] = set()
         self._started_before = 0
@@ -217,7 +218,11 @@ class Result(unittest.TextTestResult):
     def addExpectedFailure(self, test: unittest.TestCase, err: Any) -> None:  # noqa: N802
         """Count a test that failed as CPython, or the list of differences, says it does."""
         super().addExpectedFailure(test, err)
-        (self.passed_ids if difference_of(test) is None else self.differing_ids).add(test.id())
+        difference = difference_of(test)
+        if difference is None:
+            self.passed_ids.add(test.id())
+        else:
+            self.differences[test.id()] = difference
 
     def addError(self, test: unittest.TestCase, err: Any) -> None:  # noqa: N802
         """Count a test, or the set-up of a class or module, that raised."""
@@ -347,7 +352,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory, os_helper.change_cwd(directory):
         result = run(tests, tracking)
     failed = set(result.failed_ids)
-    skipped = (result.skipped_ids | result.differing_ids) - failed
+    skipped = (result.skipped_ids | result.differences.keys()) - failed
     passed = result.passed_ids - failed - skipped
     problems: list[str] = []
     print(f"Python {sys.version.split()[0]}: {', '.join(arguments.modules)}")
@@ -358,8 +363,8 @@ def main() -> int:
         outcomes = ", ".join(f"{stats[outcome]} {outcome}" for outcome in OUTCOMES)
         print(f"{stats['started']} tasks tracked in {result.tracked_tests} tests: {outcomes}")
         problems = check(tracking, result, arguments.modules)
-        for name in sorted(result.differing_ids):
-            print(f"differs as listed: {name}")
+        for name, reason in sorted(result.differences.items()):
+            print(f"differs as listed: {name}: {reason}")
         if failed:
             for name in sorted(failed & failures_without_bgtasks(arguments.modules)):
                 print(f"fails without bgtasks, too: {name}")
