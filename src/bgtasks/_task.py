@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bgtasks._registry_py import Record
 
 _cancel = asyncio.Task.cancel
-# Not get_coro() where it can be helped: up to Python 3.12.1 that crashes on an eager task that has ended.
+# Not get_coro() where it can be helped: in early releases of Python 3.12 that crashes on an eager task that has ended.
 _get_wrapper = asyncio.Task._coro.__get__ if hasattr(asyncio.Task, "_coro") else asyncio.Task.get_coro
 
 
