@@ -20,8 +20,15 @@ from bgtasks import _registry_py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the choice of the twins; leaving one out has to be said."""
+    """Add the choice of the twins, where leaving one out has to be said, and of what tasks of the compiled one step."""
     parser.addoption("--twin", choices=["both", *MODULES], default="both", help="the registries to test")
+    parser.addoption("--native", action="store_true", help="have tasks step native coroutines, as from Python 3.14 on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose what tasks of the compiled registry step."""
+    if config.option.native:
+        registry_module("cython").use_native_coroutines(True)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -72,7 +72,6 @@ TASK_MODULES: Final = ("test_eager_task_factory", "test_tasks")
 # Module and test, with the reason.
 DIFFERENCES: Final = {
     "test_tasks.test_log_destroyed_pending_task": "a manager holds each task to its end, so none is destroyed before",
-    "test_tasks.test_task_repr": "a task cancelled before its first step shows a callback of the manager",
 }
 # They end a task behind its back, with ``Future.set_result(task, ...)``: it counts as live until its loop is closed.
 ENDED_FROM_OUTSIDE: Final = ("test_set_exception_causes_invalid_state", "test_set_result_causes_invalid_state")

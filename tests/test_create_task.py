@@ -315,3 +315,48 @@ async def test_the_private_names_of_the_replaced_manager_are_there(make_manager)
     assert metadata.created_at > 0
     assert manager.pending_count == 1
     await manager.cancel_all()
+
+
+@pytest.mark.parametrize("queued", [False, True])
+async def test_a_task_cancelled_before_its_first_step_is_counted_when_its_awaiter_wakes(make_manager, queued):
+    """Its coroutine is never entered; whoever awaited it before the cancellation finds it gone."""
+    manager = make_manager(max_concurrency=1 if queued else None)
+    entered = []
+
+    async def work():
+        entered.append(1)
+
+    async def watch():
+        with pytest.raises(asyncio.CancelledError, match="at once"):
+            await task
+        return manager.stats()["cancelled"], [each["name"] for each in manager.get_task_info()]
+
+    async def cancel():
+        task.cancel("at once")
+
+    # An eager factory would run the task before anybody can cancel it.
+    asyncio.get_running_loop().set_task_factory(None)
+    if queued:
+        manager.create_task(forever(), name="holds the place")
+    # Built without the loop's factory, so that all three take their first steps in the next iteration, in this order.
+    watcher = asyncio.Task(watch(), loop=asyncio.get_running_loop())
+    canceller = asyncio.Task(cancel(), loop=asyncio.get_running_loop())
+    task = manager.create_task(work())
+    assert await watcher == (1, ["holds the place"] * queued)
+    assert task.cancelled()
+    assert not entered
+    await canceller
+    await manager.cancel_all()
+
+
+async def test_a_cancellation_taken_back_before_the_first_step_leaves_the_task_alone(make_manager):
+    """From Python 3.13 on uncancel() before the first step lets the task run as if nothing had been."""
+    manager = make_manager()
+    task = manager.create_task(value(7))
+    bare = asyncio.get_running_loop().create_task(value(7))
+    for each in (task, bare):
+        each.cancel()
+        each.uncancel()
+    outcomes = await asyncio.gather(task, bare, return_exceptions=True)
+    assert repr(outcomes[0]) == repr(outcomes[1])
+    assert manager.stats()["completed" if outcomes[0] == 7 else "cancelled"] == 1

@@ -3,6 +3,9 @@
 import asyncio
 import gc
 import logging
+import sys
+import traceback
+from pathlib import Path
 
 import pytest
 from work import failing, failing_later, forever, until, value
@@ -201,3 +204,37 @@ async def test_an_error_whose_text_fails_is_still_reported(make_manager, caplog)
 def reject(record):
     """Let no record through."""
     return False
+
+
+async def test_an_error_hook_may_ask_for_the_exception_being_handled(make_manager):
+    """Inside on_error sys.exc_info() is the task's exception; around it, it is what it was."""
+    seen = []
+    manager = make_manager(on_error=lambda info, error: seen.append((sys.exc_info()[1], error)))
+
+    async def fails():
+        raise ValueError("expected")
+
+    async def fails_while_handling():
+        try:
+            raise KeyError("outer")
+        except KeyError as outer:
+            task = manager.create_task(fails(), eager_start=True)
+            seen.append((sys.exc_info()[1], outer))
+        await asyncio.wait([task])
+
+    await manager.create_task(fails_while_handling())
+    assert all(handled is expected for handled, expected in seen)
+    assert sorted(type(expected).__name__ for _, expected in seen) == ["KeyError", "ValueError"]
+
+
+async def test_the_stack_of_running_work_holds_no_frame_of_the_compiled_registry(make_manager, twin, request):
+    """A traceback printed by the user's code goes from it to the loop; a native coroutine around it is named."""
+    manager = make_manager()
+
+    async def look():
+        return [(Path(frame.filename).name, frame.name) for frame in traceback.extract_stack()]
+
+    names = await manager.create_task(look())
+    native = twin == "python" or request.config.option.native or sys.version_info >= (3, 14)
+    assert names[-1][1] == "look"
+    assert (names[-2] == ("_task.py", "run")) == native

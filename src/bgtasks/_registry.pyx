@@ -14,6 +14,7 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
 import asyncio
+import sys
 import threading
 from asyncio import BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
@@ -27,13 +28,29 @@ from bgtasks import _task, errors
 from bgtasks._task import drive, record_of, run, run_queued, starts_eagerly
 
 cdef extern from "Python.h":
+    ctypedef enum PySendResult:
+        PYGEN_RETURN
+        PYGEN_ERROR
+        PYGEN_NEXT
+
     bint PyCoro_CheckExact(object value)
     object PyContext_CopyCurrent()
     void Py_DECREF(PyObject* value)
+    # Neither raises for Cython's eyes: the error indicator is dealt with by hand.
+    PySendResult PyIter_Send(PyObject* coro, PyObject* sent, PyObject** result) noexcept
+    PyObject* PyErr_GetHandledException() noexcept
+    void PyErr_SetHandledException(PyObject* error) noexcept
+    void Py_XDECREF(PyObject* value)
 
 
 cdef extern from "_clock.h":
     double bgtasks_monotonic() noexcept
+
+
+cdef extern from "_coroutine.h":
+    void bgtasks_set_am_send(object type, PySendResult (*send)(PyObject*, PyObject*, PyObject**) except PYGEN_ERROR)
+    object bgtasks_take_error()
+    void bgtasks_put_error(object error)
 
 
 cdef extern from "_tracked_task.h":
@@ -59,6 +76,18 @@ cdef object _TrackedTask = TrackedTask
 cdef object _run = run
 cdef object _running_loop = _get_running_loop
 cdef object _Context = Context
+
+# Whether tasks step a native coroutine around the user's, or their record, which is faster. From Python 3.14 on
+# ``python -m asyncio pstree`` reads the coroutines of a task out of the memory of the process and follows native ones
+# only; before, whoever asks a task for its coroutine gets the user's from TrackedTask.
+cdef bint _native = sys.version_info >= (3, 14)
+
+
+def use_native_coroutines(bint wanted):
+    """Choose what tasks step from now on, for the tests: native coroutines or records."""
+    global _native
+    _native = wanted
+
 
 cdef enum:
     RUNNING = 0
@@ -169,10 +198,9 @@ cdef double _middle_of(int index) noexcept:
 # As many as a busy iteration of the loop has in flight; 1,024 records are some 170 kB.
 @cython.freelist(1024)
 cdef class Record:
-    """What the registry keeps on one task while it lives.
+    """What the registry keeps on one task while it lives, and what the task steps as the coroutine around the user's.
 
-    The list of its ``LoopRecords`` owns it from creation to the end of the task; the task's slot and the coroutine
-    around the user's share it. It is invisible to the cycle collector on purpose: a task must not vanish because nobody
+    The list of its ``LoopRecords`` owns it from creation to the end of the task; the task shares it. It is invisible to the cycle collector on purpose: a task must not vanish because nobody
     but its manager holds it, and ``release`` cuts every reference at the end.
     """
 
@@ -201,6 +229,7 @@ cdef class Record:
     cdef unsigned char observed
     cdef unsigned char expired
     cdef unsigned char queued
+    cdef unsigned char _paused
     cdef unsigned char holds_place
 
     def __init__(self):
@@ -215,6 +244,15 @@ cdef class Record:
     def place(self):
         """The future that a queued task waits on, resolved when it may run."""
         return self._place
+
+    @property
+    def paused(self):
+        """True for a task cancelled before its first step: it stands in ``_task.pause``, its coroutine unentered."""
+        return self._paused
+
+    @paused.setter
+    def paused(self, bint value):
+        self._paused = value
 
     @property
     def task(self):
@@ -280,16 +318,20 @@ cdef class Record:
     @cython.binding(False)
     def complete(self, result):
         """Settle the record of a task whose coroutine returned ``result``, and return that."""
+        self.settle_completed()
+        return result
+
+    cdef int settle_completed(self) except -1:
         cdef LoopRecords records = self.records
         cdef Registry registry
         if self._outcome != RUNNING:
-            return result
+            return 0
         records.finish(self, COMPLETED, None)
         registry = records.registry
         if registry._muted is None or registry._muted.get(registry._muted_level) is not False:
             self.report(None)
         self.release()
-        return result
+        return 0
 
     def fail(self, error):
         """Settle the record of a task whose coroutine raised ``error``."""
@@ -300,7 +342,7 @@ cdef class Record:
         if task is None:
             # An eager task that has not left its constructor.
             task = self._task = current_task(records.loop)
-        if self.queued:
+        if self.queued or self._paused:
             self._coro.close()
         if isinstance(error, GeneratorExit) and not _is_running(task):
             # Closed from outside: nobody runs this coroutine any more.
@@ -348,6 +390,47 @@ cdef class Record:
         # An eager task that has not left its constructor.
         return current_task(self.records.loop).cancel(message)
 
+    # -- a coroutine around the user's: what asyncio steps, see _step ---------------------------------------------
+
+    def send(self, value):
+        """Step the user's coroutine."""
+        cdef PyObject* result = NULL
+        if _step(<PyObject*>self, <PyObject*>value, &result) == PYGEN_NEXT:
+            return _taken(result)
+        raise StopIteration(_taken(result))
+
+    def throw(self, error, *rest):
+        """Raise an exception in the user's coroutine."""
+        if self.queued:
+            self.fail(error)
+            raise error
+        try:
+            return self._coro.throw(error, *rest)
+        except StopIteration:
+            self.settle_completed()
+            raise
+        except BaseException as raised:
+            self.fail(raised)
+            raise
+
+    def close(self):
+        """Close the user's coroutine; a task that had not ended is abandoned."""
+        try:
+            self._coro.close()
+        except BaseException as raised:
+            self.fail(raised)
+            raise
+        if self._outcome == RUNNING:
+            self.records.finish(self, ABANDONED, None)
+            self.report(None)
+            self.release()
+
+    def __await__(self):
+        return self
+
+    def __next__(self):
+        return self.send(None)
+
     def begin(self):
         """Mark a queued task as running: its timeout and its duration count from here."""
         self.queued = False
@@ -370,6 +453,64 @@ cdef class Record:
         self.records = None
         self.name_stats = None
         return 0
+
+
+cdef object _taken(PyObject* result):
+    cdef object value = <object>result
+    Py_DECREF(result)
+    return value
+
+
+cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) except PYGEN_ERROR:
+    """Step the coroutine of a record, and settle the record where that ends."""
+    cdef Record record = <Record>self
+    cdef PySendResult status
+    if record.queued:
+        if not record._place.done():
+            # What a future's __await__ does before it yields itself to the task.
+            record._place._asyncio_future_blocking = True
+            Py_INCREF(record._place)
+            result[0] = <PyObject*>record._place
+            return PYGEN_NEXT
+        record.begin()
+    status = PyIter_Send(<PyObject*>record._coro, sent, result)
+    if status == PYGEN_NEXT:
+        return PYGEN_NEXT
+    if status == PYGEN_ERROR:
+        _fail(record)
+        return PYGEN_ERROR
+    # Held by a variable of Cython's, so that it is let go of if the report raises.
+    returned = _taken(result[0])
+    result[0] = NULL
+    record.settle_completed()
+    Py_INCREF(returned)
+    result[0] = <PyObject*>returned
+    return PYGEN_RETURN
+
+
+cdef int _fail(Record record) except -1:
+    """Settle the record of a task whose coroutine raised what stands in the error indicator, and leave that there."""
+    cdef object error = bgtasks_take_error()
+    cdef PyObject* handled = PyErr_GetHandledException()
+    # Hooks and logging handlers may ask for the exception that is being handled.
+    PyErr_SetHandledException(<PyObject*>error)
+    try:
+        record.fail(error)
+    finally:
+        PyErr_SetHandledException(handled)
+        Py_XDECREF(handled)
+    bgtasks_put_error(error)
+    return 0
+
+
+bgtasks_set_am_send(Record, _step)
+
+
+cdef inline object _around(Record record, bint queued):
+    """Return what the task of a record is to step: the record itself, or a native coroutine."""
+    if not _native:
+        return record
+    return _wrap(record, run_queued if queued else _run)
 
 
 cdef inline object _wrap(Record record, object function):
@@ -687,7 +828,7 @@ cdef class LoopRecords:
         self.batch = None
         if context is not None or eager or self.registry._max_running or self.task_factory() is not None:
             return self.launch_specially(record, eager, context)
-        wrapper = _wrap(record, _run)
+        wrapper = _around(record, False)
         self.options["name"] = record._name
         try:
             task = PyObject_Call(_TrackedTask, (wrapper,), self.options)
@@ -710,12 +851,13 @@ cdef class LoopRecords:
         if registry._max_running and not registry._take_place(record):
             record.queued = True
             record._place = self.loop.create_future()
-            wrapper = _wrap(record, run_queued)
+        factory = self.task_factory()
+        ours = self.builds_itself(factory)
+        if ours:
+            wrapper = _around(record, record.queued)
         else:
-            wrapper = _wrap(record, _run)
+            wrapper = _wrap(record, run_queued if record.queued else _run)
         try:
-            factory = self.task_factory()
-            ours = self.builds_itself(factory)
             eager = eager or (factory is not None and factory is registry._eager_factory)
             if eager and context is not None:
                 # Raises if the context is entered now: the task's constructor would notice too late, half built.
@@ -752,7 +894,8 @@ cdef class LoopRecords:
         if record._outcome != RUNNING:
             # An eager task whose first step raised what stops the loop: it ran, and its end was counted.
             return 0
-        wrapper.close()
+        if wrapper is not record:
+            wrapper.close()
         record._coro.close()
         if record._outcome == RUNNING:
             record.name_stats.started -= 1
@@ -902,7 +1045,7 @@ cdef class LoopRecords:
                 if record._outcome != RUNNING:
                     continue
                 record._created = self.last_end
-                wrapper = _wrap(record, _run)
+                wrapper = _around(record, False)
                 if record._name is not name:
                     options["name"] = name = record._name
                 options["context"] = record._place
@@ -1119,7 +1262,7 @@ cdef class Registry:
         records = self.records_of(loop)
         record = records.enroll(coro, _name_of(coro), 0.0, None, True)
         record._created = records.now()
-        wrapper = _wrap(record, _run)
+        wrapper = _around(record, False)
         try:
             task = TrackedTask(wrapper, loop=loop, **kwargs)
         except BaseException:

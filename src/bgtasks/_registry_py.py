@@ -139,6 +139,7 @@ class Record:
         "holds_place",
         "name_stats",
         "observed",
+        "paused",
         "queued",
         "records",
         "tick",
@@ -163,6 +164,8 @@ class Record:
     observed: bool
     expired: bool
     queued: bool
+    # Cancelled before its first step: stands in _task.pause, the user's coroutine was not entered.
+    paused: bool
     holds_place: bool
 
     def __init__(self) -> None:
@@ -259,7 +262,7 @@ class Record:
         if task is None:
             # An eager task that has not left its constructor.
             task = self._task = current_task(records.loop)
-        if self.queued:
+        if self.queued or self.paused:
             self._coro.close()
         if isinstance(error, GeneratorExit) and not _is_running(task):
             # Closed from outside: nobody runs this coroutine any more.
@@ -490,6 +493,7 @@ class LoopRecords:
         record._outcome = RUNNING
         record.expired = False
         record.queued = False
+        record.paused = False
         record.holds_place = False
         if self.next_id == self.last_id:
             self.next_id = self.registry._take_ids()

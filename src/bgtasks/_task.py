@@ -1,18 +1,23 @@
-"""The task object that shows the user's frames, and the native coroutine that runs around the user's.
+"""The task object that shows the user's frames, and the native coroutines that run around the user's.
 
-A compiled coroutine would be a little faster, but the interpreter's own tools (``task.get_stack()``,
-``asyncio.print_call_graph``, ``python -m asyncio pstree``) do not see through one, so these stay in Python.
+The compiled registry needs these only where something follows native coroutines alone: ``python -m asyncio pstree``
+(Python 3.14), which reads them out of the process, and tasks of a foreign factory. Elsewhere its records take their
+place.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import types
 from collections.abc import Awaitable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from bgtasks._registry_py import Record
+
+# The modules whose frames stand between a task and the user's coroutine.
+AROUND: Final = frozenset({__name__, "bgtasks._registry"})
 
 _cancel = asyncio.Task.cancel
 # Not get_coro() where it can be helped: in early releases of Python 3.12 that crashes on an eager task that has ended.
@@ -46,12 +51,13 @@ class TrackedTask(asyncio.Task[Any]):
     def cancel(self, msg: Any | None = None) -> bool:
         """Request cancellation, as ``asyncio.Task.cancel`` does.
 
-        A task cancelled before its first step never enters the coroutine around the user's, so nothing in there could
-        settle the record: a done callback does it then, and only then.
+        A task cancelled before its first step would never enter the native coroutine around the user's, so nothing in
+        there could settle the record. So that one is entered now, up to a pause before the user's coroutine.
         """
         wrapper: Any = _get_wrapper(self)
-        if not self.done() and not wrapper.cr_suspended and not wrapper.cr_running:
-            self.add_done_callback(self._record.settle)
+        if type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED:
+            self._record.paused = True
+            wrapper.send(None)
         return _cancel(self, msg=msg)
 
 
@@ -62,11 +68,15 @@ TrackedTask.__name__ = "Task"
 def record_of(task: Any) -> Record | None:
     """Return the record of a tracked task, also from inside the first step of an eager one; None past saving."""
     try:
-        record: Record = task._record
+        record: Record | None = task._record
     except AttributeError:
-        # It has not left its constructor: the record is an argument of the coroutine around the user's.
+        # It has not left its constructor. Of a native coroutine around the user's the record is an argument.
         wrapper: Any = _get_wrapper(task)
-        return None if wrapper is None or wrapper.cr_frame is None else wrapper.cr_frame.f_locals.get("record")
+        if type(wrapper) is not types.CoroutineType:
+            # The record is what the task steps, or the task has forgotten what it stepped.
+            record = wrapper
+        else:
+            record = None if wrapper.cr_frame is None else wrapper.cr_frame.f_locals.get("record")
     return record
 
 
@@ -89,9 +99,18 @@ def drive(coro: Any) -> Generator[Any, Any, Any]:
         return end.value
 
 
+@types.coroutine
+def pause() -> Generator[None, None, None]:
+    """Give the step that the task is about to take a place to go on or to raise."""
+    yield
+
+
 async def run(coro: Awaitable[Any], record: Record) -> Any:
     """Run the user's coroutine and settle its record where it ends, not a loop iteration later."""
     try:
+        if record.paused:
+            await pause()
+            record.paused = False
         return record.complete(await coro)
     except BaseException as error:
         record.fail(error)
@@ -101,12 +120,23 @@ async def run(coro: Awaitable[Any], record: Record) -> Any:
 async def run_queued(coro: Awaitable[Any], record: Record) -> Any:
     """Wait for a place among the running coroutines, then do as ``run`` does."""
     try:
+        if record.paused:
+            await pause()
+            record.paused = False
         await record.place
         record.begin()
         return record.complete(await coro)
     except BaseException as error:
         record.fail(error)
         raise
+
+
+def users_traceback(error: BaseException) -> types.TracebackType | None:
+    """Return the traceback of an error from the user's first frame on."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in AROUND:
+        traceback = traceback.tb_next
+    return traceback
 
 
 def starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, Self, TypeVar
 
 from bgtasks import errors
 from bgtasks._bell import Bell
+from bgtasks._task import users_traceback
 from bgtasks.info import ManagerStats, ShutdownStats, TaskInfo, TaskMetadata
 from bgtasks.registry import DEFAULT_NAME, Record, Registry
 
@@ -623,8 +624,6 @@ class BackgroundTaskManager(Registry):
             return
         for watch in self._watches:
             watch.append(error)
-        # The first entry of the traceback is bgtasks' own coroutine around the user's.
-        traceback = None if error.__traceback__ is None else error.__traceback__.tb_next
         self._guarded(
             record,
             logger.error,
@@ -633,7 +632,7 @@ class BackgroundTaskManager(Registry):
             record.duration,
             type(error).__name__,
             error,
-            exc_info=(type(error), error, traceback),
+            exc_info=(type(error), error, users_traceback(error)),
             extra=_log_extra(record),
         )
         if self._on_error is not None:
