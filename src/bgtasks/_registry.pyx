@@ -726,6 +726,8 @@ cdef class LoopRecords:
     cdef int eager
     # Arguments of the task constructor, reused: a fresh dict a task costs 4 % of its creation.
     cdef dict options
+    # The name in there: setting it anew for each task of a burst costs 2 % of one.
+    cdef object options_name
     # Records that fire() took since the batch was scheduled; None if no batch is open.
     cdef list batch
     cdef double batch_clock
@@ -829,7 +831,8 @@ cdef class LoopRecords:
         if context is not None or eager or self.registry._max_running or self.task_factory() is not None:
             return self.launch_specially(record, eager, context)
         wrapper = _around(record, False)
-        self.options["name"] = record._name
+        if record._name is not self.options_name:
+            self.options["name"] = self.options_name = record._name
         try:
             task = PyObject_Call(_TrackedTask, (wrapper,), self.options)
         except BaseException:
