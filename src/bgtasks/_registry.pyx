@@ -67,6 +67,8 @@ for _name in ("__doc__", "_coro", "cancel", "get_coro"):
 DEFAULT_NAME = "background_task"
 MAX_NAMES = 1000
 OTHER_NAMES = "(other)"
+CANCEL_ON_EXIT = 1
+RERAISE_ON_EXIT = 2
 OUTCOMES = ("running", "completed", "failed", "cancelled", "timed_out", "abandoned")
 
 # Constants and names of the hot path as C variables: looked up in the module's dict they would cost 4 % of a task.
@@ -218,6 +220,8 @@ cdef class Record:
     cdef object _context
     # The contextvars.Context of a task that fire() has not started yet, then the future of a queued one.
     cdef object _place
+    # The tasks of the executor that started this one, None for any other task.
+    cdef Group _group
     cdef double _created
     cdef double _timeout
     cdef double _duration
@@ -231,6 +235,8 @@ cdef class Record:
     cdef unsigned char queued
     cdef unsigned char _paused
     cdef unsigned char holds_place
+    cdef unsigned char holds_group_place
+    cdef unsigned char _marks
 
     def __init__(self):
         raise TypeError("a Record is made by its registry")
@@ -295,6 +301,16 @@ cdef class Record:
     def is_observed(self):
         """True for a task that came through a task factory: counted and shown, not owned."""
         return self.observed
+
+    @property
+    def group(self):
+        """The tasks of the executor that started this one, None for any other task and after its end."""
+        return self._group
+
+    @property
+    def marks(self):
+        """What its executor is to do with it at its exit: a sum of CANCEL_ON_EXIT and RERAISE_ON_EXIT."""
+        return self._marks
 
     @property
     def coroutine_name(self):
@@ -434,9 +450,35 @@ cdef class Record:
     def begin(self):
         """Mark a queued task as running: its timeout and its duration count from here."""
         self.queued = False
+        self.records.queued -= 1
         self._place = None
         self._created = self.records.now()
         self.records.arm(self)
+
+    def begin_call(self):
+        """Mark a queued function as running; return False if it was settled before. The executor holds its lock."""
+        if self._outcome != RUNNING:
+            return False
+        self.queued = False
+        self.records.queued -= 1
+        self._created = self.records.now()
+        return True
+
+    def finish_call(self, outcome, error=None):
+        """Settle the record of a function; return False if it was settled before. The executor holds its lock."""
+        if self._outcome != RUNNING:
+            return False
+        self.records.finish(self, OUTCOMES.index(outcome), error)
+        return True
+
+    def report_call(self, error=None):
+        """Report the end of a function that ``finish_call`` settled, without the executor's lock."""
+        cdef Registry registry = self.records.registry
+        if self._outcome != COMPLETED or registry._muted is None or (
+            registry._muted.get(registry._muted_level) is not False
+        ):
+            self.report(error)
+        self.release()
 
     cdef int report(self, object error) except -1:
         try:
@@ -450,6 +492,7 @@ cdef class Record:
         self._task = None
         self._context = None
         self._place = None
+        self._group = None
         self.records = None
         self.name_stats = None
         return 0
@@ -709,6 +752,8 @@ cdef class LoopRecords:
     cdef PyObject* last_record
     cdef Py_ssize_t live
     cdef Py_ssize_t observed
+    # Those among the live that wait for a place.
+    cdef Py_ssize_t queued
     # The owned tasks left when somebody who waits for "all done" wants to hear of it; -1 if nobody does.
     cdef Py_ssize_t wake_at
     cdef long long next_id
@@ -844,6 +889,11 @@ cdef class LoopRecords:
             self.arm(record)
         return task
 
+    cdef object launch_in_group(self, Record record, bint eager, object context):
+        record._created = self.now()
+        self.batch = None
+        return self.launch_specially(record, eager, context)
+
     cdef object launch_specially(self, Record record, bint eager, object context):
         """Do as ``launch`` for a task that starts eagerly, runs in a given context, needs a place or has a factory."""
         cdef object factory, task, wrapper
@@ -851,9 +901,13 @@ cdef class LoopRecords:
         cdef object name = record._name
         cdef Registry registry = self.registry
         cdef bint ours
-        if registry._max_running and not registry._take_place(record):
+        cdef bint has_place = record._group is None or record._group.take_place(record)
+        if not has_place or (registry._max_running and not registry._take_place(record)):
             record.queued = True
+            self.queued += 1
             record._place = self.loop.create_future()
+            # Up to its wait, which costs less than a step by the loop: the user's coroutine is not entered.
+            eager = context is None
         factory = self.task_factory()
         ours = self.builds_itself(factory)
         if ours:
@@ -939,8 +993,12 @@ cdef class LoopRecords:
         record.previous_record = NULL
         record.next_record = NULL
         Py_DECREF(<PyObject*>record)
-        if record.holds_place or record.queued:
+        if record.queued:
+            self.queued -= 1
+        if registry._max_running and (record.holds_place or record.queued):
             registry._leave_place(record)
+        if record._group is not None:
+            record._group.leave(record)
         if record.observed:
             self.observed -= 1
         else:
@@ -1119,6 +1177,86 @@ cdef double _seconds(object coro, object timeout) except -1:
         errors.close_refused(coro)
         raise errors.invalid_timeout(timeout)
     return seconds
+
+
+@cython.final
+cdef class Group:
+    """The tasks of one executor: how many have not ended, and how many may run at once.
+
+    Belongs to the thread of its loop, as the records of its tasks do. Places are asked for here first, then at the
+    registry.
+
+    Args:
+        registry: whose tasks they are.
+        owner: the executor; its ``_on_quiet`` is called when the last task ends.
+        max_running: how many coroutines may run at once; 0 for no limit.
+    """
+
+    cdef readonly Registry registry
+    cdef readonly object owner
+    cdef readonly Py_ssize_t live
+    cdef Py_ssize_t max_running
+    cdef Py_ssize_t running
+    # Records that wait for a place; those that ended meanwhile are passed over.
+    cdef object queue
+
+    def __init__(self, Registry registry, owner, *, Py_ssize_t max_running=0):
+        self.registry = registry
+        self.owner = owner
+        self.max_running = max_running
+        self.queue = deque()
+
+    def create_task(self, coro, name, timeout, bint eager_start, contextvars_context, unsigned char marks):
+        """Start a coroutine as ``Registry.create_task`` does, as one of this group."""
+        cdef Registry registry = self.registry
+        cdef LoopRecords records = registry.records_here(coro)
+        cdef Record record
+        cdef double seconds
+        if (registry._shut or registry._cap) and registry.must_ask(records) and not registry._admit(coro, name):
+            return None
+        if type(name) is not str:
+            name = _DEFAULT_NAME if name is None else str(name)
+        seconds = _seconds(coro, timeout)
+        record = records.enroll(coro, name, seconds, None, False)
+        record._group = self
+        record._marks = marks
+        self.live += 1
+        if self.max_running:
+            return records.launch_in_group(record, eager_start, contextvars_context)
+        return records.launch(record, eager_start, contextvars_context)
+
+    cdef bint take_place(self, Record record) except -1:
+        """Give a record a place among the running coroutines, or queue it and return False."""
+        if self.max_running == 0:
+            return True
+        if self.running < self.max_running and not self.queue:
+            self.running += 1
+            record.holds_group_place = True
+            return True
+        self.queue.append(record)
+        return False
+
+    cdef int leave(self, Record record) except -1:
+        """Take a record that ended out of the group and give its place to the next one."""
+        cdef Record following
+        cdef object place
+        self.live -= 1
+        if record.holds_group_place:
+            record.holds_group_place = False
+            self.running -= 1
+        while self.queue and self.running < self.max_running:
+            following = self.queue.popleft()
+            if following._outcome != RUNNING or following.records is None:
+                continue
+            following.holds_group_place = True
+            self.running += 1
+            if self.registry._max_running == 0 or self.registry._take_place(following):
+                place = following._place
+                if place is not None and not place.done():
+                    place.set_result(None)
+        if self.live == 0:
+            self.owner._on_quiet()
+        return 0
 
 
 cdef class Registry:
@@ -1331,6 +1469,35 @@ cdef class Registry:
             self._ids_taken += IDS_AT_ONCE
             return self._ids_taken - IDS_AT_ONCE
 
+    def _make_group(self, owner, max_running):
+        """Return a ``Group`` for the tasks or functions of the executor ``owner``."""
+        return Group(self, owner, max_running=max_running)
+
+    # -- functions that an executor runs in threads --------------------------------------------------------------
+
+    def _add_host(self, host):
+        """Return the records of an executor's threads; ``host`` answers for them as a loop does for its tasks."""
+        with self._lock:
+            self._let_go_of_closed_loops()
+            records = self._by_loop[host] = LoopRecords(self, host)
+        return records
+
+    def _admits_call(self, LoopRecords records, call, name):
+        """Say whether a function may be taken on; raise to refuse it with an error."""
+        return not (self._shut or self._cap) or not self.must_ask(records) or self._admit(call, name)
+
+    def _enroll_call(self, LoopRecords records, Group group, call, name, timeout, unsigned char marks, future):
+        """Make the record of a queued function, ``call`` standing for its coroutine. The executor holds its lock."""
+        cdef Record record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
+        record._created = records.now()
+        record._task = future
+        record._group = group
+        record._marks = marks
+        group.live += 1
+        record.queued = True
+        records.queued += 1
+        return record
+
     # -- places among the running coroutines ---------------------------------------------------------------------
 
     def _take_place(self, Record record):
@@ -1379,6 +1546,10 @@ cdef class Registry:
     def _count(self, LoopRecords records):
         """Return the number of tasks of one loop."""
         return records.live + records.observed
+
+    def _count_queued(self, LoopRecords records):
+        """Return the number of tasks of one loop that wait for a place."""
+        return records.queued
 
     def _all_records(self):
         """Return the ``LoopRecords`` of every open loop."""
@@ -1485,7 +1656,7 @@ cdef class Registry:
             for records in open_loops:
                 _merge(total, names, records)
             counters = total.as_dict()
-            counters["queued"] = len(self._queue)
+            counters["queued"] = sum([self._count_queued(records) for records in open_loops])
             counters["running"] = counters["in_flight"] - counters["queued"]
         del counters["p50_seconds"]
         del counters["p99_seconds"]

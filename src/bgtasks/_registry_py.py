@@ -34,6 +34,8 @@ Result = TypeVar("Result")
 DEFAULT_NAME: Final = "background_task"
 MAX_NAMES: Final = 1000
 OTHER_NAMES: Final = "(other)"
+CANCEL_ON_EXIT: Final = 1
+RERAISE_ON_EXIT: Final = 2
 OUTCOMES: Final = ("running", "completed", "failed", "cancelled", "timed_out", "abandoned")
 
 RUNNING, COMPLETED, FAILED, CANCELLED, TIMED_OUT, ABANDONED = range(6)
@@ -129,6 +131,8 @@ class Record:
         "_coro",
         "_created",
         "_duration",
+        "_group",
+        "_marks",
         "_name",
         "_outcome",
         "_place",
@@ -136,6 +140,7 @@ class Record:
         "_task_id",
         "_timeout",
         "expired",
+        "holds_group_place",
         "holds_place",
         "name_stats",
         "observed",
@@ -154,6 +159,8 @@ class Record:
     _context: Mapping[str, Any] | None
     # The contextvars.Context of a task that fire() has not started yet, then the future of a queued one.
     _place: Any
+    # The tasks of the executor that started this one, None for any other task.
+    _group: Group | None
     _created: float
     _timeout: float
     _duration: float
@@ -167,6 +174,8 @@ class Record:
     # Cancelled before its first step: stands in _task.pause, the user's coroutine was not entered.
     paused: bool
     holds_place: bool
+    holds_group_place: bool
+    _marks: int
 
     def __init__(self) -> None:
         raise TypeError("a Record is made by its registry")
@@ -222,6 +231,16 @@ class Record:
     def is_observed(self) -> bool:
         """True for a task that came through a task factory: counted and shown, not owned."""
         return self.observed
+
+    @property
+    def group(self) -> Group | None:
+        """The tasks of the executor that started this one, None for any other task and after its end."""
+        return self._group
+
+    @property
+    def marks(self) -> int:
+        """What its executor is to do with it at its exit: a sum of CANCEL_ON_EXIT and RERAISE_ON_EXIT."""
+        return self._marks
 
     @property
     def coroutine_name(self) -> str:
@@ -314,9 +333,37 @@ class Record:
     def begin(self) -> None:
         """Mark a queued task as running: its timeout and its duration count from here."""
         self.queued = False
+        self.records.queued -= 1
         self._place = None
         self._created = self.records.now()
         self.records.arm(self)
+
+    def begin_call(self) -> bool:
+        """Mark a queued function as running; return False if it was settled before. The executor holds its lock."""
+        if self._outcome != RUNNING:
+            return False
+        self.queued = False
+        self.records.queued -= 1
+        self._created = self.records.now()
+        return True
+
+    def finish_call(self, outcome: str, error: BaseException | None = None) -> bool:
+        """Settle the record of a function; return False if it was settled before. The executor holds its lock."""
+        if self._outcome != RUNNING:
+            return False
+        self.records.finish(self, OUTCOMES.index(outcome), error)
+        return True
+
+    def report_call(self, error: BaseException | None = None) -> None:
+        """Report the end of a function that ``finish_call`` settled, without the executor's lock."""
+        registry = self.records.registry
+        if (
+            self._outcome != COMPLETED
+            or registry._muted is None
+            or registry._muted.get(registry._muted_level) is not False
+        ):
+            self.report(error)
+        self.release()
 
     def report(self, error: BaseException | None) -> None:
         try:
@@ -329,6 +376,7 @@ class Record:
         self._task = None
         self._context = None
         self._place = None
+        self._group = None
         self.records = None  # type: ignore[assignment]
         self.name_stats = None  # type: ignore[assignment]
 
@@ -447,6 +495,8 @@ class LoopRecords:
         self.records: dict[int, Record] = {}
         self.live = 0
         self.observed = 0
+        # Those among the live that wait for a place.
+        self.queued = 0
         # The owned tasks left when somebody who waits for "all done" wants to hear of it; -1 if nobody does.
         self.wake_at = -1
         self.next_id = 0
@@ -495,6 +545,9 @@ class LoopRecords:
         record.queued = False
         record.paused = False
         record.holds_place = False
+        record.holds_group_place = False
+        record._group = None
+        record._marks = 0
         if self.next_id == self.last_id:
             self.next_id = self.registry._take_ids()
             self.last_id = self.next_id + IDS_AT_ONCE
@@ -533,16 +586,25 @@ class LoopRecords:
         self.follow(record, task)
         return task
 
+    def launch_in_group(self, record: Record, eager: bool, context: Context | None) -> Any:
+        record._created = self.now()
+        self.batch = None
+        return self.launch_specially(record, eager, context)
+
     def launch_specially(self, record: Record, eager: bool, context: Context | None) -> Any:
         """Do as ``launch`` for a task that starts eagerly, runs in a given context, needs a place or has a factory."""
         registry = self.registry
         options: dict[str, Any] = {"name": record._name}
         if context is not None:
             options["context"] = context
-        if registry._max_running and not registry._take_place(record):
+        has_place = record._group is None or record._group.take_place(record)
+        if not has_place or (registry._max_running and not registry._take_place(record)):
             record.queued = True
+            self.queued += 1
             record._place = self.loop.create_future()
             wrapper = _wrap(record, run_queued)
+            # Up to its wait, which costs less than a step by the loop: the user's coroutine is not entered.
+            eager = context is None
         else:
             wrapper = _wrap(record, run)
         task: Any
@@ -613,8 +675,12 @@ class LoopRecords:
     def unlink(self, record: Record) -> None:
         registry = self.registry
         del self.records[record._task_id]
-        if record.holds_place or record.queued:
+        if record.queued:
+            self.queued -= 1
+        if registry._max_running and (record.holds_place or record.queued):
             registry._leave_place(record)
+        if record._group is not None:
+            record._group.leave(record)
         if record.observed:
             self.observed -= 1
         else:
@@ -766,6 +832,87 @@ def _seconds(coro: Any, timeout: float | None) -> float:
         errors.close_refused(coro)
         raise errors.invalid_timeout(timeout)
     return seconds
+
+
+@final
+class Group:
+    """The tasks of one executor: how many have not ended, and how many may run at once.
+
+    Belongs to the thread of its loop, as the records of its tasks do. Places are asked for here first, then at the
+    registry.
+
+    Args:
+        registry: whose tasks they are.
+        owner: the executor; its ``_on_quiet`` is called when the last task ends.
+        max_running: how many coroutines may run at once; 0 for no limit.
+
+    """
+
+    def __init__(self, registry: Registry, owner: Any, *, max_running: int = 0) -> None:
+        self.registry = registry
+        self.owner = owner
+        self.live = 0
+        self.max_running = max_running
+        self.running = 0
+        # Records that wait for a place; those that ended meanwhile are passed over.
+        self.queue: deque[Record] = deque()
+
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, Result],
+        name: str | None,
+        timeout: float | None,
+        eager_start: bool,
+        contextvars_context: Context | None,
+        marks: int,
+    ) -> Task[Result] | None:
+        """Start a coroutine as ``Registry.create_task`` does, as one of this group."""
+        registry = self.registry
+        records = registry.records_here(coro)
+        if (
+            (registry._shut or registry._cap)
+            and registry.must_ask(records)
+            and not registry._admit(coro, DEFAULT_NAME if name is None else name)
+        ):
+            return None
+        if type(name) is not str:
+            name = DEFAULT_NAME if name is None else str(name)
+        seconds = _seconds(coro, timeout)
+        record = records.enroll(coro, name, seconds, None, False)
+        record._group = self
+        record._marks = marks
+        self.live += 1
+        if self.max_running:
+            return records.launch_in_group(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
+        return records.launch(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
+
+    def take_place(self, record: Record) -> bool:
+        """Give a record a place among the running coroutines, or queue it and return False."""
+        if self.max_running == 0:
+            return True
+        if self.running < self.max_running and not self.queue:
+            self.running += 1
+            record.holds_group_place = True
+            return True
+        self.queue.append(record)
+        return False
+
+    def leave(self, record: Record) -> None:
+        """Take a record that ended out of the group and give its place to the next one."""
+        self.live -= 1
+        if record.holds_group_place:
+            record.holds_group_place = False
+            self.running -= 1
+        while self.queue and self.running < self.max_running:
+            following = self.queue.popleft()
+            if following._outcome != RUNNING or following.records is None:
+                continue
+            following.holds_group_place = True
+            self.running += 1
+            if self.registry._max_running == 0 or self.registry._take_place(following):
+                _grant(following)
+        if self.live == 0:
+            self.owner._on_quiet()
 
 
 class Registry:
@@ -981,6 +1128,44 @@ class Registry:
             self._ids_taken += IDS_AT_ONCE
             return self._ids_taken - IDS_AT_ONCE
 
+    def _make_group(self, owner: Any, max_running: int) -> Group:
+        """Return a ``Group`` for the tasks or functions of the executor ``owner``."""
+        return Group(self, owner, max_running=max_running)
+
+    # -- functions that an executor runs in threads --------------------------------------------------------------
+
+    def _add_host(self, host: Any) -> LoopRecords:
+        """Return the records of an executor's threads; ``host`` answers for them as a loop does for its tasks."""
+        with self._lock:
+            self._let_go_of_closed_loops()
+            records = self._by_loop[host] = LoopRecords(self, host)
+        return records
+
+    def _admits_call(self, records: LoopRecords, call: Any, name: str) -> bool:
+        """Say whether a function may be taken on; raise to refuse it with an error."""
+        return not (self._shut or self._cap) or not self.must_ask(records) or self._admit(call, name)
+
+    def _enroll_call(
+        self,
+        records: LoopRecords,
+        group: Group,
+        call: Any,
+        name: str,
+        timeout: float | None,
+        marks: int,
+        future: Any,
+    ) -> Record:
+        """Make the record of a queued function, ``call`` standing for its coroutine. The executor holds its lock."""
+        record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
+        record._created = records.now()
+        record._task = future
+        record._group = group
+        record._marks = marks
+        group.live += 1
+        record.queued = True
+        records.queued += 1
+        return record
+
     # -- places among the running coroutines ---------------------------------------------------------------------
 
     def _take_place(self, record: Record) -> bool:
@@ -1028,6 +1213,10 @@ class Registry:
     def _count(self, records: LoopRecords) -> int:
         """Return the number of tasks of one loop."""
         return records.live + records.observed
+
+    def _count_queued(self, records: LoopRecords) -> int:
+        """Return the number of tasks of one loop that wait for a place."""
+        return records.queued
 
     def _all_records(self) -> list[LoopRecords]:
         """Return the ``LoopRecords`` of every open loop."""
@@ -1127,7 +1316,7 @@ class Registry:
             for records in open_loops:
                 _merge(total, names, records)
             counters: Any = total.as_dict()
-            counters["queued"] = len(self._queue)
+            counters["queued"] = sum([self._count_queued(records) for records in open_loops])
             counters["running"] = counters["in_flight"] - counters["queued"]
         del counters["p50_seconds"]
         del counters["p99_seconds"]

@@ -9,7 +9,16 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final, Literal
 
-__all__ = ["DEFAULT_NAME", "IMPLEMENTATION", "MAX_NAMES", "OTHER_NAMES", "Record", "Registry"]
+__all__ = [
+    "CANCEL_ON_EXIT",
+    "DEFAULT_NAME",
+    "IMPLEMENTATION",
+    "MAX_NAMES",
+    "OTHER_NAMES",
+    "RERAISE_ON_EXIT",
+    "Record",
+    "Registry",
+]
 
 
 def _choose() -> Literal["cython", "python"]:
@@ -37,6 +46,22 @@ def _choose() -> Literal["cython", "python"]:
 IMPLEMENTATION: Final = _choose()
 
 if TYPE_CHECKING or IMPLEMENTATION == "python":
-    from bgtasks._registry_py import DEFAULT_NAME, MAX_NAMES, OTHER_NAMES, Record, Registry
+    from bgtasks._registry_py import (
+        CANCEL_ON_EXIT,
+        DEFAULT_NAME,
+        MAX_NAMES,
+        OTHER_NAMES,
+        RERAISE_ON_EXIT,
+        Record,
+        Registry,
+    )
 else:
-    from bgtasks._registry import DEFAULT_NAME, MAX_NAMES, OTHER_NAMES, Record, Registry
+    from bgtasks._registry import (
+        CANCEL_ON_EXIT,
+        DEFAULT_NAME,
+        MAX_NAMES,
+        OTHER_NAMES,
+        RERAISE_ON_EXIT,
+        Record,
+        Registry,
+    )
