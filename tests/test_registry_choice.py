@@ -18,6 +18,7 @@ LAYERS = [
     {"_registry", "_registry_py"},
     {"registry"},
     {"manager"},
+    {"executor"},
     {"__init__"},
 ]
 
@@ -88,10 +89,15 @@ def test_an_extension_that_does_not_load_is_an_error(copy_without_extension, cho
     assert "ImportError" in done.stderr
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in PACKAGE.glob("*.py")))
+MODULES = sorted(
+    ".".join(("bgtasks", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("name", [name.removesuffix(".__init__") for name in MODULES])
 def test_each_module_imports_alone(name):
     """Every module can be the first one imported, with warnings as errors."""
-    done = run(f"import bgtasks.{name}" if name != "__init__" else "import bgtasks")
+    done = run(f"import {name}")
     assert done.returncode == 0, done.stderr
 
 
@@ -121,19 +127,26 @@ def imports_of(path):
     return found
 
 
+def rooms():
+    """Return the names of the package's files and folders."""
+    return {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+
+
 def test_a_file_imports_only_from_layers_below():
     """The layers of ARCHITECTURE.md hold."""
     seen = set()
     for number, layer in enumerate(LAYERS):
         below = set().union(*LAYERS[:number])
         for name in layer:
-            path = PACKAGE / f"{name}.py"
-            if path.exists():
+            # A package is a room of its own: its files know each other.
+            paths = [PACKAGE / f"{name}.py", *PACKAGE.glob(f"{name}/*.py")]
+            for path in filter(Path.exists, paths):
                 seen.add(name)
                 # Only for the type checker: a record is what _task and its registry know of each other.
                 above = {"_registry_py"} if name == "_task" else set()
-                assert imports_of(path) <= below | above, name
-    assert seen == {path.stem for path in PACKAGE.glob("*.py")}
+                inside = {name} if path.parent != PACKAGE else set()
+                assert {imported.partition(".")[0] for imported in imports_of(path)} <= below | above | inside, path
+    assert seen == rooms()
 
 
 def test_what_is_exported_is_sorted_and_there():
@@ -141,6 +154,5 @@ def test_what_is_exported_is_sorted_and_there():
     assert bgtasks.__all__ == sorted(bgtasks.__all__, key=lambda name: (not name.isupper(), name))
     for name in bgtasks.__all__:
         assert getattr(bgtasks, name)
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {"_registry"}
-    public = {name for name in vars(bgtasks) if not name.startswith("_")} - modules
+    public = {name for name in vars(bgtasks) if not name.startswith("_")} - rooms()
     assert public == set(bgtasks.__all__)

@@ -549,11 +549,9 @@ cdef int _fail(Record record) except -1:
 bgtasks_set_am_send(Record, _step)
 
 
-cdef inline object _around(Record record, bint queued):
+cdef inline object _around(Record record):
     """Return what the task of a record is to step: the record itself, or a native coroutine."""
-    if not _native:
-        return record
-    return _wrap(record, run_queued if queued else _run)
+    return _wrap(record, _run) if _native else record
 
 
 cdef inline object _wrap(Record record, object function):
@@ -875,7 +873,7 @@ cdef class LoopRecords:
         self.batch = None
         if context is not None or eager or self.registry._max_running or self.task_factory() is not None:
             return self.launch_specially(record, eager, context)
-        wrapper = _around(record, False)
+        wrapper = _around(record)
         if record._name is not self.options_name:
             self.options["name"] = self.options_name = record._name
         try:
@@ -908,13 +906,12 @@ cdef class LoopRecords:
             record._place = self.loop.create_future()
             # Up to its wait, which costs less than a step by the loop: the user's coroutine is not entered.
             eager = context is None
-        factory = self.task_factory()
-        ours = self.builds_itself(factory)
-        if ours:
-            wrapper = _around(record, record.queued)
-        else:
-            wrapper = _wrap(record, run_queued if record.queued else _run)
+        wrapper = record
         try:
+            factory = self.task_factory()
+            ours = self.builds_itself(factory)
+            if _native or not ours:
+                wrapper = _wrap(record, run_queued if record.queued else _run)
             eager = eager or (factory is not None and factory is registry._eager_factory)
             if eager and context is not None:
                 # Raises if the context is entered now: the task's constructor would notice too late, half built.
@@ -1106,7 +1103,7 @@ cdef class LoopRecords:
                 if record._outcome != RUNNING:
                     continue
                 record._created = self.last_end
-                wrapper = _around(record, False)
+                wrapper = _around(record)
                 if record._name is not name:
                     options["name"] = name = record._name
                 options["context"] = record._place
@@ -1403,7 +1400,7 @@ cdef class Registry:
         records = self.records_of(loop)
         record = records.enroll(coro, _name_of(coro), 0.0, None, True)
         record._created = records.now()
-        wrapper = _around(record, False)
+        wrapper = _around(record)
         try:
             task = TrackedTask(wrapper, loop=loop, **kwargs)
         except BaseException:

@@ -3,13 +3,17 @@
 ::
 
     BgtasksError
+    ├── ExecutorClosedError   (RuntimeError)  work handed to an executor outside its ``with`` block
     ├── InvalidContextError   (TypeError)     ``context`` or ``contextvars_context`` of the wrong kind
-    ├── InvalidOptionError    (ValueError)    an option of the manager outside its values
+    ├── InvalidFunctionError  (TypeError)     something that this executor cannot run
+    ├── InvalidOptionError    (ValueError)    an option of a manager or an executor outside its values
     ├── InvalidTimeoutError   (ValueError)    a timeout that is no positive number
     ├── ManagerClosedError    (RuntimeError)  work handed in after ``shutdown``
     ├── NoRunningLoopError    (RuntimeError)  no event loop here, or none that can be named
     ├── NotACoroutineError    (TypeError)     something other than a coroutine object
-    └── TaskRejectedError     (RuntimeError)  the manager is at its cap
+    ├── NotPicklableError     (TypeError)     a function or value that cannot go to another process
+    ├── TaskRejectedError     (RuntimeError)  the manager is at its cap
+    └── WorkerDiedError       (RuntimeError)  the process that ran a function ended without an answer
 
 A refusal closes the coroutine it refuses, so no "was never awaited" warning follows. The texts are made here, once,
 for both twins of the registry.
@@ -23,13 +27,17 @@ from typing import Any
 
 __all__ = [
     "BgtasksError",
+    "ExecutorClosedError",
     "InvalidContextError",
+    "InvalidFunctionError",
     "InvalidOptionError",
     "InvalidTimeoutError",
     "ManagerClosedError",
     "NoRunningLoopError",
     "NotACoroutineError",
+    "NotPicklableError",
     "TaskRejectedError",
+    "WorkerDiedError",
 ]
 
 
@@ -37,12 +45,20 @@ class BgtasksError(Exception):
     """Base of every error that bgtasks raises."""
 
 
+class ExecutorClosedError(BgtasksError, RuntimeError):
+    """The executor takes work only inside its ``with`` block."""
+
+
 class InvalidContextError(BgtasksError, TypeError):
     """``context`` is no mapping, or ``contextvars_context`` is no ``contextvars.Context``."""
 
 
+class InvalidFunctionError(BgtasksError, TypeError):
+    """What was submitted is no function that this executor can run."""
+
+
 class InvalidOptionError(BgtasksError, ValueError):
-    """An option of the manager is outside the values it takes."""
+    """An option of a manager or an executor is outside the values it takes."""
 
 
 class InvalidTimeoutError(BgtasksError, ValueError):
@@ -61,8 +77,16 @@ class NotACoroutineError(BgtasksError, TypeError):
     """What was handed in is no coroutine object."""
 
 
+class NotPicklableError(BgtasksError, TypeError):
+    """A function, an argument or a result cannot be pickled, so it cannot go to another process or interpreter."""
+
+
 class TaskRejectedError(BgtasksError, RuntimeError):
     """The manager holds ``max_pending_tasks`` tasks and its overflow policy is ``"raise"``."""
+
+
+class WorkerDiedError(BgtasksError, RuntimeError):
+    """The process that ran a function ended before it gave an answer."""
 
 
 def describe(value: object) -> str:

@@ -221,7 +221,12 @@ class BackgroundTaskManager(Registry):
 
     def _only_running_loop(self) -> asyncio.AbstractEventLoop:
         """Return the one running loop that the manager serves."""
-        loops = [loop for loop, _ in self._owned_by_loop() if loop.is_running()]
+        # What an executor's threads have for a loop runs no coroutines.
+        loops = [
+            loop
+            for loop, _ in self._owned_by_loop()
+            if loop.is_running() and isinstance(loop, asyncio.AbstractEventLoop)
+        ]
         if len(loops) == 1:
             return loops[0]
         if loops:
@@ -521,7 +526,7 @@ class BackgroundTaskManager(Registry):
                 await self._until_quiet(drain)
             self._cancel_others()
             if not await self._until_quiet(timeout):
-                self._log_stragglers()
+                self._log_stragglers(self._others())
                 self._cancel_others()
                 await self._until_quiet(SECOND_CANCEL_GRACE)
         except asyncio.CancelledError:
@@ -571,17 +576,17 @@ class BackgroundTaskManager(Registry):
         }
         return stats
 
-    def _log_stragglers(self) -> None:
-        others = self._others()
+    def _log_stragglers(self, others: list[Record], end: str = "shutdown") -> None:
         for record in others[:STRAGGLERS_LOGGED]:
             logger.warning(
-                "Background task '%s' still runs at the end of shutdown, %s",
+                "Background task '%s' still runs at the end of %s, %s",
                 record.name,
+                end,
                 _where(record.coro),
                 extra=_log_extra(record),
             )
         if len(others) > STRAGGLERS_LOGGED:
-            logger.warning("%d more background tasks still run at the end of shutdown", len(others) - STRAGGLERS_LOGGED)
+            logger.warning("%d more background tasks still run at the end of %s", len(others) - STRAGGLERS_LOGGED, end)
 
     async def aclose(self) -> None:
         """Shut down, as ``shutdown()``; for ``contextlib.aclosing``."""
@@ -624,6 +629,9 @@ class BackgroundTaskManager(Registry):
             return
         for watch in self._watches:
             watch.append(error)
+        group = record.group
+        if group is not None and not group.owner._takes_failure(record, error):
+            return
         self._guarded(
             record,
             logger.error,
@@ -639,7 +647,10 @@ class BackgroundTaskManager(Registry):
             self._guarded(record, self._on_error, record.info(), error)
 
     def _on_timeout(self, record: Record) -> None:
-        message = f"timed out after {record.timeout} seconds"
+        self._warn_of_timeout(record)
+        self._guarded(record, record.cancel, f"timed out after {record.timeout} seconds")
+
+    def _warn_of_timeout(self, record: Record) -> None:
         self._guarded(
             record,
             logger.warning,
@@ -648,7 +659,6 @@ class BackgroundTaskManager(Registry):
             record.timeout,
             extra=_log_extra(record),
         )
-        self._guarded(record, record.cancel, message)
 
     def _on_abandoned(self, names: dict[str, int]) -> None:
         logger.warning(

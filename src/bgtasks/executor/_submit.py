@@ -1,0 +1,143 @@
+"""The types of what the executors' blocks get: ``submit``, checked as far as the typing rules allow.
+
+They allow no keyword between ``*args`` and ``**kwargs`` of a ``ParamSpec``. So a call without options is checked
+against the function; one with options, of which each overload below wants one, has its options and its result checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class AsyncSubmit(Protocol):
+    """``AsyncBackgroundExecutor.submit``."""
+
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Awaitable[Result]],
+        /,
+        *args: Any,
+        __name__: str | None,
+        __cancel_on_exit__: bool = False,
+        __reraise_on_exit__: bool = True,
+        __next_tick__: bool = False,
+        __timeout__: float | None = None,
+        **kwargs: Any,
+    ) -> asyncio.Task[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Awaitable[Result]],
+        /,
+        *args: Any,
+        __cancel_on_exit__: bool,
+        __reraise_on_exit__: bool = True,
+        __next_tick__: bool = False,
+        __timeout__: float | None = None,
+        **kwargs: Any,
+    ) -> asyncio.Task[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Awaitable[Result]],
+        /,
+        *args: Any,
+        __reraise_on_exit__: bool,
+        __next_tick__: bool = False,
+        __timeout__: float | None = None,
+        **kwargs: Any,
+    ) -> asyncio.Task[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Awaitable[Result]],
+        /,
+        *args: Any,
+        __next_tick__: bool,
+        __timeout__: float | None = None,
+        **kwargs: Any,
+    ) -> asyncio.Task[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Awaitable[Result]],
+        /,
+        *args: Any,
+        __timeout__: float | None,
+        **kwargs: Any,
+    ) -> asyncio.Task[Result]: ...
+    @overload
+    def __call__(
+        self, fn: Callable[Parameters, Awaitable[Result]], /, *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> asyncio.Task[Result]: ...
+
+
+class Submit(Protocol):
+    """``BackgroundExecutor.submit``."""
+
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Result],
+        /,
+        *args: Any,
+        __name__: str | None,
+        __cancel_on_exit__: bool = False,
+        __reraise_on_exit__: bool = True,
+        __next_tick__: bool = False,
+        __timeout__: float | None = None,
+        **kwargs: Any,
+    ) -> concurrent.futures.Future[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Result],
+        /,
+        *args: Any,
+        __cancel_on_exit__: bool,
+        __reraise_on_exit__: bool = True,
+        __next_tick__: bool = False,
+        __timeout__: float | None = None,
+        **kwargs: Any,
+    ) -> concurrent.futures.Future[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Result],
+        /,
+        *args: Any,
+        __reraise_on_exit__: bool,
+        __next_tick__: bool = False,
+        __timeout__: float | None = None,
+        **kwargs: Any,
+    ) -> concurrent.futures.Future[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Result],
+        /,
+        *args: Any,
+        __next_tick__: bool,
+        __timeout__: float | None = None,
+        **kwargs: Any,
+    ) -> concurrent.futures.Future[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Result],
+        /,
+        *args: Any,
+        __timeout__: float | None,
+        **kwargs: Any,
+    ) -> concurrent.futures.Future[Result]: ...
+    @overload
+    def __call__(
+        self, fn: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> concurrent.futures.Future[Result]: ...

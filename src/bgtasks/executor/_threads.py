@@ -1,0 +1,427 @@
+"""The executor for plain functions: worker threads that end with the block."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import inspect
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
+from types import TracebackType
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+from bgtasks import errors
+from bgtasks.executor import _options
+from bgtasks.executor._call import Call, CallFuture
+from bgtasks.executor._deadlines import Deadlines
+from bgtasks.executor._host import Host
+from bgtasks.executor._runners import Kind, Runner, default_concurrency, runners_of, wants_a_loop
+from bgtasks.executor._submit import Submit
+from bgtasks.manager import BackgroundTaskManager
+from bgtasks.registry import CANCEL_ON_EXIT, RERAISE_ON_EXIT, Record
+
+logger = logging.getLogger("bgtasks")
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+_ASYNC_FUNCTION = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+class BackgroundExecutor:
+    """Runs functions in the background of a ``with`` block, in threads, and waits for them at its end.
+
+    The block gets ``submit``. At its end what was submitted with ``__cancel_on_exit__`` is cancelled and all else
+    awaited, functions submitted meanwhile included; then the first failure in the order of submission is raised, unless
+    it was submitted with ``__reraise_on_exit__=False`` or the block itself raised. If that wait is interrupted
+    (``KeyboardInterrupt``), what has not started is cancelled, what runs is abandoned, and the interrupt goes on.
+
+    A function that runs in a thread cannot be interrupted. One that is to be cancelled, or whose timeout is over, is
+    abandoned: its future is settled at once, nothing waits for its thread, neither the block nor the interpreter, its
+    result is thrown away and its error logged. Its thread is outside ``max_concurrency`` from then on.
+
+    Args:
+        config: a mapping; its ``max_concurrency`` counts where the keyword is not given. A LangChain
+            ``RunnableConfig`` is one.
+        max_concurrency: how many threads there may be, started as they are needed; what waits for one is shown as
+            queued. None for what ``ThreadPoolExecutor`` takes: the number of processors and 4, 32 at most; for
+            processes and interpreters the number of processors.
+        manager: the manager that keeps the books; one of its own by default.
+        abandon_running: False to wait at the end of the block for functions that run although they are to be cancelled.
+        kind: ``"threads"``; or ``"processes"`` or ``"interpreters"`` (Python 3.14) for functions that compute. For
+            those two, functions, arguments and results are pickled, and context variables stay behind. A process is
+            ended when its function is abandoned.
+
+    Raises:
+        InvalidOptionError: an argument is outside its values, or this Python has no such interpreters.
+
+    Example:
+        >>> with BackgroundExecutor(max_concurrency=4) as submit:
+        ...     size = submit(os.path.getsize, "README.md", __name__="size", __timeout__=5.0)
+        ...     print(size.result())
+
+    """
+
+    # For an executor that takes the place of one with other rules: 0 means no limit; and whether a failure is raised is
+    # decided at the exit, so that all of them are kept until then.
+    _zero_is_no_limit: ClassVar[bool] = False
+    _decides_late: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        config: Mapping[str, Any] | None = None,
+        *,
+        max_concurrency: int | None = None,
+        manager: BackgroundTaskManager | None = None,
+        abandon_running: bool = True,
+        kind: Kind = "threads",
+    ) -> None:
+        self._make_runner = runners_of(kind)
+        self._pickles = kind != "threads"
+        limit = _options.limit_of(config, max_concurrency, self._zero_is_no_limit)
+        self._limit = default_concurrency(kind) if limit is None else limit
+        self._abandon_running = abandon_running
+        self.manager = _options.manager_for(manager)
+        self._group = self.manager._make_group(self, 0)
+        self._host = Host()
+        self._records: Any = None
+        self._was_entered = False
+        # Guards what stands below, and the records: submitters, workers and whoever cancels share them. Re-entrant,
+        # for a finaliser or the text of an error may submit.
+        self._lock = threading.RLock()
+        self._is_open = False
+        self._is_exiting = False
+        self._live: dict[Call, None] = {}
+        self._failures: _options.Failures[concurrent.futures.Future[Any]] = _options.Failures(self._decides_late)
+        self._quiet = threading.Event()
+        self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        # Calls in the queue; threads that serve it, and those among them that run a function.
+        self._waiting = 0
+        self._threads: set[threading.Thread] = set()
+        self._busy = 0
+        self._deadlines = Deadlines(self._expire)
+
+    def submit(  # type: ignore[valid-type]  # see _submit
+        self,
+        fn: Callable[Parameters, Result],
+        /,
+        *args: Parameters.args,
+        __name__: str | None = None,
+        __cancel_on_exit__: bool = False,
+        __reraise_on_exit__: bool = True,
+        __next_tick__: bool = False,
+        __timeout__: float | None = None,
+        **kwargs: Parameters.kwargs,
+    ) -> concurrent.futures.Future[Result]:
+        """Run ``fn(*args, **kwargs)`` in a thread, in a copy of the submitter's context. Safe from any thread.
+
+        Args:
+            fn: a function.
+            args: its positional arguments.
+            __name__: what it is called; its qualified name by default.
+            __cancel_on_exit__: cancel it at the end of the block instead of waiting for it.
+            __reraise_on_exit__: raise its failure at the end of the block.
+            __next_tick__: have its thread let others run first.
+            __timeout__: seconds from its start after which the future fails with ``TimeoutError``, > 0; the function
+                is then abandoned.
+            kwargs: its keyword arguments.
+
+        Returns:
+            Its future.
+
+        Raises:
+            ExecutorClosedError: the block has not begun or has ended.
+            InvalidFunctionError: ``fn`` cannot be called, or is a coroutine function.
+            InvalidOptionError: an unknown option.
+            InvalidTimeoutError: ``__timeout__`` is no positive number.
+            NotPicklableError: ``fn`` or an argument cannot go to another process or interpreter.
+            ManagerClosedError: the manager was shut down.
+            TaskRejectedError: the manager is at its cap.
+
+        """
+        if not self._is_open:
+            raise _options.closed(self, self._was_entered)
+        _check_function(fn)
+        if kwargs:
+            _options.check_options(kwargs)
+        if __timeout__ is not None:
+            _options.check_timeout(__timeout__)
+        call = Call(fn, args, kwargs, copy_context(), __next_tick__, __timeout__)
+        if self._pickles:
+            from bgtasks.executor._pickled import packed
+
+            call.args = (packed(fn, args, kwargs),)
+        name = call.__qualname__ if __name__ is None else str(__name__)
+        if not self.manager._admits_call(self._records, call, name):
+            raise errors.TaskRejectedError(self.manager._full_text(name))
+        marks = (CANCEL_ON_EXIT if __cancel_on_exit__ else 0) | (RERAISE_ON_EXIT if __reraise_on_exit__ else 0)
+        future = CallFuture(self._cancel_call, call)
+        call.future = future
+        with self._lock:
+            if not self._is_open:
+                raise _options.closed(self, True)
+            call.record = self.manager._enroll_call(self._records, self._group, call, name, __timeout__, marks, future)
+            self._live[call] = None
+            self._waiting += 1
+            worker = self._worker_wanted()
+        self._queue.put(call)
+        if worker is not None:
+            self._start(worker)
+        if self._is_exiting and __cancel_on_exit__:
+            future.cancel()
+        return future
+
+    # -- threads ------------------------------------------------------------------------------------------------------
+
+    def _worker_wanted(self) -> threading.Thread | None:
+        """Return a new thread to start if more calls wait than threads are idle; the lock is held."""
+        if self._waiting <= len(self._threads) - self._busy or len(self._threads) >= self._limit:
+            return None
+        worker = threading.Thread(target=self._work, name="bgtasks-worker", daemon=True)
+        self._threads.add(worker)
+        return worker
+
+    def _start(self, worker: threading.Thread) -> None:
+        try:
+            worker.start()
+        except RuntimeError:
+            with self._lock:
+                self._threads.discard(worker)
+                is_last = not self._threads
+            if is_last:
+                raise
+            logger.warning("No further thread could be started; %d serve the executor", len(self._threads))
+
+    def _work(self) -> None:
+        """Serve the queue until its end is reached or the function that ran was abandoned."""
+        runner = self._make_runner()
+        worker = threading.current_thread()
+        take = self._queue.get
+        try:
+            while (call := take()) is not None:
+                if self._begin(call, worker, runner):
+                    result, error = _outcome_of(call, runner)
+                    if not self._end(call, result, error):
+                        return
+                    del result, error
+                # The next one may be long in coming: nothing of this one is to wait for it.
+                del call
+        finally:
+            runner.close()
+
+    def _begin(self, call: Call, worker: threading.Thread, runner: Runner) -> bool:
+        with self._lock:
+            self._waiting -= 1
+            if not call.record.begin_call():
+                return False
+            call.is_running = True
+            call.worker = worker
+            call.runner = runner
+            self._busy += 1
+        if call.timeout is not None:
+            self._deadlines.add(call, call.timeout)
+        return True
+
+    def _end(self, call: Call, result: Any, error: BaseException | None) -> bool:
+        """Settle a call with the outcome of its function; return False if it was abandoned, and its thread with it."""
+        record = call.record
+        with self._lock:
+            is_first = record.finish_call("completed" if error is None else "failed", error)
+            call.is_running = False
+            if is_first:
+                self._busy -= 1
+                if error is not None and record.marks & RERAISE_ON_EXIT:
+                    self._failures.keep(record.task_id, call.future)
+        if call.timeout is not None:
+            self._deadlines.discard()
+        call.close()
+        if not is_first:
+            if error is not None and not isinstance(error, errors.WorkerDiedError):
+                logger.error(
+                    "Background task '%s' failed after it was abandoned: %s",
+                    record.name,
+                    errors.text_of(error),
+                    exc_info=error,
+                    extra={"task_id": record.task_id, "task_name": record.name, "task_context": {}},
+                )
+            return False
+        self._settle(call, result, error)
+        return True
+
+    # -- settling -----------------------------------------------------------------------------------------------------
+
+    def _settle(self, call: Call, result: Any, error: BaseException | None) -> None:
+        """Report a call whose record is finished, and give its outcome to its future."""
+        future = call.future
+        try:
+            call.record.report_call(error)
+        finally:
+            future.settle(result, error)
+            self._leave(call)
+
+    def _cancel_call(self, call: Call, abandon: bool = False) -> bool:
+        """Cancel a call that waits; abandon one that runs if that is wanted. Return whether its future is cancelled."""
+        future = call.future
+        with self._lock:
+            is_running = call.is_running
+            if is_running and not abandon:
+                return False
+            is_first = call.record.finish_call("abandoned" if is_running else "cancelled")
+            successor = self._abandon(call) if is_first and is_running else None
+        if not is_first:
+            return future.cancelled()
+        if is_running:
+            self._let_run_out(call, successor)
+        else:
+            call.close()
+        try:
+            call.record.report_call()
+        finally:
+            future.settle_cancelled()
+            self._leave(call)
+        return True
+
+    def _expire(self, call: Call) -> None:
+        """Have a call that still runs fail with TimeoutError, and abandon its function."""
+        record = call.record
+        error = TimeoutError(f"timed out after {call.timeout} seconds")
+        with self._lock:
+            if not call.is_running or not record.finish_call("timed_out"):
+                return
+            successor = self._abandon(call)
+            if record.marks & RERAISE_ON_EXIT:
+                self._failures.keep(record.task_id, call.future)
+        self._let_run_out(call, successor)
+        try:
+            self.manager._warn_of_timeout(record)
+        finally:
+            self._settle(call, None, error)
+
+    def _abandon(self, call: Call) -> threading.Thread | None:
+        """Leave a thread to the function it runs; return another to start if one is wanted. The lock is held."""
+        self._busy -= 1
+        self._threads.discard(call.worker)
+        return self._worker_wanted()
+
+    def _let_run_out(self, call: Call, successor: threading.Thread | None) -> None:
+        call.runner.interrupt()
+        if successor is not None:
+            self._start(successor)
+
+    def _leave(self, call: Call) -> None:
+        with self._lock:
+            del self._live[call]
+            if not self._live:
+                self._quiet.set()
+
+    # -- what the manager and the registry tell -----------------------------------------------------------------------
+
+    def _takes_failure(self, record: Record, error: BaseException) -> bool:
+        """Say whether the manager is to report a failure."""
+        return self._reports(error)
+
+    def _on_quiet(self) -> None:
+        """Hear that the last record is gone; the exit waits until the futures are settled, too."""
+
+    # -- what an executor that takes the place of another may change --------------------------------------------------
+
+    def _reports(self, error: BaseException) -> bool:
+        """Say whether a failure goes to the log and to the manager's ``on_error``."""
+        return True
+
+    def _reraises(self, future: concurrent.futures.Future[Any]) -> bool:
+        """Say, at the exit, whether the failure of this future is raised."""
+        return True
+
+    # -- the block ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Submit:
+        """Open the executor and return ``submit``."""
+        if self._was_entered:
+            raise _options.closed(self, True)
+        self._was_entered = True
+        self._records = self.manager._add_host(self._host)
+        self._is_open = True
+        return self.submit  # type: ignore[return-value]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Cancel what asked for it, wait for the rest, raise the first failure unless the block raised."""
+        self._is_exiting = True
+        try:
+            self._cancel_live(CANCEL_ON_EXIT, self._abandon_running)
+            self._close_when_quiet()
+        except BaseException:
+            with self._lock:
+                self._is_open = False
+            self._cancel_live(0, True)
+            raise
+        finally:
+            self._end_threads()
+        failures = self._failures.in_order()
+        self._failures.clear()
+        if kind is not None:
+            return
+        try:
+            for future in failures:
+                if self._reraises(future):
+                    failure = future.exception()
+                    assert failure is not None, "it failed"
+                    raise failure
+        finally:
+            # The traceback of what is raised keeps this frame: the frame must not keep what failed.
+            failures.clear()
+            future = failure = None  # type: ignore[assignment]
+
+    def _cancel_live(self, marks: int, abandon: bool) -> None:
+        """Cancel the calls that have these marks."""
+        with self._lock:
+            calls = [call for call in self._live if call.record.marks & marks == marks]
+        for call in calls:
+            self._cancel_call(call, abandon)
+
+    def _close_when_quiet(self) -> None:
+        """Wait until every call has ended, those submitted meanwhile included, and take no more."""
+        while True:
+            with self._lock:
+                if not self._live:
+                    self._is_open = False
+                    return
+                self._quiet.clear()
+            self._quiet.wait()
+
+    def _end_threads(self) -> None:
+        """End the threads, but not those left to abandoned functions."""
+        self._host.close()
+        self._deadlines.stop()
+        with self._lock:
+            workers = list(self._threads)
+        for _ in workers:
+            self._queue.put(None)
+        for worker in workers:
+            if worker is not threading.current_thread():
+                worker.join()
+
+
+def _check_function(fn: Callable[..., Any]) -> None:
+    """Refuse what is no plain function."""
+    if not callable(fn):
+        raise _options.not_callable(fn)
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        is_async = inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn)
+    else:
+        is_async = bool(code.co_flags & _ASYNC_FUNCTION)
+    if is_async:
+        raise errors.InvalidFunctionError(wants_a_loop(errors.describe(fn)))
+
+
+def _outcome_of(call: Call, runner: Runner) -> tuple[Any, BaseException | None]:
+    """Run a call; return its result and its error."""
+    try:
+        return runner.run(call), None
+    except BaseException as error:
+        return None, error
