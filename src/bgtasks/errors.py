@@ -9,6 +9,7 @@
     ├── InvalidOptionError    (ValueError)    an option of a manager or an executor outside its values
     ├── InvalidTimeoutError   (ValueError)    a timeout that is no positive number
     ├── ManagerClosedError    (RuntimeError)  work handed in after ``shutdown``
+    ├── MissingExtraError     (ImportError)   a package that an extra brings along is not installed
     ├── NoRunningLoopError    (RuntimeError)  no event loop here, or none that can be named
     ├── NotACoroutineError    (TypeError)     something other than a coroutine object
     ├── NotPicklableError     (TypeError)     a function or value that cannot go to another process
@@ -33,6 +34,7 @@ __all__ = [
     "InvalidOptionError",
     "InvalidTimeoutError",
     "ManagerClosedError",
+    "MissingExtraError",
     "NoRunningLoopError",
     "NotACoroutineError",
     "NotPicklableError",
@@ -67,6 +69,10 @@ class InvalidTimeoutError(BgtasksError, ValueError):
 
 class ManagerClosedError(BgtasksError, RuntimeError):
     """The manager was shut down and takes no more work."""
+
+
+class MissingExtraError(BgtasksError, ImportError):
+    """A feature needs a package that one of our extras brings along, and it is not installed."""
 
 
 class NoRunningLoopError(BgtasksError, RuntimeError):
@@ -154,6 +160,11 @@ def no_running_loop() -> NoRunningLoopError:
         "no event loop runs in this thread: call from a coroutine or a callback of the loop, "
         "or hand the work over from a thread with create_task_threadsafe()"
     )
+
+
+def missing_extra(extra: str, package: str, purpose: str) -> MissingExtraError:
+    """Return the error for a package that is needed for ``purpose`` ("publish events") and not installed."""
+    return MissingExtraError(f'{package} is needed to {purpose}: pip install "bgtasks-registry[{extra}]"')
 
 
 def close_refused(coro: Any) -> None:
