@@ -188,3 +188,24 @@ async def test_a_fired_task_waits_for_a_place_too(make_manager):
         manager.fire(work(number))
     await manager.wait_for_all()
     assert order == [0, 1, 2, 3, 4]
+
+
+async def test_spawn_at_the_cap_of_a_draining_manager_is_refused(make_manager):
+    """Nobody waits for room that shutdown will not give: the error is named, and the coroutine closed."""
+    manager = make_manager(max_pending_tasks=1, overflow="drop_new")
+    draining = asyncio.Event()
+    refused = []
+
+    async def spawning():
+        await draining.wait()
+        try:
+            await manager.spawn(value())
+        except TaskRejectedError as error:
+            refused.append(error)
+
+    manager.create_task(spawning())
+    closing = asyncio.ensure_future(manager.shutdown(drain=5.0))
+    await until(lambda: manager._phase == "draining")
+    draining.set()
+    await closing
+    assert len(refused) == 1

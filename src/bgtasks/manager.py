@@ -92,8 +92,7 @@ class BackgroundTaskManager(Registry):
             history=_checked_count("history", history, 0),
             cap=self._max_pending_tasks,
             max_running=max_concurrency or 0,
-            # While DEBUG is off the logger's own cache says so: one dict look-up a task instead of a call.
-            muted=getattr(logger, "_cache", None),
+            muted=self._muted_levels(),
             muted_level=logging.DEBUG,
         )
         self._overflow = overflow
@@ -154,7 +153,9 @@ class BackgroundTaskManager(Registry):
             eager_start=eager_start,
             contextvars_context=contextvars_context,
         )
-        assert task is not None, "there was room"
+        if task is None:
+            # At the cap of a manager that is shutting down: nobody waits for room any more.
+            raise errors.TaskRejectedError(self._full_text(name))
         try:
             return task
         finally:
@@ -264,7 +265,7 @@ class BackgroundTaskManager(Registry):
 
     def _admit(self, coro: Coroutine[Any, Any, Any], name: str) -> bool:
         """Let a new task in, drop it, or refuse it with an error; what is not let in is closed."""
-        if self._phase != "open" and not (self._phase == "draining" and self._current_record() is not None):
+        if not self._takes_work():
             errors.close_refused(coro)
             raise errors.ManagerClosedError(
                 f"the manager was shut down and takes no more tasks (name {errors.describe(name)}): "
@@ -282,13 +283,20 @@ class BackgroundTaskManager(Registry):
             if not silent:
                 self._last_drop_warning = now
         if not silent:
-            logger.warning(
-                "%s Dropped %d so far; the next warning comes in %.0f s at the earliest.",
-                self._full_text(name),
-                self._dropped,
-                DROP_WARNING_INTERVAL,
-            )
+            self._log_drop(name)
         return False
+
+    def _takes_work(self) -> bool:
+        """Say whether a task may start now; while shutdown drains, only tasks of the manager may start others."""
+        return self._phase == "open" or (self._phase == "draining" and self._current_record() is not None)
+
+    def _log_drop(self, name: str) -> None:
+        self._logger.warning(
+            "%s Dropped %d so far; the next warning comes in %.0f s at the earliest.",
+            self._full_text(name),
+            self._dropped,
+            DROP_WARNING_INTERVAL,
+        )
 
     def _full_text(self, name: str) -> str:
         return (
@@ -395,7 +403,7 @@ class BackgroundTaskManager(Registry):
         if awaited:
             _, remaining = await asyncio.wait(awaited, timeout=self._default_shutdown_timeout)
             if remaining:
-                logger.warning(
+                self._logger.warning(
                     "%d of %d tasks still run %.1f s after cancel_all()",
                     len(remaining),
                     len(awaited),
@@ -420,14 +428,18 @@ class BackgroundTaskManager(Registry):
             BaseException: the first failure of a task during the wait.
 
         """
+        if not await self._all_ended(timeout, return_exceptions):
+            self._logger.warning("%d tasks still run after waiting %s s for all", self._owned(), timeout)
+
+    async def _all_ended(self, timeout: float | None, return_exceptions: bool) -> bool:
+        """Do what ``wait_for_all`` does, but return False where that one logs that the time is over."""
         if timeout is not None:
             _checked_wait("timeout", timeout, errors.InvalidTimeoutError)
         failures: list[BaseException] = []
         self._watches.append(failures)
         try:
             if not await self._until_quiet(timeout):
-                logger.warning("%d tasks still run after waiting %s s for all", self._owned(), timeout)
-                return
+                return False
         finally:
             # By identity: equal lists of two waiters are not one.
             self._watches = [watch for watch in self._watches if watch is not failures]
@@ -436,6 +448,7 @@ class BackgroundTaskManager(Registry):
                 raise failures[0]
             finally:
                 failures.clear()
+        return True
 
     async def _until_quiet(self, timeout: float | None) -> bool:
         """Wait until every task the manager owns has ended, save those that wait here themselves; say if it came so."""
@@ -578,15 +591,17 @@ class BackgroundTaskManager(Registry):
 
     def _log_stragglers(self, others: list[Record], end: str = "shutdown") -> None:
         for record in others[:STRAGGLERS_LOGGED]:
-            logger.warning(
+            self._logger.warning(
                 "Background task '%s' still runs at the end of %s, %s",
                 record.name,
                 end,
                 _where(record.coro),
-                extra=_log_extra(record),
+                extra=log_extra(record),
             )
         if len(others) > STRAGGLERS_LOGGED:
-            logger.warning("%d more background tasks still run at the end of %s", len(others) - STRAGGLERS_LOGGED, end)
+            self._logger.warning(
+                "%d more background tasks still run at the end of %s", len(others) - STRAGGLERS_LOGGED, end
+            )
 
     async def aclose(self) -> None:
         """Shut down, as ``shutdown()``; for ``contextlib.aclosing``."""
@@ -605,13 +620,23 @@ class BackgroundTaskManager(Registry):
 
     # -- what the registry tells ------------------------------------------------------------------------------------
 
+    @property
+    def _logger(self) -> logging.Logger:
+        """The logger of this manager; a framework whose manager is replaced has its own."""
+        return logger
+
+    def _muted_levels(self) -> dict[int, bool] | None:
+        """Return the dict in which the registry looks up whether completed tasks need a report, None for always."""
+        # While DEBUG is off the logger's own cache says so: one dict look-up a task instead of a call.
+        return getattr(self._logger, "_cache", None)
+
     def _report(self, record: Record, error: BaseException | None) -> None:
         outcome = record.outcome
         if outcome == "failed":
             if error is not None and not record.is_observed:
                 self._report_failure(record, error)
             return
-        if not logger.isEnabledFor(logging.DEBUG):
+        if not self._logger.isEnabledFor(logging.DEBUG):
             return
         if outcome == "completed":
             text = "Background task '%s' completed after %.3f s"
@@ -621,7 +646,7 @@ class BackgroundTaskManager(Registry):
             text = "Background task '%s' was closed from outside after %.3f s"
         else:
             text = "Background task '%s' ended after its timeout, %.3f s old"
-        self._guarded(record, logger.debug, text, record.name, record.duration, extra=_log_extra(record))
+        self._guarded(record, self._logger.debug, text, record.name, record.duration, extra=log_extra(record))
 
     def _report_failure(self, record: Record, error: BaseException) -> None:
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
@@ -632,19 +657,20 @@ class BackgroundTaskManager(Registry):
         group = record.group
         if group is not None and not group.owner._takes_failure(record, error):
             return
-        self._guarded(
-            record,
-            logger.error,
+        self._guarded(record, self._log_failure, record, error)
+        if self._on_error is not None:
+            self._guarded(record, self._on_error, record.info(), error)
+
+    def _log_failure(self, record: Record, error: BaseException) -> None:
+        self._logger.error(
             "Background task '%s' failed after %.3f s: %s: %s",
             record.name,
             record.duration,
             type(error).__name__,
             error,
-            exc_info=(type(error), error, users_traceback(error)),
-            extra=_log_extra(record),
+            exc_info=users_part(error),
+            extra=log_extra(record),
         )
-        if self._on_error is not None:
-            self._guarded(record, self._on_error, record.info(), error)
 
     def _on_timeout(self, record: Record) -> None:
         self._warn_of_timeout(record)
@@ -653,15 +679,15 @@ class BackgroundTaskManager(Registry):
     def _warn_of_timeout(self, record: Record) -> None:
         self._guarded(
             record,
-            logger.warning,
+            self._logger.warning,
             "Background task '%s' timed out after %s seconds",
             record.name,
             record.timeout,
-            extra=_log_extra(record),
+            extra=log_extra(record),
         )
 
     def _on_abandoned(self, names: dict[str, int]) -> None:
-        logger.warning(
+        self._logger.warning(
             "A closed event loop left %d background tasks behind; they are abandoned: %s",
             sum(names.values()),
             ", ".join(f"{name} ({count})" for name, count in names.items()),
@@ -699,8 +725,14 @@ class BackgroundTaskManager(Registry):
                 )
 
 
-def _log_extra(record: Record) -> dict[str, Any]:
+def log_extra(record: Record) -> dict[str, Any]:
+    """Return what goes with every log record on a task."""
     return {"task_id": record.task_id, "task_name": record.name, "task_context": record.context}
+
+
+def users_part(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
+    """Return an error for ``exc_info``, its traceback from the user's first frame on."""
+    return type(error), error, users_traceback(error)
 
 
 def _where(coro: Any) -> str:
