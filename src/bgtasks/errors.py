@@ -9,6 +9,7 @@
     ├── InvalidOptionError    (ValueError)    an option of a manager or an executor outside its values
     ├── InvalidTimeoutError   (ValueError)    a timeout that is no positive number
     ├── ManagerClosedError    (RuntimeError)  work handed in after ``shutdown``
+    ├── ManagerNotBoundError  (LookupError)   a container was asked for a manager and holds none
     ├── MissingExtraError     (ImportError)   a package that an extra brings along is not installed
     ├── NoRunningLoopError    (RuntimeError)  no event loop here, or none that can be named
     ├── NotACoroutineError    (TypeError)     something other than a coroutine object
@@ -34,6 +35,7 @@ __all__ = [
     "InvalidOptionError",
     "InvalidTimeoutError",
     "ManagerClosedError",
+    "ManagerNotBoundError",
     "MissingExtraError",
     "NoRunningLoopError",
     "NotACoroutineError",
@@ -69,6 +71,10 @@ class InvalidTimeoutError(BgtasksError, ValueError):
 
 class ManagerClosedError(BgtasksError, RuntimeError):
     """The manager was shut down and takes no more work."""
+
+
+class ManagerNotBoundError(BgtasksError, LookupError):
+    """A container was asked for a manager and holds none."""
 
 
 class MissingExtraError(BgtasksError, ImportError):
@@ -159,6 +165,14 @@ def no_running_loop() -> NoRunningLoopError:
     return NoRunningLoopError(
         "no event loop runs in this thread: call from a coroutine or a callback of the loop, "
         "or hand the work over from a thread with create_task_threadsafe()"
+    )
+
+
+def manager_not_bound(wanted: type) -> ManagerNotBoundError:
+    """Return the error for a container that holds no manager of the class ``wanted``."""
+    return ManagerNotBoundError(
+        f"no {wanted.__name__} is bound in the active InjectQ container: "
+        "bind one with bgtasks.injection.bind(container), or activate the container that holds one"
     )
 
 
