@@ -18,7 +18,7 @@ LAYERS = [
     {"_registry", "_registry_py"},
     {"registry"},
     {"manager"},
-    {"executor"},
+    {"executor", "injection"},
     {"__init__"},
 ]
 
