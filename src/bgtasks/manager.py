@@ -76,8 +76,8 @@ class BackgroundTaskManager(Registry):
         on_error: Callable[[TaskInfo, BaseException], object] | None = None,
         history: int = 0,
     ) -> None:
-        self._default_shutdown_timeout = _checked_wait("default_shutdown_timeout", default_shutdown_timeout)
-        self._drain_timeout = _checked_wait("drain_timeout", drain_timeout)
+        self._default_shutdown_timeout = checked_wait("default_shutdown_timeout", default_shutdown_timeout)
+        self._drain_timeout = checked_wait("drain_timeout", drain_timeout)
         self._max_pending_tasks = _checked_count("max_pending_tasks", max_pending_tasks, 0)
         if overflow not in ("raise", "drop_new"):
             raise errors.InvalidOptionError(
@@ -434,7 +434,7 @@ class BackgroundTaskManager(Registry):
     async def _all_ended(self, timeout: float | None, return_exceptions: bool) -> bool:
         """Do what ``wait_for_all`` does, but return False where that one logs that the time is over."""
         if timeout is not None:
-            _checked_wait("timeout", timeout, errors.InvalidTimeoutError)
+            checked_wait("timeout", timeout, errors.InvalidTimeoutError)
         failures: list[BaseException] = []
         self._watches.append(failures)
         try:
@@ -521,8 +521,8 @@ class BackgroundTaskManager(Registry):
         begun = time.monotonic()
         timeout = self._default_shutdown_timeout if timeout is None else timeout
         drain = self._drain_timeout if drain is None else drain
-        _checked_wait("timeout", timeout, errors.InvalidTimeoutError)
-        _checked_wait("drain", drain, errors.InvalidTimeoutError)
+        checked_wait("timeout", timeout, errors.InvalidTimeoutError)
+        checked_wait("drain", drain, errors.InvalidTimeoutError)
         with self._policy_lock:
             first = self._phase == "open"
             if first:
@@ -761,7 +761,7 @@ def _copy_outcome(future: concurrent.futures.Future[Any], task: asyncio.Task[Any
         future.set_exception(error)
 
 
-def _checked_wait(name: str, seconds: float, kind: type[errors.BgtasksError] = errors.InvalidOptionError) -> float:
+def checked_wait(name: str, seconds: float, kind: type[errors.BgtasksError] = errors.InvalidOptionError) -> float:
     """Return ``seconds`` if it is a length of time a wait can have."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
         raise kind(f"{name} must be a number of seconds, 0 or more; got {errors.describe(seconds)}")

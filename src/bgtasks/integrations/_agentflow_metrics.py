@@ -1,0 +1,101 @@
+"""The counters of all managers of a framework, under the names of the framework's own metrics."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from bgtasks.manager import BackgroundTaskManager
+
+PREFIX: Final = "background_task_manager."
+# The framework counts a task that timed out as cancelled, too.
+SUMS: Final[dict[str, tuple[str, ...]]] = {
+    "tasks_created": ("started",),
+    "tasks_completed": ("completed",),
+    "tasks_failed": ("failed",),
+    "tasks_cancelled": ("cancelled", "timed_out"),
+    "tasks_timed_out": ("timed_out",),
+    "tasks_dropped": ("dropped",),
+}
+
+
+class Totals:
+    """What all managers of one framework counted, those that are gone included.
+
+    The framework's counters of these names are made to read from here; nothing is incremented when a task starts or
+    ends.
+
+    Args:
+        metrics: the framework's metrics module.
+
+    """
+
+    def __init__(self, metrics: ModuleType) -> None:
+        self._metrics = metrics
+        # Reentrant: a manager may be collected, and retire, while its thread reads.
+        self._lock = threading.RLock()
+        self._managers: dict[int, weakref.ref[BackgroundTaskManager]] = {}
+        self._retired: Counter[str] = Counter()
+
+    def add(self, manager: BackgroundTaskManager) -> None:
+        """Count what this manager counts, from now on."""
+        with self._lock:
+            self._managers[id(manager)] = weakref.ref(manager)
+
+    def retire(self, manager: BackgroundTaskManager) -> None:
+        """Keep the counters of a manager that is about to go; do nothing for one that was never added."""
+        with self._lock:
+            if self._managers.pop(id(manager), None) is not None:
+                self._retired.update(_counters(manager))
+
+    def read(self) -> Counter[str]:
+        """Return the sums over all managers."""
+        with self._lock:
+            total = Counter(self._retired)
+            for reference in list(self._managers.values()):
+                manager = reference()
+                if manager is not None:
+                    total.update(_counters(manager))
+        return total
+
+    def count(self, name: str) -> None:
+        """Count what happens once in the life of a manager, as the framework does."""
+        self._metrics.counter(PREFIX + name).inc()
+
+    def attach(self) -> None:
+        """Have the framework's counters read from here; what they counted before stays in."""
+        for name, summands in SUMS.items():
+            counter = self._metrics.counter(PREFIX + name)
+            counter.__class__ = _reading(self, type(counter), summands)
+
+    def detach(self) -> None:
+        """Make the framework's counters ordinary ones again, with the values that they have now."""
+        for name in SUMS:
+            counter = self._metrics.counter(PREFIX + name)
+            value = counter.value
+            counter.__class__ = self._metrics.Counter
+            counter.value = value
+
+
+def _reading(totals: Totals, kind: type, summands: tuple[str, ...]) -> type:
+    """Return a class of counters whose value is what they counted themselves and what the managers did."""
+
+    def counted() -> int:
+        read = totals.read()
+        return sum(read[summand] for summand in summands)
+
+    def get_value(counter: Any) -> int:
+        return int(vars(counter)["value"]) + counted()
+
+    def set_value(counter: Any, value: int) -> None:
+        vars(counter)["value"] = value - counted()
+
+    return type(kind.__name__, (kind,), {"value": property(get_value, set_value)})
+
+
+def _counters(manager: BackgroundTaskManager) -> dict[str, int]:
+    return {name: count for name, count in manager.stats().items() if isinstance(count, int)}
