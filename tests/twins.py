@@ -21,15 +21,25 @@ def registry_module(twin: str) -> ModuleType:
 def manager_module(twin: str) -> ModuleType:
     """Return a copy of ``bgtasks.manager`` whose class derives from the registry of ``twin``."""
     chosen: Any = SimpleNamespace(**vars(registry_module(twin)))
-    spec = importlib.util.find_spec("bgtasks.manager")
+    return _copy("bgtasks.manager", {"bgtasks.registry": chosen})
+
+
+@cache
+def framework_manager_module(twin: str) -> ModuleType:
+    """Return a copy of the manager for agent frameworks whose class derives from the manager on ``twin``."""
+    return _copy("bgtasks.integrations._agentflow_manager", {"bgtasks.manager": manager_module(twin)})
+
+
+def _copy(name: str, others: dict[str, Any]) -> ModuleType:
+    """Load a module once more, with other modules in the place of those it imports."""
+    spec = importlib.util.find_spec(name)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    importlib.import_module("bgtasks.registry")
-    usual = sys.modules["bgtasks.registry"]
-    sys.modules["bgtasks.registry"] = chosen
+    usual = {other: importlib.import_module(other) for other in others}
+    sys.modules.update(others)
     try:
         spec.loader.exec_module(module)
     finally:
-        sys.modules["bgtasks.registry"] = usual
+        sys.modules.update(usual)
     return module

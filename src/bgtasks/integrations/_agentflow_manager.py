@@ -55,7 +55,13 @@ class FrameworkManager(BackgroundTaskManager):
         logger = self._logger
         debug = self._levels[logging.DEBUG] = logger.isEnabledFor(logging.DEBUG)
         task = super().create_task(coro, name=name, timeout=timeout or None, context=context, **options)
-        if debug and task is not None:
+        if task is None:
+            return task
+        created_at = getattr(task, "_source_traceback", None)
+        if created_at and created_at[-1].filename == __file__:
+            # In debug mode a task tells where it was created: not here.
+            del created_at[-1]
+        if debug:
             logger.debug("Created background task: %s (timeout=%s)", name, timeout, extra={"task_context": context})
         return task
 
@@ -133,6 +139,13 @@ class FrameworkManager(BackgroundTaskManager):
     def _takes_work(self) -> bool:
         # A default value of a function may hold the manager of a graph that is long closed.
         return True
+
+    def _cancel_others(self) -> None:
+        others = len(self._others())
+        # Not for the second time, which is for stragglers.
+        if others and self._phase != "cancelling":
+            self._logger.info("Cancelling %d background tasks...", others)
+        super()._cancel_others()
 
     def _log_drop(self, name: str) -> None:
         self._logger.warning(

@@ -117,12 +117,9 @@ def _found() -> list[str]:
 
 
 def _manager_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"{name}.utils.background_task_manager")
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise errors.missing_extra(name, name, "put our manager into it") from None
+    if importlib.util.find_spec(name) is None:
+        raise errors.missing_extra(name, name, "put our manager into it")
+    return importlib.import_module(f"{name}.utils.background_task_manager")
 
 
 def _package_of(module: ModuleType) -> str:
