@@ -1,4 +1,4 @@
-"""install and uninstall: in any order with LangGraph's import, exactly, and with a named error where they cannot work."""
+"""Install and uninstall: in any order with LangGraph's import, exactly, with named errors where they cannot work."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def test_install_before_langgraph_is_imported():
 @pytest.mark.usefixtures("_langgraph")
 @pytest.mark.parametrize("times", [1, 2])
 def test_install_after_langgraph_was_imported(times):
-    """Ours are in every place where the originals were; uninstall puts everything back, however often it was installed."""
+    """Ours are in every place where the originals were; uninstall puts all back, however often it was installed."""
     run(f"""
     import langgraph.graph, langgraph.pregel.remote, langgraph.func, langgraph.prebuilt
     import langgraph.pregel._executor as module
@@ -133,7 +133,7 @@ def test_other_programs_keep_what_they_imported():
 
 
 def test_without_langgraph():
-    """install and both classes say what to install, and the program can go on."""
+    """Install and both classes say what to install, and the program can go on."""
     run("""
     import bgtasks.errors
     sys.modules["langgraph"] = None
