@@ -22,7 +22,7 @@ import functools
 import importlib
 import sys
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import ModuleType
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
@@ -40,6 +40,7 @@ class _LangGraph(NamedTuple):
     originals: tuple[type, type]
     bubble_up: type[BaseException]
     skipped: Container[AnyFuture]
+    run_node: Callable[..., Any]
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def _load() -> _LangGraph:
             for name in ("errors", "pregel._executor", "pregel._loop", "pregel._runner")
         )
         originals = (executors.BackgroundExecutor, executors.AsyncBackgroundExecutor)
-        return _LangGraph(originals, failures.GraphBubbleUp, runner.SKIP_RERAISE_SET)
+        return _LangGraph(originals, failures.GraphBubbleUp, runner.SKIP_RERAISE_SET, runner.run_with_retry)
     except (AttributeError, ModuleNotFoundError) as error:
         raise errors.missing_extra("langgraph", "a release of langgraph from 1.0 on", "know its executors") from error
 
@@ -114,11 +115,22 @@ class BackgroundExecutor(_Rules, executor.BackgroundExecutor):
         self._was_given_manager = manager is not None
         super().__init__(config, manager=manager, abandon_running=False)
 
+    def submit(
+        self, fn: Callable[..., Any], /, *args: Any, __name__: str | None = None, **options: Any
+    ) -> concurrent.futures.Future[Any]:
+        """Run a function in a thread, as ``bgtasks.BackgroundExecutor.submit`` does.
+
+        LangGraph names a node only where it hands in a coroutine: here a node gets its name, too.
+        """
+        if __name__ is None and fn is _load().run_node:
+            __name__ = args[0].name
+        return super().submit(fn, *args, __name__=__name__, **options)
+
 
 class AsyncBackgroundExecutor(_Rules, executor.AsyncBackgroundExecutor):
     """Runs the coroutines of one run of a graph as tasks, as LangGraph's class of this name does.
 
-    What it adds to ``bgtasks.AsyncBackgroundExecutor`` is what ``BackgroundExecutor`` adds to its own base. An exit that
+    What it adds to ``bgtasks.AsyncBackgroundExecutor`` is what ``BackgroundExecutor`` adds to its base. An exit that
     is cancelled settles its tasks first, where LangGraph's leaves them running.
 
     Args:
