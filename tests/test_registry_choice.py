@@ -18,7 +18,9 @@ LAYERS = [
     {"_registry", "_registry_py"},
     {"registry"},
     {"manager"},
-    {"executor", "injection"},
+    {"_draining", "executor", "injection"},
+    {"_signals"},
+    {"_program"},
     {"__init__"},
 ]
 

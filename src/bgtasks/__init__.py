@@ -1,11 +1,14 @@
 """Runs the work an asyncio program starts and does not wait for, and loses none of it."""
 
+from bgtasks._program import run
+from bgtasks._signals import drain_on_signals
 from bgtasks.errors import (
     BgtasksError,
     ExecutorClosedError,
     InvalidContextError,
     InvalidFunctionError,
     InvalidOptionError,
+    InvalidProgramError,
     InvalidTimeoutError,
     ManagerClosedError,
     ManagerNotBoundError,
@@ -13,6 +16,7 @@ from bgtasks.errors import (
     NoRunningLoopError,
     NotACoroutineError,
     NotPicklableError,
+    RunningLoopError,
     TaskRejectedError,
     WorkerDiedError,
 )
@@ -32,6 +36,7 @@ __all__ = [
     "InvalidContextError",
     "InvalidFunctionError",
     "InvalidOptionError",
+    "InvalidProgramError",
     "InvalidTimeoutError",
     "ManagerClosedError",
     "ManagerNotBoundError",
@@ -42,9 +47,12 @@ __all__ = [
     "NotACoroutineError",
     "NotPicklableError",
     "Outcome",
+    "RunningLoopError",
     "ShutdownStats",
     "TaskInfo",
     "TaskRejectedError",
     "WorkerDiedError",
+    "drain_on_signals",
+    "run",
 ]
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@
     ├── InvalidContextError   (TypeError)     ``context`` or ``contextvars_context`` of the wrong kind
     ├── InvalidFunctionError  (TypeError)     something that this executor cannot run
     ├── InvalidOptionError    (ValueError)    an option of a manager or an executor outside its values
+    ├── InvalidProgramError   (TypeError)     ``run`` was given no coroutine function
     ├── InvalidTimeoutError   (ValueError)    a timeout that is no positive number
     ├── ManagerClosedError    (RuntimeError)  work handed in after ``shutdown``
     ├── ManagerNotBoundError  (LookupError)   a container was asked for a manager and holds none
@@ -14,6 +15,7 @@
     ├── NoRunningLoopError    (RuntimeError)  no event loop here, or none that can be named
     ├── NotACoroutineError    (TypeError)     something other than a coroutine object
     ├── NotPicklableError     (TypeError)     a function or value that cannot go to another process
+    ├── RunningLoopError      (RuntimeError)  ``run`` where an event loop runs already
     ├── TaskRejectedError     (RuntimeError)  the manager is at its cap
     └── WorkerDiedError       (RuntimeError)  the process that ran a function ended without an answer
 
@@ -33,6 +35,7 @@ __all__ = [
     "InvalidContextError",
     "InvalidFunctionError",
     "InvalidOptionError",
+    "InvalidProgramError",
     "InvalidTimeoutError",
     "ManagerClosedError",
     "ManagerNotBoundError",
@@ -40,6 +43,7 @@ __all__ = [
     "NoRunningLoopError",
     "NotACoroutineError",
     "NotPicklableError",
+    "RunningLoopError",
     "TaskRejectedError",
     "WorkerDiedError",
 ]
@@ -63,6 +67,10 @@ class InvalidFunctionError(BgtasksError, TypeError):
 
 class InvalidOptionError(BgtasksError, ValueError):
     """An option of a manager or an executor is outside the values it takes."""
+
+
+class InvalidProgramError(BgtasksError, TypeError):
+    """What ``run`` was given is no coroutine function that takes a manager."""
 
 
 class InvalidTimeoutError(BgtasksError, ValueError):
@@ -91,6 +99,10 @@ class NotACoroutineError(BgtasksError, TypeError):
 
 class NotPicklableError(BgtasksError, TypeError):
     """A function, an argument or a result cannot be pickled, so it cannot go to another process or interpreter."""
+
+
+class RunningLoopError(BgtasksError, RuntimeError):
+    """``run`` was called where an event loop runs already."""
 
 
 class TaskRejectedError(BgtasksError, RuntimeError):

@@ -1,0 +1,176 @@
+"""SIGINT and SIGTERM held back until the background tasks have ended, then given to whoever had them before."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
+from types import FrameType
+from typing import Any, Final
+
+from bgtasks import _draining
+from bgtasks.manager import BackgroundTaskManager
+
+logger = logging.getLogger("bgtasks")
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.asynccontextmanager
+async def drain_on_signals(manager: BackgroundTaskManager) -> AsyncIterator[bool]:
+    """Inside this context a SIGINT or SIGTERM takes its effect when the manager has shut down, not before.
+
+    The first signal calls ``manager.shutdown()``: new work is refused, tasks get the manager's ``drain_timeout`` to
+    finish and its ``default_shutdown_timeout`` to heed their cancellation. Then the signal goes where it would have
+    gone: a handler that was there is called, ``asyncio.run`` raises its KeyboardInterrupt, and the default action ends
+    the process. The second signal cuts the draining short, the third one is no longer held back. Handlers on the loop
+    (``loop.add_signal_handler``) are not replaced and run at once. When the context ends, the handlers are again those
+    that were there before; one that somebody else set inside the context stays. An ignored signal stays ignored.
+
+    The body of the context is not cancelled; it goes on while the manager drains. The context does not end before the
+    shutdown that a signal began. Without a signal it does not touch the manager.
+
+    Args:
+        manager: the manager to shut down; give it a ``drain_timeout``, which is 0 by default.
+
+    Yields:
+        True if signals are watched. False outside the main thread, where Python lets nobody: a warning is logged.
+
+    Example:
+        >>> async def main():
+        ...     async with BackgroundTaskManager(drain_timeout=20.0) as manager:
+        ...         async with drain_on_signals(manager):
+        ...             await serve(manager)
+
+    """
+    watch = SignalWatch(manager, asyncio.get_running_loop(), default=signal.raise_signal)
+    with watch:
+        try:
+            yield watch.is_watching
+        finally:
+            if watch.held:
+                await watch.close()
+
+
+class SignalWatch:
+    """Takes SIGINT and SIGTERM, shuts a manager down at the first one, and passes them on afterwards.
+
+    Args:
+        manager: the manager to shut down.
+        loop: the loop that runs in this thread.
+        default: called with the number of a signal that had no handler, in place of the default action.
+
+    """
+
+    def __init__(
+        self, manager: BackgroundTaskManager, loop: asyncio.AbstractEventLoop, *, default: Callable[[int], object]
+    ) -> None:
+        self.held: list[int] = []
+        self._manager = manager
+        self._loop = loop
+        self._default = default
+        self._previous: dict[int, Any] = {}
+        self._closing: asyncio.Task[None] | None = None
+        self._cut_short = False
+        self._over = False
+
+    @property
+    def is_watching(self) -> bool:
+        """True if there is a signal that would be held back."""
+        return bool(self._previous)
+
+    def __enter__(self) -> None:
+        """Take the signals that can be given back."""
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning(
+                "Signals are not watched outside the main thread: %r will not be drained by one", self._manager
+            )
+            return
+        for number in SIGNALS:
+            previous = signal.getsignal(number)
+            if previous is None:
+                logger.warning("%s has a handler that Python cannot give back; it is left alone", _name(number))
+            elif previous is not signal.SIG_IGN:
+                self._previous[number] = previous
+                signal.signal(number, self._on_signal)
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back, and pass on what was held."""
+        self._give_back()
+        self._pass_held_on()
+        self._over = True
+
+    async def close(self, *, drain: float | None = None) -> None:
+        """Shut the manager down, now or as a signal began it, and wait for the end."""
+        self._begin(drain)
+        assert self._closing is not None, "it was just begun"
+        # Not awaited itself: whoever cancels this wait does not cancel the shutdown.
+        await asyncio.wait((self._closing,))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Between two instructions of anything: only what is safe there. It wakes the loop, too.
+        if self._over or self._loop.is_closed():
+            self._pass_on(number, frame)
+        else:
+            self._loop.call_soon_threadsafe(self._hold, number)
+
+    def _hold(self, number: int) -> None:
+        if self._over:
+            self._pass_on(number, None)
+            return
+        first = not self.held
+        if number not in self.held:
+            self.held.append(number)
+        if first:
+            logger.info(
+                "%s: no new background tasks, %d have to end first", _name(number), self._manager.get_task_count()
+            )
+            self._begin(None)
+            return
+        logger.warning("%s again: background tasks are cancelled", _name(number))
+        self._cut_short = True
+        self._give_back()
+        if self._closing is not None:
+            # Not now: a task that is cancelled before its first step never begins to shut down.
+            self._loop.call_soon(self._closing.cancel)
+
+    def _begin(self, drain: float | None) -> None:
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._shut_down(drain), name="bgtasks shutdown")
+            # In a callback of the loop a handler may raise SystemExit or KeyboardInterrupt, and no task is to blame.
+            self._closing.add_done_callback(lambda _: self._pass_held_on())
+
+    async def _shut_down(self, drain: float | None) -> None:
+        try:
+            await _draining.close(self._manager, drain=drain)
+        except asyncio.CancelledError:
+            if not self._cut_short:
+                raise
+
+    def _pass_held_on(self) -> None:
+        """Let the held signals have their effect, once."""
+        if self.held and not self._over:
+            self._over = True
+            self._give_back()
+            for number in self.held:
+                self._pass_on(number, None)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        previous = self._previous[number]
+        if callable(previous):
+            previous(number, frame)
+        else:
+            self._default(number)
+
+    def _give_back(self) -> None:
+        for number, previous in self._previous.items():
+            # Who set a handler after us took ours for the one to give back: theirs stays, ours passes on.
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, previous)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
