@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Final, Literal, TypedDict
 
 from bgtasks.info import ManagerStats, TaskInfo
@@ -34,6 +35,16 @@ def new_manager(options: ManagerOptions) -> BackgroundTaskManager:
     usual: ManagerOptions = {"drain_timeout": DRAIN_TIMEOUT, "default_shutdown_timeout": SHUTDOWN_TIMEOUT}
     usual.update(options)
     return BackgroundTaskManager(**usual)
+
+
+@contextlib.asynccontextmanager
+async def running(options: ManagerOptions) -> AsyncIterator[BackgroundTaskManager]:
+    """Give a manager made by ``new_manager`` and close it at the end, also after an exception of the body."""
+    async with new_manager(options) as manager:
+        try:
+            yield manager
+        finally:
+            await close(manager)
 
 
 async def close(manager: BackgroundTaskManager, *, drain: float | None = None) -> None:

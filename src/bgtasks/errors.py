@@ -12,6 +12,7 @@
     ├── ManagerClosedError    (RuntimeError)  work handed in after ``shutdown``
     ├── ManagerNotBoundError  (LookupError)   a container was asked for a manager and holds none
     ├── MissingExtraError     (ImportError)   a package that an extra brings along is not installed
+    ├── NoManagerError        (RuntimeError)  an application without a manager was asked for it
     ├── NoRunningLoopError    (RuntimeError)  no event loop here, or none that can be named
     ├── NotACoroutineError    (TypeError)     something other than a coroutine object
     ├── NotPicklableError     (TypeError)     a function or value that cannot go to another process
@@ -40,6 +41,7 @@ __all__ = [
     "ManagerClosedError",
     "ManagerNotBoundError",
     "MissingExtraError",
+    "NoManagerError",
     "NoRunningLoopError",
     "NotACoroutineError",
     "NotPicklableError",
@@ -87,6 +89,10 @@ class ManagerNotBoundError(BgtasksError, LookupError):
 
 class MissingExtraError(BgtasksError, ImportError):
     """A feature needs a package that one of our extras brings along, and it is not installed."""
+
+
+class NoManagerError(BgtasksError, RuntimeError):
+    """An application was asked for its task manager and has none."""
 
 
 class NoRunningLoopError(BgtasksError, RuntimeError):

@@ -1,0 +1,66 @@
+"""A task manager for an aiohttp application.
+
+::
+
+    app.cleanup_ctx.append(cleanup_context())
+
+    async def handler(request):
+        task_manager(request).create_task(send_mail(), name="send_mail")
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Final, Unpack
+
+from bgtasks import errors
+from bgtasks._draining import ManagerOptions, new_manager, running
+from bgtasks.integrations._extra import extra
+from bgtasks.manager import BackgroundTaskManager
+
+with extra("aiohttp", "aiohttp"):
+    from aiohttp import web
+
+__all__ = ["TASK_MANAGER", "cleanup_context", "task_manager"]
+
+TASK_MANAGER: Final = web.AppKey("task_manager", BackgroundTaskManager)
+
+
+def cleanup_context(**options: Unpack[ManagerOptions]) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Return a cleanup context that gives the application a manager, in ``app[TASK_MANAGER]``.
+
+    aiohttp ends cleanup contexts in the reverse order: append this one last, then its tasks end before the others close
+    what they use. It begins to end after the last request: it refuses new work, drains, cancels, and names in the log
+    what did not finish.
+
+    Args:
+        options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
+            ``default_shutdown_timeout`` 5.
+
+    Raises:
+        InvalidOptionError: an option is outside its values.
+
+    """
+    new_manager(options)
+
+    async def with_manager(app: web.Application) -> AsyncIterator[None]:
+        async with running(options) as manager:
+            app[TASK_MANAGER] = manager
+            yield
+
+    return with_manager
+
+
+def task_manager(request: web.Request) -> BackgroundTaskManager:
+    """Return the manager of the application that serves a request, or of the one that it is a part of.
+
+    Raises:
+        NoManagerError: none of them has a ``cleanup_context()``, or it was not started.
+
+    """
+    manager = request.config_dict.get(TASK_MANAGER)
+    if manager is None:
+        raise errors.NoManagerError(
+            "this application has no task manager: app.cleanup_ctx.append(cleanup_context()) before it starts"
+        )
+    return manager

@@ -1,0 +1,28 @@
+"""A task manager for a FastAPI application, handed to the path operations that ask for it.
+
+::
+
+    app = FastAPI(lifespan=lifespan(my_lifespan))
+
+    @app.post("/orders")
+    async def order(tasks: TaskManagerDep):
+        tasks.create_task(send_mail(), name="send_mail")
+
+The lifespan is Starlette's: see ``bgtasks.integrations.starlette``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from bgtasks.integrations._extra import extra
+from bgtasks.manager import BackgroundTaskManager
+
+with extra("fastapi", "FastAPI"):
+    from fastapi import Depends
+
+from bgtasks.integrations.starlette import lifespan, task_manager
+
+__all__ = ["TaskManagerDep", "lifespan", "task_manager"]
+
+TaskManagerDep: TypeAlias = Annotated[BackgroundTaskManager, Depends(task_manager)]

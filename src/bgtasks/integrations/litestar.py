@@ -1,0 +1,73 @@
+"""A task manager for a Litestar application.
+
+::
+
+    app = Litestar(
+        [order],
+        lifespan=[my_lifespan, lifespan()],
+        dependencies={"tasks": Provide(task_manager, sync_to_thread=False)},
+    )
+
+    @post("/orders")
+    async def order(tasks: BackgroundTaskManager) -> None:
+        tasks.create_task(send_mail(), name="send_mail")
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Unpack
+
+from bgtasks import errors
+from bgtasks._draining import ManagerOptions, new_manager, running
+from bgtasks.integrations._extra import extra
+from bgtasks.manager import BackgroundTaskManager
+
+with extra("litestar", "Litestar"):
+    from litestar import Litestar
+    from litestar.datastructures import State
+
+__all__ = ["lifespan", "task_manager"]
+
+
+def lifespan(**options: Unpack[ManagerOptions]) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
+    """Return a lifespan that gives the application a manager, in ``app.state.task_manager``.
+
+    Litestar ends lifespans in the reverse order: put this one last, then its tasks end before the others close what
+    they use. At the end it refuses new work, drains, cancels, and names in the log what did not finish.
+
+    Args:
+        options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
+            ``default_shutdown_timeout`` 5.
+
+    Raises:
+        InvalidOptionError: an option is outside its values.
+
+    """
+    new_manager(options)
+
+    @contextlib.asynccontextmanager
+    async def with_manager(app: Litestar) -> AsyncIterator[None]:
+        async with running(options) as manager:
+            app.state.task_manager = manager
+            yield
+
+    return with_manager
+
+
+def task_manager(state: State) -> BackgroundTaskManager:
+    """Return the application's manager: a dependency.
+
+    Raises:
+        NoManagerError: the application was made without ``lifespan()``, or not started.
+
+    """
+    manager: BackgroundTaskManager | None = state.get("task_manager")
+    if manager is None:
+        raise errors.NoManagerError(
+            "this application has no task manager: make it with lifespan=[..., lifespan()], and start it; in tests, "
+            "'with TestClient(app) as client' does"
+        )
+    return manager

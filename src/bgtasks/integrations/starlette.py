@@ -1,0 +1,87 @@
+"""A task manager for a Starlette application: it ends after the last request, before what the application holds open.
+
+::
+
+    app = Starlette(routes=routes, lifespan=lifespan(my_lifespan))
+
+    async def endpoint(request):
+        request.app.state.task_manager.create_task(send_mail(), name="send_mail")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar, Unpack
+
+from bgtasks import errors
+from bgtasks._draining import ManagerOptions, close, new_manager, running
+from bgtasks.integrations._extra import extra
+from bgtasks.manager import BackgroundTaskManager
+
+with extra("starlette", "Starlette"):
+    from starlette.applications import Starlette
+    from starlette.requests import HTTPConnection
+
+__all__ = ["lifespan", "task_manager"]
+
+App = TypeVar("App", bound=Starlette)
+
+
+def lifespan(
+    inner: Callable[[App], AbstractAsyncContextManager[Mapping[str, Any] | None]] | None = None,
+    **options: Unpack[ManagerOptions],
+) -> Callable[[App], AbstractAsyncContextManager[Mapping[str, Any]]]:
+    """Return a lifespan that gives the application a manager and has ``inner`` around the manager's end.
+
+    The manager stands in ``app.state.task_manager`` when ``inner`` begins, and in ``request.state.task_manager`` also
+    for mounted applications. At the end it refuses new work, drains, cancels, and names in the log what did not finish;
+    only then ``inner`` closes what it has opened. If ``inner`` raises, the manager is shut down all the same. Each
+    start of the application has a manager of its own.
+
+    Args:
+        inner: the application's own lifespan: a function that takes the application and returns an async context
+            manager, as ``@asynccontextmanager`` makes them.
+        options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
+            ``default_shutdown_timeout`` 5.
+
+    Raises:
+        InvalidOptionError: ``inner`` is no such function, or an option is outside its values.
+
+    """
+    if inner is not None and (not callable(inner) or inspect.isasyncgenfunction(inner)):
+        raise errors.InvalidOptionError(
+            "a lifespan is a function that takes the application and returns an async context manager: decorate it "
+            f"with @contextlib.asynccontextmanager; got {errors.describe(inner)}"
+        )
+    new_manager(options)
+
+    @contextlib.asynccontextmanager
+    async def with_manager(app: App) -> AsyncIterator[Mapping[str, Any]]:
+        async with running(options) as manager:
+            app.state.task_manager = manager
+            async with contextlib.nullcontext() if inner is None else inner(app) as state:
+                try:
+                    yield {"task_manager": manager, **(state or {})}
+                finally:
+                    await close(manager)
+
+    return with_manager
+
+
+def task_manager(connection: HTTPConnection) -> BackgroundTaskManager:
+    """Return the manager of the application that serves a request or a websocket, a mounted one included.
+
+    Raises:
+        NoManagerError: the application was started without ``lifespan()``, or not started at all.
+
+    """
+    manager: BackgroundTaskManager | None = getattr(connection.state, "task_manager", None)
+    if manager is None:
+        raise errors.NoManagerError(
+            "this application has no task manager: make it with lifespan=lifespan(), and start it; in tests, "
+            "'with TestClient(app) as client' does"
+        )
+    return manager

@@ -1,0 +1,214 @@
+"""The integrations with Starlette and FastAPI, in a real application."""
+
+import asyncio
+import contextlib
+
+import pytest
+from requirements import need
+from work import forever
+
+from bgtasks import BackgroundTaskManager, InvalidOptionError, ManagerClosedError, NoManagerError
+
+starlette = need("starlette")
+fastapi = need("fastapi")
+need("httpx2")
+
+from starlette.applications import Starlette  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+from starlette.middleware.base import BaseHTTPMiddleware  # noqa: E402
+from starlette.responses import PlainTextResponse  # noqa: E402
+from starlette.routing import Mount, Route, WebSocketRoute  # noqa: E402
+from starlette.testclient import TestClient  # noqa: E402
+
+from bgtasks.integrations import fastapi as for_fastapi  # noqa: E402
+from bgtasks.integrations.starlette import lifespan, task_manager  # noqa: E402
+
+
+@pytest.fixture
+def events():
+    """Give a list of what happened, in order."""
+    return []
+
+
+@pytest.fixture
+def inner(events):
+    """Give a user's lifespan with a resource, and a state of its own."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan_of_the_user(app):
+        events.append("opens")
+        # The manager is there from the beginning.
+        app.state.task_manager.create_task(forever(), name="service")
+        try:
+            yield {"pool": "pool"}
+        finally:
+            events.append(f"closes, {app.state.task_manager.get_task_count()} tasks")
+
+    return lifespan_of_the_user
+
+
+def test_work_outlives_its_request_and_ends_before_the_resources(events, inner):
+    """A task started in a request runs on after the response; at the end all tasks end before the resources close."""
+
+    async def work(pool, gate):
+        await gate.wait()
+        events.append(f"work ends, {pool}")
+
+    async def start(request):
+        request.app.state.gate = asyncio.Event()
+        task_manager(request).create_task(work(request.state.pool, request.app.state.gate), name="work")
+        return PlainTextResponse("started")
+
+    async def finish(request):
+        events.append(f"{request.app.state.task_manager.get_task_count()} tasks")
+        request.app.state.gate.set()
+        return PlainTextResponse("finished")
+
+    app = Starlette(
+        routes=[Route("/start", start), Route("/finish", finish)],
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=lambda request, call_next: call_next(request))],
+        lifespan=lifespan(inner, drain_timeout=0.01),
+    )
+    for _ in range(2):
+        with TestClient(app) as client:
+            assert client.get("/start").text == "started"
+            assert client.get("/finish").text == "finished"
+        assert events == ["opens", "2 tasks", "work ends, pool", "closes, 0 tasks"]
+        events.clear()
+
+
+def test_what_did_not_finish_is_named(inner, caplog):
+    """Tasks that the drain time was too short for stand in the log."""
+    app = Starlette(lifespan=lifespan(inner, drain_timeout=0.0))
+    with TestClient(app):
+        pass
+    assert "Shutdown cancelled 1 of 1 background tasks: service (1)" in caplog.text
+
+
+def test_mounted_applications_and_websockets_find_the_manager():
+    """The manager is the one of the whole application, whoever serves the connection."""
+    found = []
+
+    async def endpoint(request):
+        found.append(task_manager(request))
+        return PlainTextResponse("")
+
+    async def websocket(connection):
+        found.append(task_manager(connection))
+        await connection.accept()
+        await connection.close()
+
+    mounted = Starlette(routes=[Route("/", endpoint)])
+    app = Starlette(routes=[Mount("/mounted", mounted), WebSocketRoute("/ws", websocket)], lifespan=lifespan())
+    with TestClient(app) as client:
+        client.get("/mounted/")
+        with client.websocket_connect("/ws"):
+            pass
+    assert found == [app.state.task_manager] * 2
+    assert isinstance(found[0], BackgroundTaskManager)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_lifespan_that_raises_does_not_keep_the_manager_open(where, caplog):
+    """Whether the user's part raises when it opens or when it closes, the manager is shut down, the error goes on."""
+
+    @contextlib.asynccontextmanager
+    async def raising(app):
+        app.state.task_manager.create_task(forever(), name="service")
+        await asyncio.sleep(0)
+        if where == "before":
+            raise ValueError("the user's part")
+        yield
+        raise ValueError("the user's part")
+
+    app = Starlette(lifespan=lifespan(raising, drain_timeout=0.0))
+    with pytest.raises(ValueError, match="the user's part"), TestClient(app):
+        pass
+    assert app.state.task_manager.get_task_count() == 0
+    assert app.state.task_manager._phase == "closed"
+    assert "service (1)" in caplog.text
+
+
+def test_new_work_is_refused_at_the_end():
+    """While it drains the manager takes no more tasks from outside."""
+    refused = []
+
+    @contextlib.asynccontextmanager
+    async def with_resource(app):
+        yield
+        coro = forever()
+        with pytest.raises(ManagerClosedError):
+            app.state.task_manager.create_task(coro)
+        refused.append(coro)
+
+    with TestClient(Starlette(lifespan=lifespan(with_resource))):
+        pass
+    assert len(refused) == 1
+
+
+def test_without_the_lifespan_the_error_says_what_to_do():
+    """An application that was not started, or has no manager, names the missing line."""
+
+    async def endpoint(request):
+        return PlainTextResponse(str(task_manager(request)))
+
+    client = TestClient(Starlette(routes=[Route("/", endpoint)], lifespan=lifespan()))
+    with pytest.raises(NoManagerError, match="with TestClient"):
+        client.get("/")
+
+
+async def generator(app):
+    """Be a lifespan that somebody forgot to decorate."""
+    yield
+
+
+@pytest.mark.parametrize("wrong", [generator, "lifespan"])
+def test_refuses_what_is_no_lifespan(wrong):
+    """A wrong lifespan is told when the application is made."""
+    with pytest.raises(InvalidOptionError, match="asynccontextmanager"):
+        lifespan(wrong)
+
+
+def test_refuses_options_outside_their_values():
+    """A bad option is told when the application is made, not when it ends."""
+    with pytest.raises(InvalidOptionError, match="drain_timeout"):
+        lifespan(drain_timeout=-1)
+
+
+def test_fastapi_hands_the_manager_to_path_operations(events, inner):
+    """The dependency gives the application's manager, which survives the request's own dependencies."""
+    app = fastapi.FastAPI(lifespan=for_fastapi.lifespan(inner, drain_timeout=0.01))
+
+    async def session():
+        events.append("session opens")
+        yield
+        events.append("session closes")
+
+    async def work(gate):
+        await gate.wait()
+        events.append("work ends")
+
+    @app.post("/start", dependencies=[fastapi.Depends(session)])
+    async def start(tasks: for_fastapi.TaskManagerDep) -> int:
+        app.state.gate = asyncio.Event()
+        tasks.create_task(work(app.state.gate), name="work")
+        return tasks.get_task_count()
+
+    @app.post("/finish")
+    async def finish(tasks: for_fastapi.TaskManagerDep) -> int:
+        app.state.gate.set()
+        return tasks.get_task_count()
+
+    @app.websocket("/ws")
+    async def websocket(connection: fastapi.WebSocket, tasks: for_fastapi.TaskManagerDep) -> None:
+        await connection.accept()
+        await connection.send_json(tasks.get_task_count())
+        await connection.close()
+
+    with TestClient(app) as client:
+        assert client.post("/start").json() == 2
+        with client.websocket_connect("/ws") as connection:
+            assert connection.receive_json() == 2
+        assert client.post("/finish").json() == 2
+    assert events == ["opens", "session opens", "session closes", "work ends", "closes, 0 tasks"]
+    assert "tasks" not in str(app.openapi()["paths"]["/start"].get("parameters"))
