@@ -147,7 +147,7 @@ def test_twice_counts_once(framework):
         agentflow.install(framework.name, drain_timeout=2.0)
         assert framework.module.BackgroundTaskManager is ours
         with pytest.raises(InvalidOptionError, match=r"drain_timeout=2.0: uninstall\(\) it first"):
-            agentflow.install(drain_timeout=3.0)
+            agentflow.install(framework.name, drain_timeout=3.0)
     finally:
         agentflow.uninstall()
     assert framework.module.BackgroundTaskManager is original

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from frameworks import FRAMEWORKS, needed
+from requirements import need
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -16,6 +18,14 @@ PROGRAMS = [
 ]
 
 
+def packages_of(program):
+    """Return the packages of others that a program imports, itself or through ours."""
+    imported = set(re.findall(r"^(?:from|import) (\w+)", program, re.MULTILINE))
+    if "bgtasks.injection" in program:
+        imported.add("injectq")
+    return sorted(imported - sys.stdlib_module_names - {"bgtasks"})
+
+
 def test_there_are_programs():
     """The pages were found and hold programs."""
     assert len(PROGRAMS) >= 7
@@ -24,6 +34,8 @@ def test_there_are_programs():
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_of_the_documentation_runs(program, tmp_path):
     """A block of Python is a whole program that ends well, with warnings as errors."""
+    for package in packages_of(program):
+        (needed if package in FRAMEWORKS else need)(package)
     file = tmp_path / "program.py"
     file.write_text(program)
     done = subprocess.run(

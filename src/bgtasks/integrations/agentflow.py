@@ -65,16 +65,16 @@ def install(*frameworks: str, drain_timeout: float | None = None) -> None:
     if drain_timeout is not None:
         checked_wait("drain_timeout", drain_timeout)
     with _lock:
-        for name in _checked(frameworks) or _found():
-            module = _manager_module(name)
-            name = _package_of(module)
+        modules = {_package_of(module): module for module in map(_manager_module, _checked(frameworks) or _found())}
+        for name in modules:
             there = _installed.get(name)
-            if there is None:
-                _installed[name] = _install(name, module, drain_timeout or 0.0)
-            elif drain_timeout not in (None, there.drain_timeout):
+            if there is not None and drain_timeout not in (None, there.drain_timeout):
                 raise errors.InvalidOptionError(
                     f"{name} has our manager already, with drain_timeout={there.drain_timeout}: uninstall() it first"
                 )
+        for name, module in modules.items():
+            if name not in _installed:
+                _installed[name] = _install(name, module, drain_timeout or 0.0)
 
 
 def uninstall(*frameworks: str) -> None:
