@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Coroutine, Mapping
 from types import ModuleType
@@ -49,18 +50,25 @@ class FrameworkManager(BackgroundTaskManager):
         name: str = DEFAULT_NAME,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
-        **options: Any,
+        eager_start: bool = False,
+        contextvars_context: contextvars.Context | None = None,
     ) -> asyncio.Task[Result]:
         """Do as ``BackgroundTaskManager.create_task``; a timeout of 0 is none, and a shut manager takes work, too."""
-        logger = self._logger
+        logger = self._framework.logger
         debug = self._levels[logging.DEBUG] = logger.isEnabledFor(logging.DEBUG)
-        task = super().create_task(coro, name=name, timeout=timeout or None, context=context, **options)
+        task = super().create_task(
+            coro,
+            name=name,
+            timeout=timeout or None,
+            context=context,
+            eager_start=eager_start,
+            contextvars_context=contextvars_context,
+        )
         if task is None:
             return task
-        created_at = getattr(task, "_source_traceback", None)
-        if created_at and created_at[-1].filename == __file__:
+        if task._source_traceback and task._source_traceback[-1].filename == __file__:  # type: ignore[attr-defined]
             # In debug mode a task tells where it was created: not here.
-            del created_at[-1]
+            del task._source_traceback[-1]  # type: ignore[attr-defined]
         if debug:
             logger.debug("Created background task: %s (timeout=%s)", name, timeout, extra={"task_context": context})
         return task

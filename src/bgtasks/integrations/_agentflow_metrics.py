@@ -67,10 +67,12 @@ class Totals:
         self._metrics.counter(PREFIX + name).inc()
 
     def attach(self) -> None:
-        """Have the framework's counters read from here; what they counted before stays in."""
+        """Have the framework's counters read from here, beside what the framework itself counts."""
         for name, summands in SUMS.items():
             counter = self._metrics.counter(PREFIX + name)
-            counter.__class__ = _reading(self, type(counter), summands)
+            own = self._metrics.Counter(counter.name, counter.value)
+            # The object stays the same: a program may hold it.
+            counter.__class__ = _reading(self, own, summands)
 
     def detach(self) -> None:
         """Make the framework's counters ordinary ones again, with the values that they have now."""
@@ -81,20 +83,24 @@ class Totals:
             counter.value = value
 
 
-def _reading(totals: Totals, kind: type, summands: tuple[str, ...]) -> type:
-    """Return a class of counters whose value is what they counted themselves and what the managers did."""
+def _reading(totals: Totals, own: Any, summands: tuple[str, ...]) -> type:
+    """Return a class of counters that count in ``own`` and show that with what the managers counted."""
 
     def counted() -> int:
         read = totals.read()
         return sum(read[summand] for summand in summands)
 
-    def get_value(counter: Any) -> int:
-        return int(vars(counter)["value"]) + counted()
+    def get_value(_: Any) -> int:
+        return int(own.value + counted())
 
-    def set_value(counter: Any, value: int) -> None:
-        vars(counter)["value"] = value - counted()
+    def set_value(_: Any, value: int) -> None:
+        own.value = value - counted()
 
-    return type(kind.__name__, (kind,), {"value": property(get_value, set_value)})
+    def inc(_: Any, *args: Any, **kwargs: Any) -> None:
+        own.inc(*args, **kwargs)
+
+    kind = type(own)
+    return type(kind.__name__, (kind,), {"value": property(get_value, set_value), "inc": inc})
 
 
 def _counters(manager: BackgroundTaskManager) -> dict[str, int]:
