@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from requirements import need
 
 import bgtasks
 
@@ -96,10 +97,17 @@ MODULES = sorted(
 )
 
 
+NEED_EXTRAS = ("bgtasks.injection", "bgtasks.integrations.", "bgtasks.events.")
+
+
 @pytest.mark.parametrize("name", [name.removesuffix(".__init__") for name in MODULES])
 def test_each_module_imports_alone(name):
-    """Every module can be the first one imported, with warnings as errors."""
+    """Every module can be the first one imported, with warnings as errors; or it names the extra that it lacks."""
     done = run(f"import {name}")
+    if done.returncode and name.startswith(NEED_EXTRAS):
+        assert done.stderr.splitlines()[-1].startswith("bgtasks.errors.MissingExtraError"), done.stderr
+        assert 'pip install "bgtasks-registry[' in done.stderr
+        return
     assert done.returncode == 0, done.stderr
 
 
@@ -112,6 +120,8 @@ def test_importing_loads_no_third_party_module():
     assert not {
         name for name in strangers if not name.startswith(("__editable__", "_cython_", "cython_", "_distutils"))
     }
+    # Nor what serves one framework or one extra.
+    assert not {name for name in done.stdout.split() if name.startswith(("bgtasks.integrations", "bgtasks.injection"))}
 
 
 def imports_of(path):
