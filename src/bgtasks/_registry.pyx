@@ -479,6 +479,8 @@ cdef class Record:
         ):
             self.report(error)
         self.release()
+        # The call refers to its record: a circle that the cycle collector does not see.
+        self._coro = None
 
     cdef int report(self, object error) except -1:
         try:

@@ -364,6 +364,8 @@ class Record:
         ):
             self.report(error)
         self.release()
+        # The call refers to its record: a circle that the cycle collector does not see.
+        self._coro = None
 
     def report(self, error: BaseException | None) -> None:
         try:
