@@ -13,8 +13,9 @@ unpacks nothing but the tests, so that they meet the installed package.
 Both runs are made at once, each in an interpreter of its own that differs in one call,
 ``bgtasks.integrations.langgraph.install()``. Compared are, for each test, whether it passed, failed, raised in its
 set-up or was skipped, and the warnings that no test raises itself: coroutines never awaited, errors that nobody could
-catch. What differs is run once more, alone and on both: LangGraph has tests that look at the clock, and a busy machine
-fails them on either side. Only what differs again counts; what had to be repeated is named.
+catch. The files of what differs are run once more, on both: LangGraph has tests that look at the clock, and a busy
+machine fails them on either side. Only what differs again counts; what had to be repeated is named. Whole files are
+repeated, since a test may fail for what those before it left behind.
 
 Its last line reads ``2941 passed on both, 0 differ, 43 skipped``. It exits with 0 only if nothing differed, at least
 one test passed, and the run on our executors made some of them and the other none.
@@ -95,8 +96,8 @@ class Recorder:
 
     def pytest_collectreport(self, report: Any) -> None:
         """Note a file that could not be collected."""
-        if report.failed:
-            self._outcomes[report.nodeid] = "not collected"
+        if not report.passed:
+            self._outcomes[report.nodeid] = "skipped" if report.skipped else "not collected"
 
     def pytest_warning_recorded(self, warning_message: Any) -> None:
         """Note what was reported behind the back of a test: its place is an accident of the collector."""
@@ -202,12 +203,12 @@ def what_is_wrong(suite: Suite, first: dict[Side, Record]) -> list[str]:
     problems = []
     differing = differences(first)
     if differing and len(differing) <= REPEATED_AT_MOST:
-        print(f"{len(differing)} tests differ and are run again, alone:")
+        print(f"{len(differing)} tests differ; their files are run again:")
         for test in differing:
             print(f"  {test}: {outcome_on(first, test)}")
-        second = suite.run(differing)
-        for test in differences(second):
-            problems.append(f"differs, twice: {test}: {outcome_on(second, test)}")
+        second = suite.run(sorted({test.partition("::")[0] for test in differing}))
+        again = set(differences(second))
+        problems += [f"differs, twice: {test}: {outcome_on(second, test)}" for test in differing if test in again]
         if problems:
             print(suite.last_log("bgtasks", 5 * LINES_SHOWN))
     else:

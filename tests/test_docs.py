@@ -18,12 +18,17 @@ PROGRAMS = [
 ]
 
 
+# Where a part of the package, or a package of others, stands for another one that has to be there.
+STANDS_FOR = {"injection": "injectq", "langgraph": "langgraph.pregel"}
+
+
 def packages_of(program):
     """Return the packages of others that a program imports, itself or through ours."""
     imported = set(re.findall(r"^(?:from|import) (\w+)", program, re.MULTILINE))
-    if "bgtasks.injection" in program:
-        imported.add("injectq")
-    return sorted(imported - sys.stdlib_module_names - {"bgtasks"})
+    for names in re.findall(r"\bbgtasks\.integrations(?:\.(\w+)| import (\w+))", program):
+        imported.update(filter(None, names))
+    imported.update(re.findall(r"\bbgtasks\.(injection)\b", program))
+    return sorted({STANDS_FOR.get(name, name) for name in imported} - sys.stdlib_module_names - {"bgtasks"})
 
 
 def test_there_are_programs():

@@ -11,11 +11,11 @@ import weakref
 
 import pytest
 from conftest import twins_chosen
-from extras import needed
+from requirements import need
 from langgraph_sides import Side, sides_chosen, skip_set
 from work import after, failing, forever, until, value
 
-needed("langgraph")
+need("langgraph.pregel")
 
 from langgraph.errors import GraphBubbleUp, GraphInterrupt  # noqa: E402
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
-from extras import needed
+from requirements import need
 from work import forever, until
 
-needed("langgraph")
+need("langgraph.pregel")
 
 from langgraph.checkpoint.memory import InMemorySaver  # noqa: E402
 from langgraph.config import get_stream_writer  # noqa: E402

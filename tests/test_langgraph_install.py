@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 import pytest
-from extras import needed
+from requirements import need
 
 LOOK = """
 import sys
@@ -45,7 +45,7 @@ def run(code):
 @pytest.fixture
 def _langgraph():
     """Skip where LangGraph is not installed."""
-    needed("langgraph")
+    need("langgraph.pregel")
 
 
 def test_importing_the_integration_imports_no_langgraph():

@@ -23,6 +23,7 @@ LAYERS = [
     {"_signals"},
     {"_program"},
     {"__init__"},
+    {"integrations"},
 ]
 
 
