@@ -125,9 +125,10 @@ def report(state: State) -> State:
 
 def build(in_threads: bool) -> Any:
     """Return the graph, with the one node that differs between threads and tasks."""
+    measure_one: Any = measure_in_thread if in_threads else measure_in_task
     builder = StateGraph(State)
     builder.add_node("find", find)
-    builder.add_node("measure", measure_in_thread if in_threads else measure_in_task)
+    builder.add_node("measure", measure_one)
     builder.add_node("ask", ask)
     builder.add_node("report", report)
     builder.add_edge(START, "find")
@@ -157,7 +158,8 @@ class Progress:
 def run_in_threads(graph: Any, first: State, answer: str, config: dict[str, Any]) -> tuple[Progress, State]:
     """Run the graph up to its question, answer it, and run it to its end, all from this thread."""
     progress = Progress()
-    for given in (first, Command(resume=answer)):
+    inputs: tuple[Any, ...] = (first, Command(resume=answer))
+    for given in inputs:
         for mode, chunk in graph.stream(given, config, stream_mode=["custom", "updates"]):
             progress.show(mode, chunk)
     state: State = graph.get_state(config).values
@@ -167,7 +169,8 @@ def run_in_threads(graph: Any, first: State, answer: str, config: dict[str, Any]
 async def run_in_tasks(graph: Any, first: State, answer: str, config: dict[str, Any]) -> tuple[Progress, State]:
     """Do the same on the running loop."""
     progress = Progress()
-    for given in (first, Command(resume=answer)):
+    inputs: tuple[Any, ...] = (first, Command(resume=answer))
+    for given in inputs:
         async for mode, chunk in graph.astream(given, config, stream_mode=["custom", "updates"]):
             progress.show(mode, chunk)
     state: State = (await graph.aget_state(config)).values
