@@ -1,7 +1,7 @@
 # The commands that people and CI share. They use the activated Python, or the one given: make test PYTHON=...
 PYTHON ?= python
 
-.PHONY: build test suite lint bench nightly dist
+.PHONY: build test suite graphs lint bench nightly dist
 
 build: # the package, editable and compiled, with what the other commands need
 	$(PYTHON) -m pip install --upgrade 'pip>=25.1'
@@ -12,6 +12,9 @@ test: # on both twins
 
 suite: # CPython's own asyncio tests, on tracked tasks
 	BGTASKS_IMPLEMENTATION=cython $(PYTHON) -X faulthandler tests/cpython_asyncio.py
+
+graphs: # LangGraph's own tests, on its executors and on ours
+	BGTASKS_IMPLEMENTATION=cython $(PYTHON) tests/langgraph_suite.py
 
 lint:
 	$(PYTHON) -m ruff check

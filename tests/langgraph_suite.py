@@ -17,7 +17,7 @@ catch. The files of what differs are run once more, on both: LangGraph has tests
 machine fails them on either side. Only what differs again counts; what had to be repeated is named. Whole files are
 repeated, since a test may fail for what those before it left behind.
 
-Its last line reads ``2941 passed on both, 0 differ, 43 skipped``. It exits with 0 only if nothing differed, at least
+Its last line reads ``2941 passed, 0 differ, 43 skipped``. It exits with 0 only if nothing differed, at least
 one test passed, and the run on our executors made some of them and the other none.
 """
 
@@ -227,7 +227,7 @@ def summary(records: dict[Side, Record], differing: int) -> str:
     original, ours = (records[side]["outcomes"] for side in SIDES)
     alike = Counter(outcome for test, outcome in ours.items() if original.get(test) == outcome)
     failed = sum(alike.values()) - alike["passed"] - alike["skipped"]
-    parts = [f"{alike['passed']} passed on both", f"{differing} differ"]
+    parts = [f"{alike['passed']} passed", f"{differing} differ"]
     if failed:
         parts.append(f"{failed} failed on both")
     return ", ".join([*parts, f"{alike['skipped']} skipped"])
