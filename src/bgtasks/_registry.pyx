@@ -456,7 +456,8 @@ cdef class Record:
         self.records.arm(self)
 
     def begin_call(self):
-        """Mark a queued function as running; return False if it was settled before. The executor holds its lock."""
+        """Mark a queued function as running; return False if it was settled before. Safe from any thread."""
+        # Nothing in here and in ``finish`` lets go of the GIL between a question and what follows from the answer.
         if self._outcome != RUNNING:
             return False
         self.queued = False
@@ -464,15 +465,15 @@ cdef class Record:
         self._created = self.records.now()
         return True
 
-    def finish_call(self, outcome, error=None):
-        """Settle the record of a function; return False if it was settled before. The executor holds its lock."""
-        if self._outcome != RUNNING:
+    def finish_call(self, outcome, error=None, bint if_queued=False):
+        """Settle the record of a function, or only a queued one; return whether that was done. Safe from any thread."""
+        if self._outcome != RUNNING or (if_queued and not self.queued):
             return False
         self.records.finish(self, OUTCOMES.index(outcome), error)
         return True
 
     def report_call(self, error=None):
-        """Report the end of a function that ``finish_call`` settled, without the executor's lock."""
+        """Report the end of a function that ``finish_call`` settled; called once, by whoever settled it."""
         cdef Registry registry = self.records.registry
         if self._outcome != COMPLETED or registry._muted is None or (
             registry._muted.get(registry._muted_level) is not False
@@ -914,7 +915,9 @@ cdef class LoopRecords:
             ours = self.builds_itself(factory)
             if _native or not ours:
                 wrapper = _wrap(record, run_queued if record.queued else _run)
-            eager = eager or (factory is not None and factory is registry._eager_factory)
+            if record._group is None:
+                # An executor says for itself which of its tasks start eagerly.
+                eager = eager or (factory is not None and factory is registry._eager_factory)
             if eager and context is not None:
                 # Raises if the context is entered now: the task's constructor would notice too late, half built.
                 context.run(_nothing)
@@ -1486,7 +1489,7 @@ cdef class Registry:
         return not (self._shut or self._cap) or not self.must_ask(records) or self._admit(call, name)
 
     def _enroll_call(self, LoopRecords records, Group group, call, name, timeout, unsigned char marks, future):
-        """Make the record of a queued function, ``call`` standing for its coroutine. The executor holds its lock."""
+        """Make the record of a queued function, ``call`` standing for its coroutine. Safe from any thread."""
         cdef Record record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
         record._created = records.now()
         record._task = future

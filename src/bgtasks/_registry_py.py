@@ -49,6 +49,9 @@ MAX_TICK: Final = 1 << 62
 
 # Every LoopRecords that holds a record: neither it nor its manager may be collected under a running task.
 _in_use: set[LoopRecords] = set()
+# Guards the records of functions: their threads share them. The compiled twin does all this in one go under the GIL.
+# Re-entrant, for the text of an error that goes into the history may submit.
+_calls_lock = threading.RLock()
 
 
 @final
@@ -339,23 +342,25 @@ class Record:
         self.records.arm(self)
 
     def begin_call(self) -> bool:
-        """Mark a queued function as running; return False if it was settled before. The executor holds its lock."""
-        if self._outcome != RUNNING:
-            return False
-        self.queued = False
-        self.records.queued -= 1
-        self._created = self.records.now()
+        """Mark a queued function as running; return False if it was settled before. Safe from any thread."""
+        with _calls_lock:
+            if self._outcome != RUNNING:
+                return False
+            self.queued = False
+            self.records.queued -= 1
+            self._created = self.records.now()
         return True
 
-    def finish_call(self, outcome: str, error: BaseException | None = None) -> bool:
-        """Settle the record of a function; return False if it was settled before. The executor holds its lock."""
-        if self._outcome != RUNNING:
-            return False
-        self.records.finish(self, OUTCOMES.index(outcome), error)
+    def finish_call(self, outcome: str, error: BaseException | None = None, if_queued: bool = False) -> bool:
+        """Settle the record of a function, or only a queued one; return whether that was done. Safe from any thread."""
+        with _calls_lock:
+            if self._outcome != RUNNING or (if_queued and not self.queued):
+                return False
+            self.records.finish(self, OUTCOMES.index(outcome), error)
         return True
 
     def report_call(self, error: BaseException | None = None) -> None:
-        """Report the end of a function that ``finish_call`` settled, without the executor's lock."""
+        """Report the end of a function that ``finish_call`` settled; called once, by whoever settled it."""
         registry = self.records.registry
         if (
             self._outcome != COMPLETED
@@ -613,7 +618,9 @@ class LoopRecords:
         try:
             factory = self.task_factory()
             ours = self.builds_itself(factory)
-            eager = eager or (factory is not None and factory is registry._eager_factory)
+            if record._group is None:
+                # An executor says for itself which of its tasks start eagerly.
+                eager = eager or (factory is not None and factory is registry._eager_factory)
             if eager and context is not None:
                 # Raises if the context is entered now: the task's constructor would notice too late, half built.
                 context.run(_nothing)
@@ -1157,15 +1164,16 @@ class Registry:
         marks: int,
         future: Any,
     ) -> Record:
-        """Make the record of a queued function, ``call`` standing for its coroutine. The executor holds its lock."""
-        record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
-        record._created = records.now()
-        record._task = future
-        record._group = group
-        record._marks = marks
-        group.live += 1
-        record.queued = True
-        records.queued += 1
+        """Make the record of a queued function, ``call`` standing for its coroutine. Safe from any thread."""
+        with _calls_lock:
+            record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
+            record._created = records.now()
+            record._task = future
+            record._group = group
+            record._marks = marks
+            group.live += 1
+            record.queued = True
+            records.queued += 1
         return record
 
     # -- places among the running coroutines ---------------------------------------------------------------------

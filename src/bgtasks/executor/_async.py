@@ -136,9 +136,13 @@ class AsyncBackgroundExecutor:
         task: asyncio.Task[Result] | None = self._create_task(
             coro, __name__, __timeout__, not __next_tick__, None, marks
         )
-        if task is None or self._is_exiting:
-            self._review(task, __name__, marks)
-        return task  # type: ignore[return-value]
+        try:
+            if task is None or self._is_exiting:
+                self._review(task, __name__, marks)
+            return task  # type: ignore[return-value]
+        finally:
+            # The error of an eager task keeps this frame through its traceback: the frame must not keep the task.
+            del task
 
     def _review(self, task: asyncio.Task[Any] | None, name: str | None, marks: int) -> None:
         """Refuse a task that the manager dropped; cancel one that came too late to be left running."""

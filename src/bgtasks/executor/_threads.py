@@ -88,19 +88,18 @@ class BackgroundExecutor:
         self._host = Host()
         self._records: Any = None
         self._was_entered = False
-        # Guards what stands below, and the records: submitters, workers and whoever cancels share them. Re-entrant,
-        # for a finaliser or the text of an error may submit.
-        self._lock = threading.RLock()
         self._is_open = False
         self._is_exiting = False
+        # Calls that have not ended, and those that run. Submitters and workers change them without a lock, by one
+        # operation each, and look at them afterwards: of two that race at least one sees what the other did.
         self._live: dict[Call, None] = {}
+        self._running: dict[Call, None] = {}
         self._failures: _options.Failures[concurrent.futures.Future[Any]] = _options.Failures(self._decides_late)
         self._quiet = threading.Event()
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        # Calls in the queue; threads that serve it, and those among them that run a function.
-        self._waiting = 0
+        # Guards what is rare: starting and leaving threads, and failures. Re-entrant, for a finaliser may submit.
+        self._lock = threading.RLock()
         self._threads: set[threading.Thread] = set()
-        self._busy = 0
         self._deadlines = Deadlines(self._expire)
 
     def submit(  # type: ignore[valid-type]  # see _submit
@@ -159,125 +158,111 @@ class BackgroundExecutor:
         marks = (CANCEL_ON_EXIT if __cancel_on_exit__ else 0) | (RERAISE_ON_EXIT if __reraise_on_exit__ else 0)
         future = CallFuture(self._cancel_call, call)
         call.future = future
-        with self._lock:
-            if not self._is_open:
-                raise _options.closed(self, True)
-            call.record = self.manager._enroll_call(self._records, self._group, call, name, __timeout__, marks, future)
-            self._live[call] = None
-            self._waiting += 1
-            worker = self._worker_wanted()
+        call.record = self.manager._enroll_call(self._records, self._group, call, name, __timeout__, marks, future)
+        self._live[call] = None
+        if not self._is_open:
+            self._cancel_call(call)
+            raise _options.closed(self, True)
         self._queue.put(call)
-        if worker is not None:
-            self._start(worker)
+        threads = len(self._threads)
+        if threads < self._limit and self._queue.qsize() > threads - len(self._running):
+            self._add_worker()
         if self._is_exiting and __cancel_on_exit__:
             future.cancel()
         return future
 
     # -- threads ------------------------------------------------------------------------------------------------------
 
-    def _worker_wanted(self) -> threading.Thread | None:
-        """Return a new thread to start if more calls wait than threads are idle; the lock is held."""
-        if self._waiting <= len(self._threads) - self._busy or len(self._threads) >= self._limit:
-            return None
-        worker = threading.Thread(target=self._work, name="bgtasks-worker", daemon=True)
-        self._threads.add(worker)
-        return worker
-
-    def _start(self, worker: threading.Thread) -> None:
+    def _add_worker(self) -> None:
+        """Start a thread if more calls wait than threads are idle, and there may be another."""
+        with self._lock:
+            count = len(self._threads)
+            if count >= self._limit or self._queue.qsize() <= count - len(self._running):
+                return
+            worker = threading.Thread(target=self._work, name="bgtasks-worker", daemon=True)
+            self._threads.add(worker)
         try:
             worker.start()
         except RuntimeError:
             with self._lock:
                 self._threads.discard(worker)
-                is_last = not self._threads
-            if is_last:
+            if not count:
                 raise
-            logger.warning("No further thread could be started; %d serve the executor", len(self._threads))
+            logger.warning("No further thread could be started; %d serve the executor", count)
 
     def _work(self) -> None:
         """Serve the queue until its end is reached or the function that ran was abandoned."""
         runner = self._make_runner()
         worker = threading.current_thread()
-        take = self._queue.get
+        take, running = self._queue.get, self._running
         try:
             while (call := take()) is not None:
-                if self._begin(call, worker, runner):
-                    result, error = _outcome_of(call, runner)
-                    if not self._end(call, result, error):
-                        return
-                    del result, error
+                call.worker = worker
+                call.runner = runner
+                running[call] = None
+                is_ours = True
+                if call.record.begin_call():
+                    if self._queue.qsize() > len(self._threads) - len(running) and len(self._threads) < self._limit:
+                        # Submitted between taking this call and marking it as running, when this thread looked idle.
+                        self._add_worker()
+                    is_ours = self._run(call, runner)
+                running.pop(call, None)
                 # The next one may be long in coming: nothing of this one is to wait for it.
                 del call
+                if not is_ours:
+                    return
         finally:
             runner.close()
 
-    def _begin(self, call: Call, worker: threading.Thread, runner: Runner) -> bool:
-        with self._lock:
-            self._waiting -= 1
-            if not call.record.begin_call():
-                return False
-            call.is_running = True
-            call.worker = worker
-            call.runner = runner
-            self._busy += 1
+    def _run(self, call: Call, runner: Runner) -> bool:
+        """Run a function and settle it; return False if it was abandoned meanwhile, and its thread with it."""
+        call.is_running = True
         if call.timeout is not None:
             self._deadlines.add(call, call.timeout)
-        return True
-
-    def _end(self, call: Call, result: Any, error: BaseException | None) -> bool:
-        """Settle a call with the outcome of its function; return False if it was abandoned, and its thread with it."""
-        record = call.record
-        with self._lock:
-            is_first = record.finish_call("completed" if error is None else "failed", error)
-            call.is_running = False
-            if is_first:
-                self._busy -= 1
-                if error is not None and record.marks & RERAISE_ON_EXIT:
-                    self._failures.keep(record.task_id, call.future)
+        result, error = _outcome_of(call, runner)
+        is_first = call.record.finish_call("completed" if error is None else "failed", error)
+        call.is_running = False
         if call.timeout is not None:
             self._deadlines.discard()
         call.close()
-        if not is_first:
-            if error is not None and not isinstance(error, errors.WorkerDiedError):
-                logger.error(
-                    "Background task '%s' failed after it was abandoned: %s",
-                    record.name,
-                    errors.text_of(error),
-                    exc_info=error,
-                    extra={"task_id": record.task_id, "task_name": record.name, "task_context": {}},
-                )
-            return False
-        self._settle(call, result, error)
-        return True
+        if is_first:
+            self._settle(call, result, error)
+        elif error is not None and not isinstance(error, errors.WorkerDiedError):
+            record = call.record
+            logger.error(
+                "Background task '%s' failed after it was abandoned: %s",
+                record.name,
+                errors.text_of(error),
+                exc_info=error,
+                extra={"task_id": record.task_id, "task_name": record.name, "task_context": {}},
+            )
+        return is_first
 
     # -- settling -----------------------------------------------------------------------------------------------------
 
     def _settle(self, call: Call, result: Any, error: BaseException | None) -> None:
         """Report a call whose record is finished, and give its outcome to its future."""
-        future = call.future
+        record, future = call.record, call.future
+        if error is not None and record.marks & RERAISE_ON_EXIT:
+            with self._lock:
+                self._failures.keep(record.task_id, future)
         try:
-            call.record.report_call(error)
+            record.report_call(error)
         finally:
             future.settle(result, error)
             self._leave(call)
 
     def _cancel_call(self, call: Call, abandon: bool = False) -> bool:
         """Cancel a call that waits; abandon one that runs if that is wanted. Return whether its future is cancelled."""
-        future = call.future
-        with self._lock:
-            is_running = call.is_running
-            if is_running and not abandon:
-                return False
-            is_first = call.record.finish_call("abandoned" if is_running else "cancelled")
-            successor = self._abandon(call) if is_first and is_running else None
-        if not is_first:
-            return future.cancelled()
-        if is_running:
-            self._let_run_out(call, successor)
-        else:
+        record, future = call.record, call.future
+        if record.finish_call("cancelled", if_queued=True):
             call.close()
+        elif abandon and record.finish_call("abandoned"):
+            self._abandon(call)
+        else:
+            return future.cancelled()
         try:
-            call.record.report_call()
+            record.report_call()
         finally:
             future.settle_cancelled()
             self._leave(call)
@@ -285,36 +270,26 @@ class BackgroundExecutor:
 
     def _expire(self, call: Call) -> None:
         """Have a call that still runs fail with TimeoutError, and abandon its function."""
-        record = call.record
-        error = TimeoutError(f"timed out after {call.timeout} seconds")
-        with self._lock:
-            if not call.is_running or not record.finish_call("timed_out"):
-                return
-            successor = self._abandon(call)
-            if record.marks & RERAISE_ON_EXIT:
-                self._failures.keep(record.task_id, call.future)
-        self._let_run_out(call, successor)
+        if not call.record.finish_call("timed_out"):
+            return
+        self._abandon(call)
         try:
-            self.manager._warn_of_timeout(record)
+            self.manager._warn_of_timeout(call.record)
         finally:
-            self._settle(call, None, error)
+            self._settle(call, None, TimeoutError(f"timed out after {call.timeout} seconds"))
 
-    def _abandon(self, call: Call) -> threading.Thread | None:
-        """Leave a thread to the function it runs; return another to start if one is wanted. The lock is held."""
-        self._busy -= 1
-        self._threads.discard(call.worker)
-        return self._worker_wanted()
-
-    def _let_run_out(self, call: Call, successor: threading.Thread | None) -> None:
+    def _abandon(self, call: Call) -> None:
+        """Leave a thread to the function it runs, and start another if one is wanted."""
+        with self._lock:
+            self._threads.discard(call.worker)
+            self._running.pop(call, None)
         call.runner.interrupt()
-        if successor is not None:
-            self._start(successor)
+        self._add_worker()
 
     def _leave(self, call: Call) -> None:
-        with self._lock:
-            del self._live[call]
-            if not self._live:
-                self._quiet.set()
+        del self._live[call]
+        if self._is_exiting and not self._live:
+            self._quiet.set()
 
     # -- what the manager and the registry tell -----------------------------------------------------------------------
 
@@ -355,8 +330,7 @@ class BackgroundExecutor:
             self._cancel_live(CANCEL_ON_EXIT, self._abandon_running)
             self._close_when_quiet()
         except BaseException:
-            with self._lock:
-                self._is_open = False
+            self._is_open = False
             self._cancel_live(0, True)
             raise
         finally:
@@ -378,20 +352,22 @@ class BackgroundExecutor:
 
     def _cancel_live(self, marks: int, abandon: bool) -> None:
         """Cancel the calls that have these marks."""
-        with self._lock:
-            calls = [call for call in self._live if call.record.marks & marks == marks]
-        for call in calls:
-            self._cancel_call(call, abandon)
+        for call in list(self._live):
+            if call.record.marks & marks == marks:
+                self._cancel_call(call, abandon)
 
     def _close_when_quiet(self) -> None:
         """Wait until every call has ended, those submitted meanwhile included, and take no more."""
         while True:
-            with self._lock:
-                if not self._live:
-                    self._is_open = False
-                    return
-                self._quiet.clear()
-            self._quiet.wait()
+            self._quiet.clear()
+            if self._live:
+                self._quiet.wait()
+                continue
+            self._is_open = False
+            if not self._live:
+                return
+            # Another thread submitted just now.
+            self._is_open = True
 
     def _end_threads(self) -> None:
         """End the threads, but not those left to abandoned functions."""
