@@ -148,7 +148,11 @@ def compare_threads(options: argparse.Namespace) -> None:
             contenders[name](count)
             if round_number >= 1:
                 times[name].append(time.perf_counter() - begin)
-    for name, goal in (("LangGraph's", (1.5, None)), ("bare ThreadPoolExecutor", (0.0, 1.0)), ("hand-over alone", None)):
+    for name, goal in (
+        ("LangGraph's", (1.5, None)),
+        ("bare ThreadPoolExecutor", (0.0, 1.0)),
+        ("hand-over alone", None),
+    ):
         figure = ratio(times, name, "ours")
         thousands = count / statistics.median(times[name]) / 1000
         print(f"  against {name:24} {figure:6.2f}   ({thousands:.0f}k/s)   {verdict(figure, *goal) if goal else ''}")

@@ -12,8 +12,6 @@ from bgtasks import AsyncBackgroundExecutor, BackgroundExecutor
 RunnableConfig = dict
 
 
-
-
 @pytest.fixture
 def config():
     """Give a config with a limit."""

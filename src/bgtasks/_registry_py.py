@@ -362,15 +362,17 @@ class Record:
     def report_call(self, error: BaseException | None = None) -> None:
         """Report the end of a function that ``finish_call`` settled; called once, by whoever settled it."""
         registry = self.records.registry
-        if (
-            self._outcome != COMPLETED
-            or registry._muted is None
-            or registry._muted.get(registry._muted_level) is not False
-        ):
-            self.report(error)
-        self.release()
-        # The call refers to its record: a circle that the cycle collector does not see.
-        self._coro = None
+        try:
+            if (
+                self._outcome != COMPLETED
+                or registry._muted is None
+                or registry._muted.get(registry._muted_level) is not False
+            ):
+                self.report(error)
+        finally:
+            self.release()
+            # The call refers to its record.
+            self._coro = None
 
     def report(self, error: BaseException | None) -> None:
         try:

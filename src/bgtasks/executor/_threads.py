@@ -351,10 +351,13 @@ class BackgroundExecutor:
             future = failure = None  # type: ignore[assignment]
 
     def _cancel_live(self, marks: int, abandon: bool) -> None:
-        """Cancel the calls that have these marks."""
-        for call in list(self._live):
-            if call.record.marks & marks == marks:
-                self._cancel_call(call, abandon)
+        """Cancel the calls that have these marks: first those that wait, lest they start where others are abandoned."""
+        calls = [call for call in list(self._live) if call.record.marks & marks == marks]
+        for call in calls:
+            self._cancel_call(call)
+        if abandon:
+            for call in calls:
+                self._cancel_call(call, abandon=True)
 
     def _close_when_quiet(self) -> None:
         """Wait until every call has ended, those submitted meanwhile included, and take no more."""

@@ -1,0 +1,121 @@
+"""BackgroundExecutor with kind="processes" and kind="interpreters"."""
+
+import concurrent.futures
+import os
+import time
+
+import pytest
+
+from bgtasks import BackgroundExecutor, InvalidFunctionError, InvalidOptionError, NotPicklableError, WorkerDiedError
+
+
+class Unpicklable(Exception):  # noqa: N818
+    """An error that goes out and does not come back."""
+
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+def fails(error):
+    """Raise."""
+    raise error
+
+
+def fails_unpicklably():
+    """Raise what cannot come back."""
+    raise Unpicklable(1, 2)
+
+
+def gives_a_function():
+    """Return what cannot be pickled."""
+    return lambda: None
+
+
+async def coroutine():
+    """Do nothing."""
+
+
+@pytest.fixture
+def make(make_manager):
+    """Give a maker of executors for processes, on managers of the twin."""
+
+    def make(**options):
+        return BackgroundExecutor(kind="processes", manager=make_manager(), max_concurrency=2, **options)
+
+    return make
+
+
+def test_functions_run_in_processes_that_are_reused(make):
+    """Arguments go there, results and errors come back, the error with the traceback it had there."""
+    with make() as submit:
+        first = submit(os.getpid).result(60)
+        assert first != os.getpid()
+        assert submit(int, "1000", base=2).result(60) == 8
+        error = submit(fails, KeyError("there"), __reraise_on_exit__=False).exception(60)
+        assert isinstance(error, KeyError)
+        assert "in fails" in error.__notes__[0]
+
+
+def test_a_failure_in_a_process_is_raised_at_the_end(make):
+    """As one in a thread."""
+    with pytest.raises(ZeroDivisionError):
+        with make() as submit:
+            submit(divmod, 1, 0)
+
+
+def test_a_function_that_runs_is_ended_with_its_process(make):
+    """Cancelled at the end of the block or by its timeout, it does not go on computing."""
+    executor = make()
+    begin = time.monotonic()
+    with executor as submit:
+        future = submit(time.sleep, 60, __cancel_on_exit__=True)
+        timed = submit(time.sleep, 60, __timeout__=0.05, __reraise_on_exit__=False)
+        assert isinstance(timed.exception(60), TimeoutError)
+        assert submit(pow, 2, 3).result(60) == 8
+        while not future.running():
+            time.sleep(0.001)
+    assert future.cancelled()
+    assert time.monotonic() - begin < 50
+    stats = executor.manager.stats()
+    assert (stats["abandoned"], stats["timed_out"]) == (1, 1)
+
+
+def test_a_process_that_dies_is_replaced(make):
+    """Its function fails with the exit code, the next one gets a new process."""
+    with make() as submit:
+        error = submit(os._exit, 3, __reraise_on_exit__=False).exception(60)
+        assert isinstance(error, WorkerDiedError)
+        assert "exit code 3" in str(error)
+        assert submit(pow, 2, 3).result(60) == 8
+
+
+def test_what_cannot_be_pickled_is_refused(make):
+    """At once for functions and arguments, through the future for results and errors; the message says what to do."""
+    with make() as submit:
+        with pytest.raises(NotPicklableError, match="define the function at the top of a module"):
+            submit(lambda: 1)
+        with pytest.raises(NotPicklableError):
+            submit(print, lambda: 1)
+        with pytest.raises(InvalidFunctionError):
+            submit(coroutine)
+        result = submit(gives_a_function, __reraise_on_exit__=False).exception(60)
+        assert isinstance(result, NotPicklableError)
+        error = submit(fails_unpicklably, __reraise_on_exit__=False).exception(60)
+        assert isinstance(error, NotPicklableError)
+        assert "raised Unpicklable: 1" in str(error)
+
+
+@pytest.mark.skipif(not hasattr(concurrent.futures, "InterpreterPoolExecutor"), reason="from Python 3.14 on")
+def test_functions_run_in_interpreters(make_manager):
+    """Arguments go there, results and errors come back."""
+    with BackgroundExecutor(kind="interpreters", manager=make_manager(), max_concurrency=2) as submit:
+        assert submit(int, "1000", base=2).result(60) == 8
+        error = submit(divmod, 1, 0, __reraise_on_exit__=False).exception(60)
+        assert isinstance(error, ZeroDivisionError)
+
+
+@pytest.mark.skipif(hasattr(concurrent.futures, "InterpreterPoolExecutor"), reason="before Python 3.14")
+def test_interpreters_are_refused_where_there_are_none():
+    """The message names the release that has them, and what to take instead."""
+    with pytest.raises(InvalidOptionError, match=r"needs Python 3\.14 or later.*'processes'"):
+        BackgroundExecutor(kind="interpreters")
