@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 import weakref
+from typing import Any, ClassVar
 
 import pytest
 from work import after, failing, failing_later, forever, stubborn, until, value
@@ -228,6 +229,23 @@ async def test_finished_tasks_are_dropped(make):
         assert [reference() for reference in references] == [None] * 3
 
 
+async def test_memory_is_flat_over_many_submits_in_one_block(make):
+    """Twenty thousand tasks leave as many objects behind as two thousand do."""
+
+    async def objects_after(submit, count):
+        for _ in range(count):
+            task = submit(asyncio.sleep, 0, __cancel_on_exit__=True)
+        await task
+        await asyncio.sleep(0)
+        del task
+        gc.collect()
+        return len(gc.get_objects())
+
+    async with make(max_concurrency=100) as submit:
+        before = await objects_after(submit, 2_000)
+        assert await objects_after(submit, 20_000) - before < 200
+
+
 async def test_of_many_failures_only_the_one_to_raise_is_kept(make):
     """A thousand failures do not hold a thousand tracebacks."""
     executor = make()
@@ -236,6 +254,7 @@ async def test_of_many_failures_only_the_one_to_raise_is_kept(make):
             submit(failing_later, ValueError("first"))
             for _ in range(100):
                 submit(failing, ValueError("later"))
+            await until(lambda: executor._failures)
             assert len(executor._failures) == 1
     assert not executor._failures
 
@@ -397,7 +416,7 @@ async def test_hooks_decide_at_the_exit_what_is_reported_and_raised(make_manager
     class Special(AsyncBackgroundExecutor):
         _zero_is_no_limit = True
         _decides_late = True
-        spared = set()
+        spared: ClassVar[set[Any]] = set()
 
         def _reports(self, error):
             return not isinstance(error, KeyError)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from typing import Any, ClassVar
 
 import pytest
 from work import until
@@ -434,6 +435,22 @@ def test_nothing_is_kept_of_finished_functions(make):
         settled(gone)
 
 
+def test_memory_is_flat_over_many_submits_in_one_block(make):
+    """Twenty thousand functions leave as many objects behind as two thousand do."""
+    executor = make(max_concurrency=4)
+
+    def objects_after(submit, count):
+        for _ in range(count):
+            submit(int, __cancel_on_exit__=True)
+        settled(lambda: not executor._live)
+        gc.collect()
+        return len(gc.get_objects())
+
+    with executor as submit:
+        before = objects_after(submit, 2_000)
+        assert objects_after(submit, 20_000) - before < 200
+
+
 def test_of_many_failures_only_the_one_to_raise_is_kept(make):
     """A hundred failures do not hold a hundred tracebacks."""
     executor = make()
@@ -451,7 +468,7 @@ def test_hooks_decide_at_the_exit_what_is_reported_and_raised(make_manager, capl
     class Special(BackgroundExecutor):
         _zero_is_no_limit = True
         _decides_late = True
-        spared = set()
+        spared: ClassVar[set[Any]] = set()
 
         def _reports(self, error):
             return not isinstance(error, KeyError)
