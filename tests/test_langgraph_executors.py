@@ -432,9 +432,10 @@ async def test_exit_waits_for_tasks(side):
 
 async def test_exit_cancels_tasks_that_asked_for_it(side):
     """What asked for it is cancelled on exit and awaited; what did not ask runs to its end."""
-    ended = []
+    started, ended = [], []
 
     async def work():
+        started.append("started")
         try:
             await forever()
         finally:
@@ -445,7 +446,7 @@ async def test_exit_cancels_tasks_that_asked_for_it(side):
     async with side.tasks() as submit:
         cancelled = submit(work, __cancel_on_exit__=True)
         kept = submit(after, go, "kept")
-        await until(lambda: True)
+        await until(lambda: started)
         cancelled.add_done_callback(lambda task: go.set())
     assert cancelled.cancelled()
     assert kept.result() == "kept"
