@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -49,9 +48,3 @@ def skip_set() -> Any:
     from langgraph.pregel._runner import SKIP_RERAISE_SET
 
     return SKIP_RERAISE_SET
-
-
-def in_order(values: Any) -> Callable[[Any], Any]:
-    """Return a function that gives the next of the values at each call, whatever it is called with."""
-    iterator = iter(values)
-    return lambda *args: next(iterator)
