@@ -24,6 +24,7 @@ from langgraph.func import entrypoint, task  # noqa: E402
 from langgraph.graph import END, START, StateGraph  # noqa: E402
 from langgraph.types import Command, Send, interrupt  # noqa: E402
 
+from bgtasks import ManagerClosedError, TaskRejectedError  # noqa: E402
 from bgtasks.integrations import langgraph as drop_in  # noqa: E402
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "langgraph_fan_out.py"
@@ -433,6 +434,23 @@ async def test_a_run_ends_on_the_executor_it_began_with(make_manager):
     second = [chunk async for chunk in run]
     assert manager.stats()["names"]["work"]["completed"] == 5
     assert len(first) == len(second)
+
+
+async def test_a_manager_that_was_shut_down_takes_no_graph(manager):
+    """The run fails with the error of the manager, and leaves nothing behind."""
+    await manager.shutdown()
+    with pytest.raises(ManagerClosedError, match="shut down"):
+        await graph_of(True, work=both(square)).ainvoke({"numbers": [1, 2]}, config_of())
+
+
+async def test_a_full_manager_fails_the_run(make_manager):
+    """At its cap the manager refuses a node, and the run fails with its error."""
+    drop_in.install(manager=make_manager(max_pending_tasks=1))
+    try:
+        with pytest.raises(TaskRejectedError, match="max_pending_tasks"):
+            await graph_of(True, work=both(square)).ainvoke({"numbers": [1, 2]}, config_of())
+    finally:
+        drop_in.uninstall()
 
 
 # -- the example ------------------------------------------------------------------------------------------------------

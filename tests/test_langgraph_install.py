@@ -149,6 +149,24 @@ def test_without_langgraph():
 
 
 @pytest.mark.usefixtures("_langgraph")
+@pytest.mark.parametrize("manager", ["'manager'", "0", "ours"])
+def test_what_is_no_manager_is_refused(manager):
+    """Not the first graph but install says that it was given something else, and changes nothing."""
+    run(f"""
+    import bgtasks.errors
+    import langgraph.pregel
+    before = held()
+    try:
+        ours.install(manager={manager})
+    except bgtasks.errors.InvalidOptionError as error:
+        assert "manager must be a BackgroundTaskManager or None" in str(error)
+    else:
+        raise AssertionError
+    assert held() == before
+    """)
+
+
+@pytest.mark.usefixtures("_langgraph")
 @pytest.mark.parametrize(
     "change",
     [

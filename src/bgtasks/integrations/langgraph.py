@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from bgtasks import errors, executor
+from bgtasks.executor._options import manager_for
 from bgtasks.manager import BackgroundTaskManager
 
 __all__ = ["AsyncBackgroundExecutor", "BackgroundExecutor", "install", "uninstall"]
@@ -111,7 +112,7 @@ class BackgroundExecutor(_Rules, executor.BackgroundExecutor):
 
     def __init__(self, config: Mapping[str, Any], *, manager: BackgroundTaskManager | None = None) -> None:
         _load()
-        manager = manager or _manager
+        manager = _manager if manager is None else manager
         self._was_given_manager = manager is not None
         super().__init__(config, manager=manager, abandon_running=False)
 
@@ -145,7 +146,7 @@ class AsyncBackgroundExecutor(_Rules, executor.AsyncBackgroundExecutor):
 
     def __init__(self, config: Mapping[str, Any], *, manager: BackgroundTaskManager | None = None) -> None:
         _load()
-        manager = manager or _manager
+        manager = _manager if manager is None else manager
         self._was_given_manager = manager is not None
         super().__init__(config, manager=manager)
 
@@ -163,6 +164,7 @@ def install(*, manager: BackgroundTaskManager | None = None) -> None:
         manager: keeps the tasks of all graphs, and shows them; None for one a run.
 
     Raises:
+        InvalidOptionError: ``manager`` is no manager.
         MissingExtraError: LangGraph is not installed, or in a release that has its executors elsewhere.
 
     Example:
@@ -173,9 +175,11 @@ def install(*, manager: BackgroundTaskManager | None = None) -> None:
 
     """
     global _manager
+    if manager is not None:
+        manager_for(manager)
     with _lock:
-        _manager = manager
         _replace(_load().originals, OURS)
+        _manager = manager
 
 
 def uninstall() -> None:
