@@ -201,6 +201,52 @@ def test_two_frameworks_at_once_each_get_a_class_of_their_own():
         agentflow.uninstall()
 
 
+def test_the_old_name_means_the_framework_that_it_points_to():
+    """Where 10xGraph brings the name agentflow along, installing and uninstalling by that name works on 10xGraph."""
+    needed("tenxgraph")
+    program = """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import agentflow.utils
+import tenxgraph.utils
+from bgtasks.integrations import agentflow as integration
+original = id(tenxgraph.utils.BackgroundTaskManager)  # a class in a global would be replaced, too
+integration.install()
+integration.install("agentflow")
+ours = id(tenxgraph.utils.BackgroundTaskManager)
+same = agentflow.utils is tenxgraph.utils
+integration.uninstall("agentflow")
+print(same, ours != original, id(tenxgraph.utils.BackgroundTaskManager) == original)
+"""
+    printed = run(program).split()
+    assert printed[1] == "True"
+    assert printed[0] == printed[2]
+
+
+def test_a_program_that_ends_with_live_graphs_ends_quietly(framework):
+    """Managers that are collected while the interpreter goes down say nothing."""
+    program = """
+import asyncio, sys
+from importlib import import_module
+from bgtasks.integrations import agentflow
+agentflow.install()
+graph = import_module(f"{sys.argv[1]}.core").StateGraph()
+
+async def main():
+    graph._task_manager.create_task(asyncio.sleep(60))
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", program, framework.name],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr == ""
+
+
 # -- graphs ---------------------------------------------------------------------------------------------------------
 
 

@@ -62,4 +62,4 @@ def _names_of_parameters(function: Any, kinds: tuple[type, ...]) -> list[str]:
 def _is_manager(annotation: Any, kinds: tuple[type, ...]) -> bool:
     if isinstance(annotation, str):
         return any(part.strip().rpartition(".")[2] == "BackgroundTaskManager" for part in annotation.split("|"))
-    return any(kind in kinds for kind in (annotation, *typing.get_args(annotation)))
+    return any(part is kind for part in (annotation, *typing.get_args(annotation)) for kind in kinds)

@@ -89,7 +89,8 @@ def uninstall(*frameworks: str) -> None:
     """
     with _lock:
         for name in _checked(frameworks) or list(_installed):
-            installation = _installed.pop(name, None)
+            module = sys.modules.get(_module_name(name))
+            installation = _installed.pop(name if module is None else _package_of(module), None)
             if installation is not None:
                 installation.undo.close()
 
@@ -119,7 +120,11 @@ def _found() -> list[str]:
 def _manager_module(name: str) -> ModuleType:
     if importlib.util.find_spec(name) is None:
         raise errors.missing_extra(name, name, "put our manager into it")
-    return importlib.import_module(f"{name}.utils.background_task_manager")
+    return importlib.import_module(_module_name(name))
+
+
+def _module_name(name: str) -> str:
+    return f"{name}.utils.background_task_manager"
 
 
 def _package_of(module: ModuleType) -> str:
