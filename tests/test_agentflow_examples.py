@@ -7,7 +7,6 @@ import time
 
 import pytest
 from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, ours_in, question, recording_publisher
-from pydantic import Field
 from work import after, forever, until
 
 from bgtasks import NotACoroutineError
@@ -28,6 +27,7 @@ def framework(request, twin):
 
 def state_with_data(framework):
     """Return a state class with the field ``data`` that the manual's nodes read."""
+    from pydantic import Field
 
     class Order(framework.state.AgentState):
         data: dict = Field(default_factory=dict)
