@@ -67,7 +67,8 @@ def bind(
     return manager
 
 
-class Inject(injectq.Inject):  # type: ignore[type-arg]  # Inject[X] is no class: it makes an object
+# The second ignore is for a checker that does not find InjectQ, the third for one that does.
+class Inject(injectq.Inject):  # type: ignore[type-arg, misc, unused-ignore]  # Inject[X] is no class but an object
     """A default value that stands for what the active container holds at each use: ``Inject[BackgroundTaskManager]``.
 
     Works with ``@inject``, with InjectQ's own, and in a function without either.
