@@ -67,7 +67,7 @@ def bind(
     return manager
 
 
-# The second ignore is for a checker that does not find InjectQ, the third for one that does.
+# Of the ignored errors a checker sees one where InjectQ is installed and another where it is not.
 class Inject(injectq.Inject):  # type: ignore[type-arg, misc, unused-ignore]  # Inject[X] is no class but an object
     """A default value that stands for what the active container holds at each use: ``Inject[BackgroundTaskManager]``.
 
