@@ -1,7 +1,7 @@
 # The commands that people and CI share. They use the activated Python, or the one given: make test PYTHON=...
 PYTHON ?= python
 
-.PHONY: build test suite graphs lint bench nightly dist
+.PHONY: build test suite graphs agents lint bench nightly dist
 
 build: # the package, editable and compiled, with what the other commands need
 	$(PYTHON) -m pip install --upgrade 'pip>=25.1'
@@ -15,6 +15,9 @@ suite: # CPython's own asyncio tests, on tracked tasks
 
 graphs: # LangGraph's own tests, on its executors and on ours
 	BGTASKS_IMPLEMENTATION=cython $(PYTHON) tests/langgraph_suite.py
+
+agents: # the agent frameworks' own tests, on their managers and on ours, each in an environment of its own
+	$(PYTHON) tests/framework_suites.py
 
 lint:
 	$(PYTHON) -m ruff check
