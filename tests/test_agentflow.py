@@ -96,8 +96,6 @@ def test_what_a_program_imported_or_defined_before_means_ours_too(framework, twi
     module.Manager = framework.module.BackgroundTaskManager
     default = injectq.Inject[module.Manager]
     assert default.get_task_count() == 0
-    with pytest.MonkeyPatch.context() as patch, ours_in(framework.name, twin):
-        pass
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
         with ours_in(framework.name, twin):
@@ -109,6 +107,25 @@ def test_what_a_program_imported_or_defined_before_means_ours_too(framework, twi
         assert module.Manager is original
         assert original.__module__ == f"{framework.name}.utils.background_task_manager"
         assert not issubclass(original, agentflow.BackgroundTaskManager)
+
+
+def test_what_only_a_decorator_knows_is_answered_with_the_same_manager(framework, twin):
+    """A class that no module names any more, taken at decoration, still leads to the manager of the graph."""
+    import injectq
+
+    def decorated(kind):
+        @injectq.inject
+        def manager_here(task_manager: kind):
+            return task_manager
+
+        return manager_here
+
+    manager_here = decorated(framework.module.BackgroundTaskManager)
+    with ours_in(framework.name, twin):
+        for _ in range(2):
+            graph = framework.core.StateGraph()
+            assert manager_here() is graph._task_manager
+            assert decorated(framework.module.BackgroundTaskManager)() is graph._task_manager
 
 
 def test_uninstall_undoes_it(framework, twin):
