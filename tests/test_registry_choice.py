@@ -22,6 +22,7 @@ LAYERS = [
     {"_draining", "executor", "injection"},
     {"_signals"},
     {"_program"},
+    {"_pytest_watch"},
     {"__init__"},
     {"integrations"},
 ]

@@ -9,6 +9,7 @@ import functools
 import logging
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
@@ -34,6 +35,10 @@ SECOND_CANCEL_GRACE: Final = 0.1
 CANCELLATIONS_OUTLASTED: Final = 5
 # Of so many stragglers the log says where they stand.
 STRAGGLERS_LOGGED: Final = 20
+
+
+# Every manager there is, by its id(), for what looks from outside; it keeps none of them.
+managers: weakref.WeakValueDictionary[int, BackgroundTaskManager] = weakref.WeakValueDictionary()
 
 
 class BackgroundTaskManager(Registry):
@@ -112,6 +117,7 @@ class BackgroundTaskManager(Registry):
         self._handed_over: dict[
             concurrent.futures.Future[Any], tuple[asyncio.AbstractEventLoop, Coroutine[Any, Any, Any]]
         ] = {}
+        managers[id(self)] = self
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._phase}, {self.get_task_count()} tasks>"
@@ -595,7 +601,7 @@ class BackgroundTaskManager(Registry):
                 "Background task '%s' still runs at the end of %s, %s",
                 record.name,
                 end,
-                _where(record.coro),
+                where(record.coro),
                 extra=log_extra(record),
             )
         if len(others) > STRAGGLERS_LOGGED:
@@ -735,7 +741,7 @@ def users_part(error: BaseException) -> tuple[type[BaseException], BaseException
     return type(error), error, users_traceback(error)
 
 
-def _where(coro: Any) -> str:
+def where(coro: Any) -> str:
     """Return where a suspended coroutine stands: file, line and function of its innermost frame."""
     frame = None
     while coro is not None and getattr(coro, "cr_frame", None) is not None:

@@ -1,0 +1,72 @@
+"""The pytest plugin: a manager for a test, and tests that fail for the background tasks they leave or break.
+
+It stands outside the package, as importing a module of the package imports all of it, asyncio included. pytest loads
+this file in every environment that has bgtasks, so it imports nothing but pytest until a test asks for more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from bgtasks import BackgroundTaskManager
+
+NAME: Final = "bgtasks_leaks"
+MODES: Final = ("error", "warn", "off")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the ini option."""
+    parser.addini(
+        NAME,
+        "what to do with a test that leaves background tasks of bgtasks, or starts one that fails: error, warn, off "
+        "(default: error for tests with the fixture task_manager, off for the others)",
+        default="",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Add the marker, and watch from the beginning where the whole suite asks for it."""
+    config.addinivalue_line(
+        "markers", f"{NAME}(mode): what to do with background tasks that the test leaves or that fail: error, warn, off"
+    )
+    mode = config.getini(NAME)
+    if mode not in (*MODES, ""):
+        raise pytest.UsageError(f"{NAME} = {mode} is unknown; it takes one of: {', '.join(MODES)}")
+    if mode in ("error", "warn"):
+        _watch(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Watch if there is a test that asks for it."""
+    modes = {mode_of(item) for item in items}
+    if modes - {"off"}:
+        _watch(config)
+
+
+def mode_of(item: pytest.Item) -> str:
+    """Return what is to be done for a test: what its marker says, else the ini option, else its fixtures."""
+    marker = item.get_closest_marker(NAME)
+    if marker is not None:
+        if marker.kwargs or len(marker.args) != 1 or marker.args[0] not in MODES:
+            raise pytest.UsageError(f"{item.nodeid}: the marker {NAME} takes one of: {', '.join(MODES)}")
+        return str(marker.args[0])
+    mode: str = item.config.getini(NAME)
+    return mode or ("error" if "task_manager" in getattr(item, "fixturenames", ()) else "off")
+
+
+def _watch(config: pytest.Config) -> None:
+    if not config.pluginmanager.has_plugin("bgtasks-watch"):
+        from bgtasks._pytest_watch import Watch
+
+        config.pluginmanager.register(Watch(config, mode_of), "bgtasks-watch")
+
+
+@pytest.fixture
+def task_manager() -> BackgroundTaskManager:
+    """Give a ``bgtasks.BackgroundTaskManager``: tasks left in it, and failures that nobody looked at, fail the test."""
+    from bgtasks import BackgroundTaskManager
+
+    return BackgroundTaskManager()

@@ -1,0 +1,407 @@
+"""The pytest plugin, in suites that run in processes of their own, with pytest-asyncio and with anyio's plugin."""
+
+import importlib.metadata
+import re
+import sys
+
+import pytest
+from child import environment
+from requirements import need
+
+need("anyio")
+need("pytest_asyncio")
+
+pytest_plugins = ["pytester"]
+
+INSTALLED = any(
+    entry.value == "_bgtasks_pytest" for entry in importlib.metadata.entry_points(group="pytest11", name="bgtasks")
+)
+# What makes an async test of each plugin; the runner of each closes the loop at another time.
+MARKS = {"pytest-asyncio": "@pytest.mark.asyncio", "anyio": "@pytest.mark.anyio"}
+HEAD = """
+import asyncio, pytest
+from bgtasks import BackgroundTaskManager
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+async def forever():
+    await asyncio.Event().wait()
+
+async def failing():
+    await asyncio.sleep(0)
+    raise ValueError("in the background")
+"""
+
+
+@pytest.fixture(params=list(MARKS))
+def mark(request):
+    """Give the mark of an async test."""
+    return MARKS[request.param]
+
+
+@pytest.fixture
+def run_suite(pytester, monkeypatch, twin):
+    """Give a function that runs the text of a test module in a process of its own, with warnings as errors."""
+    for name, value in environment(twin).items():
+        monkeypatch.setenv(name, value)
+
+    def run(text, *arguments, head=HEAD):
+        pytester.makepyfile(test_suite=head + text)
+        plugin = [] if INSTALLED else ["-p", "_bgtasks_pytest"]
+        return pytester.runpytest_subprocess(
+            *plugin, "-p", "no:cacheprovider", "-W", "error", "-W", "default::pytest.PytestWarning", "-v", *arguments
+        )
+
+    return run
+
+
+def test_a_test_that_leaves_nothing_passes(run_suite, mark):
+    """The fixture gives a manager; a test that waits for its tasks, or cancels them, passes."""
+    result = run_suite(f"""
+{mark}
+async def test_waits(task_manager):
+    assert isinstance(task_manager, BackgroundTaskManager)
+    task = task_manager.create_task(asyncio.sleep(0, "result"))
+    task_manager.fire(asyncio.sleep(0))
+    await task_manager.wait_for_all()
+    assert await task == "result"
+
+{mark}
+async def test_cancels(task_manager):
+    task_manager.create_task(forever())
+    await task_manager.cancel_all()
+
+{mark}
+async def test_shuts_down(task_manager):
+    task_manager.create_task(forever())
+    await asyncio.sleep(0)
+    await task_manager.shutdown()
+""")
+    result.assert_outcomes(passed=3)
+
+
+def test_a_test_that_leaves_tasks_fails_with_their_names_and_where_they_were_created(run_suite, pytester, mark):
+    """The report names each task that is left, its coroutine, the line that made it and where it stands."""
+    result = run_suite(f"""
+{mark}
+async def test_leaves(task_manager):
+    task_manager.create_task(forever(), name="watcher")
+    await asyncio.sleep(0)
+
+{mark}
+async def test_next(task_manager):
+    pass
+""")
+    outcomes = result.parseoutcomes()
+    assert outcomes.get("failed", 0) + outcomes.get("errors", 0) == 1
+    assert result.ret == 1
+    result.stdout.re_match_lines(
+        [
+            r"The test leaves 1 background tasks:",
+            r"Background task 'watcher' \(forever\), created at .*test_suite.py:\d+ in test_leaves, at .* in .*wait",
+        ]
+    )
+    line = int(re.findall(r"test_suite.py:(\d+) in test_leaves", result.stdout.str())[0])
+    assert "watcher" in (pytester.path / "test_suite.py").read_text().splitlines()[line - 1]
+    assert result.stdout.str().count("Background task 'watcher'") <= 2
+    assert "test_next PASSED" in result.stdout.str()
+
+
+def test_a_sync_test_that_runs_a_loop_of_its_own_is_watched(run_suite):
+    """asyncio.run cancels what a program leaves; the test fails for it all the same."""
+    result = run_suite("""
+@pytest.mark.bgtasks_leaks("error")
+def test_leaves():
+    async def main():
+        BackgroundTaskManager().create_task(forever(), name="watcher")
+    asyncio.run(main())
+""")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*'watcher' (forever), created at *test_suite.py:* in main*"])
+
+
+def test_a_loop_that_is_closed_under_its_tasks_is_noticed(run_suite):
+    """Without a runner, too: tasks that a closed loop abandons are named."""
+    result = run_suite("""
+@pytest.mark.bgtasks_leaks("error")
+def test_leaves():
+    async def main():
+        BackgroundTaskManager().create_task(forever(), name="watcher")
+    loop = asyncio.SelectorEventLoop()
+    loop.run_until_complete(main())
+    loop.close()
+""")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*'watcher' (1 times), abandoned with its closed loop*"])
+
+
+def test_a_loop_that_outlives_the_test_is_watched_at_the_end_of_the_test(run_suite):
+    """On a loop for the whole module the test that leaves a task fails, and not the others."""
+    result = run_suite("""
+manager = BackgroundTaskManager()
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bgtasks_leaks("error")]
+
+async def test_before():
+    await manager.create_task(asyncio.sleep(0))
+
+async def test_leaves():
+    manager.create_task(forever(), name="watcher")
+
+async def test_after():
+    await asyncio.sleep(0)
+
+async def test_cancels():
+    assert await manager.cancel_all() is None
+""")
+    result.assert_outcomes(passed=4, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_leaves*"])
+
+
+def test_what_a_fixture_ends_is_not_left(run_suite, mark):
+    """An application that drains in a fixture's teardown is in order."""
+    fixture = "pytest_asyncio.fixture" if "asyncio" in mark else "pytest.fixture"
+    result = run_suite(f"""
+import pytest_asyncio
+
+@{fixture}
+async def manager(anyio_backend):
+    async with BackgroundTaskManager(drain_timeout=10) as manager:
+        manager.create_task(asyncio.sleep(0.01))
+        yield manager
+
+{mark}
+@pytest.mark.bgtasks_leaks("error")
+async def test_with_application(manager):
+    manager.create_task(asyncio.sleep(0.01))
+""")
+    result.assert_outcomes(passed=1)
+
+
+def test_a_background_exception_fails_the_test_that_started_the_task(run_suite, mark):
+    """The report has the task and the traceback; the next test is not concerned."""
+    result = run_suite(f"""
+{mark}
+async def test_breaks(task_manager):
+    task_manager.create_task(failing(), name="mailer")
+    await asyncio.sleep(0.01)
+
+{mark}
+async def test_next(task_manager):
+    pass
+""")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*Background task 'mailer' (failing), created at *test_suite.py:* in test_breaks* failed:",
+            "*in failing",
+            "ValueError: in the background",
+        ]
+    )
+    assert "never retrieved" not in result.stdout.str()
+
+
+def test_an_exception_that_the_test_looked_at_does_not_fail_it(run_suite, mark):
+    """Awaited, retrieved, gathered or raised by wait_for_all: what a test looked at is its own affair."""
+    result = run_suite(f"""
+{mark}
+async def test_awaits(task_manager):
+    with pytest.raises(ValueError):
+        await task_manager.create_task(failing())
+
+{mark}
+async def test_retrieves(task_manager):
+    task = task_manager.create_task(failing())
+    await asyncio.wait([task])
+    assert isinstance(task.exception(), ValueError)
+
+{mark}
+async def test_gathers(task_manager):
+    await asyncio.gather(task_manager.create_task(failing()), return_exceptions=True)
+
+{mark}
+async def test_waits(task_manager):
+    task_manager.create_task(failing())
+    task_manager.fire(asyncio.sleep(0))
+    with pytest.raises(ValueError):
+        await task_manager.wait_for_all()
+""")
+    result.assert_outcomes(passed=4)
+
+
+def test_a_fired_task_that_fails_is_noticed(run_suite, mark):
+    """A task without a handle fails its test, too, also one that fails in its first step."""
+    result = run_suite(f"""
+async def failing_at_once():
+    raise ValueError("at once")
+
+{mark}
+async def test_fires(task_manager):
+    task_manager.fire(failing(), name="first")
+    task_manager.fire(failing_at_once(), name="second")
+    await asyncio.sleep(0.01)
+""")
+    result.assert_outcomes(failed=1)
+    text = result.stdout.str()
+    assert "Background task 'first' (failing)" in text
+    assert "Background task 'second' (failing_at_once)" in text
+
+
+def test_a_failing_test_keeps_its_own_failure(run_suite, mark):
+    """What was found goes into a section of the report; the failure is the test's."""
+    result = run_suite(f"""
+{mark}
+async def test_fails(task_manager):
+    task_manager.create_task(failing(), name="mailer")
+    await asyncio.sleep(0.01)
+    assert 1 == 2
+""")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*assert 1 == 2*", "*bgtasks*call*", "*Background task 'mailer'*"])
+
+
+def test_a_late_failure_names_the_test_that_left_the_task(run_suite):
+    """A task that fails in a later test does not fail that one: a warning names the culprit."""
+    result = run_suite("""
+manager = BackgroundTaskManager()
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bgtasks_leaks("error")]
+
+async def failing_later(gate):
+    await gate.wait()
+    raise ValueError("late")
+
+async def test_leaves():
+    test_leaves.gate = asyncio.Event()
+    manager.create_task(failing_later(test_leaves.gate), name="mailer")
+
+async def test_next():
+    test_leaves.gate.set()
+    await asyncio.sleep(0.01)
+""")
+    result.assert_outcomes(passed=2, errors=1, warnings=1)
+    result.stdout.fnmatch_lines(["*left by test_suite.py::test_leaves, failed: ValueError: late*"])
+
+
+SUITE = """
+def asked(text):
+    return text
+
+{mark}
+async def test_leaves():
+    manager = BackgroundTaskManager()
+    manager.create_task(forever(), name="watcher")
+    manager.create_task(failing(), name="mailer")
+    await asyncio.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("mode", ["error", "warn", "off", ""])
+def test_the_ini_option_is_for_the_whole_suite(run_suite, mark, mode):
+    """With error a test fails, with warn it warns; off and nothing leave a suite without the fixture alone."""
+    result = run_suite(SUITE.format(mark=mark), *(["-o", f"bgtasks_leaks={mode}"] if mode else []))
+    outcomes = result.parseoutcomes()
+    if mode == "error":
+        assert result.ret == 1
+        result.stdout.fnmatch_lines(["*'mailer' (failing)*"])
+        result.stdout.fnmatch_lines(["*'watcher' (forever)*"])
+    elif mode == "warn":
+        assert outcomes["passed"] == 1
+        assert outcomes["warnings"] >= 1
+        result.stdout.fnmatch_lines(["*'mailer' (failing)*"])
+        result.stdout.fnmatch_lines(["*'watcher' (forever)*"])
+    else:
+        assert outcomes == {"passed": 1}
+
+
+def test_the_marker_goes_before_the_option_and_the_fixture(run_suite):
+    """One test can be excepted, or looked at alone."""
+    result = run_suite(
+        """
+@pytest.mark.asyncio
+@pytest.mark.bgtasks_leaks("off")
+async def test_excepted(task_manager):
+    task_manager.create_task(forever())
+    task_manager.create_task(failing())
+    await asyncio.sleep(0.01)
+
+@pytest.mark.asyncio
+@pytest.mark.bgtasks_leaks("warn")
+async def test_warned(task_manager):
+    task_manager.create_task(forever())
+""",
+        "-o",
+        "bgtasks_leaks=error",
+    )
+    result.assert_outcomes(passed=2, warnings=1)
+
+
+@pytest.mark.parametrize("arguments", ["'loud'", "", "'error', 'warn'", "mode='error'"])
+def test_a_bad_marker_is_told_before_the_tests_run(run_suite, arguments):
+    """The error names the test and the values."""
+    result = run_suite(f"""
+@pytest.mark.bgtasks_leaks({arguments})
+def test_one():
+    pass
+""")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*test_suite.py::test_one: the marker bgtasks_leaks takes one of: error, warn, off*"])
+
+
+def test_a_bad_option_is_told_before_the_tests_run(run_suite):
+    """The error names the values."""
+    result = run_suite("", "-o", "bgtasks_leaks=loud")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*bgtasks_leaks = loud is unknown; it takes one of: error, warn, off*"])
+
+
+def test_a_suite_that_does_not_ask_is_left_alone(run_suite, pytester):
+    """Neither bgtasks nor asyncio is imported, no hook of a test is taken, and nothing is warned of."""
+    result = run_suite(
+        """
+import sys
+
+def test_nothing_was_imported(request):
+    assert not {name for name in sys.modules if name == "bgtasks" or name.startswith("bgtasks.")}
+    assert "asyncio" not in sys.modules
+    assert "_bgtasks_pytest" in sys.modules
+    assert not request.config.pluginmanager.has_plugin("bgtasks-watch")
+    assert sys.get_coroutine_origin_tracking_depth() == 0
+""",
+        # Others import asyncio when pytest starts.
+        *(
+            f"-pno:{name}"
+            for name in ("asyncio", "anyio", "hypothesispytest", "benchmark", "timeout", "xdist", "Faker")
+        ),
+        head="",
+    )
+    result.assert_outcomes(passed=1)
+
+
+def test_it_leaves_no_trace(run_suite, pytester):
+    """After a watched run the classes are as they were."""
+    pytester.makeconftest("""
+import asyncio
+from bgtasks import BackgroundTaskManager
+
+before = vars(BackgroundTaskManager).copy(), vars(asyncio.Runner).copy()
+
+def pytest_unconfigure(config):
+    config.add_cleanup(check)
+
+def check():
+    assert before == (vars(BackgroundTaskManager), vars(asyncio.Runner))
+    print("no trace")
+""")
+    result = run_suite("def test_one(task_manager): pass", "-s")
+    result.assert_outcomes(passed=1)
+
+
+def test_it_starts_under_warnings_as_errors(pytester, monkeypatch, twin):
+    """Loading the plugin raises nothing where every warning is an error of the interpreter."""
+    for name, value in environment(twin).items():
+        monkeypatch.setenv(name, value)
+    plugin = [] if INSTALLED else ["-p", "_bgtasks_pytest"]
+    done = pytester.run(sys.executable, "-W", "error", "-X", "dev", "-m", "pytest", *plugin, "--markers")
+    assert done.ret == 0
+    done.stdout.fnmatch_lines(["@pytest.mark.bgtasks_leaks(mode)*"])
