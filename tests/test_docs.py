@@ -19,7 +19,7 @@ PROGRAMS = [
 
 
 # Where a part of the package, or a package of others, stands for another one that has to be there.
-STANDS_FOR = {"injection": "injectq", "langgraph": "langgraph.pregel"}
+STANDS_FOR = {"injection": "injectq", "langgraph": "langgraph.pregel", "testclient": "httpx2"}
 
 
 def packages_of(program):
@@ -28,6 +28,7 @@ def packages_of(program):
     for names in re.findall(r"\bbgtasks\.integrations(?:\.(\w+)| import (\w+))", program):
         imported.update(filter(None, names))
     imported.update(re.findall(r"\bbgtasks\.(injection)\b", program))
+    imported.update(re.findall(r"^from \w+\.(testclient) ", program, re.MULTILINE))
     return sorted({STANDS_FOR.get(name, name) for name in imported} - sys.stdlib_module_names - {"bgtasks"})
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import warnings
 
 import pytest
 from requirements import need
@@ -10,19 +9,16 @@ from work import after, forever
 
 from bgtasks import BackgroundTaskManager, InvalidOptionError, NoManagerError
 
-with warnings.catch_warnings():
-    # Litestar's own imports are not ours to judge.
-    warnings.simplefilter("ignore")
-    need("litestar")
-    need("litestar.testing")
+need("httpx")
+need("litestar")
+need("litestar.testing")
 
-    from litestar import Litestar, get
-    from litestar.di import Provide
-    from litestar.testing import TestClient
+from litestar import Litestar, get  # noqa: E402
+from litestar.di import NamedDependency, Provide  # noqa: E402
+from litestar.testing import TestClient  # noqa: E402
 
-    from bgtasks.integrations.litestar import lifespan, task_manager
+from bgtasks.integrations.litestar import lifespan, task_manager  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 TASKS = {"tasks": Provide(task_manager, sync_to_thread=False)}
 
 
@@ -36,7 +32,7 @@ def application(events, gate, **options):
         events.append(f"closes, {app.state.task_manager.get_task_count()} tasks")
 
     @get("/start")
-    async def start(tasks: BackgroundTaskManager) -> int:
+    async def start(tasks: NamedDependency[BackgroundTaskManager]) -> int:
         tasks.create_task(after(gate), name="work")
         return tasks.get_task_count()
 

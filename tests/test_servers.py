@@ -13,8 +13,7 @@ from requirements import need
 signals = pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself or others these signals")
 
 COMMON = """
-import contextlib, socket, warnings
-warnings.filterwarnings("ignore", category=DeprecationWarning)
+import contextlib, socket
 resource = {"open": False, "missed": 0}
 gate = asyncio.Event()
 
@@ -73,11 +72,11 @@ async def start(tasks: TaskManagerDep):
 """
 LITESTAR = """
 from litestar import Litestar, get
-from litestar.di import Provide
+from litestar.di import NamedDependency, Provide
 from bgtasks.integrations.litestar import lifespan, task_manager
 
 @get("/start")
-async def start(tasks: BackgroundTaskManager) -> None:
+async def start(tasks: NamedDependency[BackgroundTaskManager]) -> None:
     start_work(tasks)
 
 app = Litestar([start], lifespan=[inner, lifespan(OPTIONS)],

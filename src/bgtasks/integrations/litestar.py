@@ -9,7 +9,7 @@
     )
 
     @post("/orders")
-    async def order(tasks: BackgroundTaskManager) -> None:
+    async def order(tasks: NamedDependency[BackgroundTaskManager]) -> None:
         tasks.create_task(send_mail(), name="send_mail")
 """
 
