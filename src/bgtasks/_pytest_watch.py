@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from bgtasks._task import users_traceback
 from bgtasks.manager import BackgroundTaskManager, managers, where
 from bgtasks.registry import Record
 
@@ -30,9 +31,7 @@ class Failure(NamedTuple):
         return retrieved or self.error.__traceback__ is not self.traceback
 
     def __str__(self) -> str:
-        # The first entry is bgtasks' own coroutine around the user's.
-        shown = self.traceback and self.traceback.tb_next
-        lines = "".join(traceback.format_exception(type(self.error), self.error, shown))
+        lines = "".join(traceback.format_exception(type(self.error), self.error, users_traceback(self.error)))
         return f"{self.text} failed:\n{lines.rstrip()}"
 
 
@@ -180,6 +179,9 @@ class Watch:
     def _on_failure(self, manager: BackgroundTaskManager, record: Record, error: BaseException) -> None:
         test = self._test
         if test is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
+            return
+        if record.group is not None:
+            # An executor's: the failure belongs to the future that it gave out.
             return
         text = _describe(record)
         task = record.task
