@@ -11,8 +11,8 @@ import weakref
 
 import pytest
 from conftest import twins_chosen
-from requirements import need
 from langgraph_sides import Side, sides_chosen, skip_set
+from requirements import need
 from work import after, failing, forever, until, value
 
 need("langgraph.pregel")
