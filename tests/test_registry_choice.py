@@ -167,5 +167,6 @@ def test_what_is_exported_is_sorted_and_there():
     assert bgtasks.__all__ == sorted(bgtasks.__all__, key=lambda name: (not name.isupper(), name))
     for name in bgtasks.__all__:
         assert getattr(bgtasks, name)
-    public = {name for name in vars(bgtasks) if not name.startswith("_")} - rooms()
+    # pytest rewrites the asserts of every distribution with a plugin, and leaves names like "@pytest_ar" there.
+    public = {name for name in vars(bgtasks) if name[0].isalpha()} - rooms()
     assert public == set(bgtasks.__all__)
