@@ -1,11 +1,12 @@
 """Compares a graph of ten nodes that publish events, on the framework's own manager and on ours.
 
-Both run in one process, in turns of 100 invocations, each turn with a new graph in a new container; what is printed is
+Both run in one process, in turns of 50 invocations, each turn with a new graph in a new container; what is printed is
 the median over the turns of (time on ours / time on the original). Then it says where the time goes, twice:
 
 * from the profiler, for one turn each: the original's ``create_task`` and done callback with all that they call, our
   ``create_task`` with all that it calls and the coroutine around the user's, each without what asyncio's own Python
-  functions take. The profiler does not see into our compiled part: asyncio's compiled task is in its figure.
+  functions take. The profiler does not see into our compiled part: asyncio's compiled task is in its figure,
+  and what ends a task may not be.
 * without one: as many tasks as a turn starts, in the same bursts, on each manager and on the bare loop. What a manager
   costs is the difference to the bare loop.
 
@@ -35,7 +36,8 @@ import bgtasks
 from bgtasks.integrations import agentflow
 
 NODES = 10
-TURN = 100
+TURN = 50
+PROFILED = 100
 BURST = 50
 REPEATS = 15
 PROFILES = 5
@@ -136,7 +138,7 @@ def profile_graphs(name: str) -> None:
         runs = [profile_graph(name, ours) for _ in range(PROFILES)]
         total, found = min(runs, key=lambda run: sum(seconds for _, seconds in run[1].values()))
         parts[ours] = sum(seconds for _, seconds in found.values())
-        print(f"profile of {TURN} invocations on {'ours' if ours else 'the original'}: {total:.2f} s")
+        print(f"profile of {PROFILED} invocations on {'ours' if ours else 'the original'}: {total:.2f} s")
         for text, (calls, seconds) in found.items():
             print(f"  {text:45} {calls:7} calls {seconds * 1000:8.1f} ms {seconds / total:7.2%}")
     print(f"  the managers' part, original/ours: {parts[False] / parts[True]:.1f}   (must: 3 or more)")
@@ -150,7 +152,7 @@ def profile_graph(name: str, ours: bool) -> tuple[float, dict[str, tuple[int, fl
         # A collection is charged to whoever happens to allocate.
         gc.disable()
         profiler.enable()
-        asyncio.run(turn(name, TURN))
+        asyncio.run(turn(name, PROFILED))
         profiler.disable()
         gc.enable()
     stats = pstats.Stats(profiler)
@@ -197,7 +199,7 @@ def time_managers(name: str, tasks: int) -> None:
     agentflow.install(name)
     ours = module.BackgroundTaskManager
     agentflow.uninstall()
-    bursts = max(tasks * TURN // BURST, 1)
+    bursts = max(tasks * PROFILED // BURST, 1)
 
     async def compare() -> dict[str, list[float]]:
         loop = asyncio.get_running_loop()
