@@ -96,8 +96,6 @@ def test_an_extension_that_does_not_load_is_an_error(copy_without_extension, cho
 MODULES = sorted(
     ".".join(("bgtasks", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")
 )
-
-
 NEED_EXTRAS = ("bgtasks.injection", "bgtasks.integrations.", "bgtasks.events.")
 
 
@@ -106,7 +104,11 @@ def test_each_module_imports_alone(name):
     """Every module can be the first one imported, with warnings as errors; or it names the extra that it lacks."""
     done = run(f"import {name}")
     if done.returncode and name.startswith(NEED_EXTRAS):
-        assert done.stderr.splitlines()[-1].startswith("bgtasks.errors.MissingExtraError"), done.stderr
+        last = done.stderr.splitlines()[-1]
+        if name.rpartition(".")[2].startswith("_") and last.startswith("ModuleNotFoundError"):
+            # A part that its integration imports after it found the framework.
+            return
+        assert last.startswith("bgtasks.errors.MissingExtraError"), done.stderr
         assert 'pip install "bgtasks-registry[' in done.stderr
         return
     assert done.returncode == 0, done.stderr
