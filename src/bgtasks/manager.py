@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
 from bgtasks import errors
 from bgtasks._bell import Bell
@@ -35,10 +35,20 @@ SECOND_CANCEL_GRACE: Final = 0.1
 CANCELLATIONS_OUTLASTED: Final = 5
 # Of so many stragglers the log says where they stand.
 STRAGGLERS_LOGGED: Final = 20
-
-
+# Publishers may take so many seconds of a shutdown, or half of it, before tasks are cancelled.
+LONGEST_FLUSH: Final = 5.0
 # Every manager there is, by its id(), for what looks from outside; it keeps none of them.
 managers: weakref.WeakValueDictionary[int, BackgroundTaskManager] = weakref.WeakValueDictionary()
+
+
+class Drainable(Protocol):
+    """What holds something back that must be out before the manager is gone: a publisher, for one."""
+
+    async def flush(self, deadline: float) -> object:
+        """Send what is held back, within ``deadline`` seconds."""
+
+    async def close(self, deadline: float) -> object:
+        """Take nothing more, send what is held back and end, within ``deadline`` seconds."""
 
 
 class BackgroundTaskManager(Registry):
@@ -114,6 +124,8 @@ class BackgroundTaskManager(Registry):
         # Tasks of the manager that wait for all others: they are not waited for.
         self._waiting_inside: Counter[asyncio.AbstractEventLoop] = Counter()
         self._watches: list[list[BaseException]] = []
+        # In the order in which they came: what a dict keeps and a set does not.
+        self._attached: dict[Drainable, None] = {}
         self._handed_over: dict[
             concurrent.futures.Future[Any], tuple[asyncio.AbstractEventLoop, Coroutine[Any, Any, Any]]
         ] = {}
@@ -505,16 +517,26 @@ class BackgroundTaskManager(Registry):
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
+    def attach(self, drainable: Drainable) -> None:
+        """Have ``shutdown`` flush this before it cancels tasks, and close it after they have ended."""
+        self._attached[drainable] = None
+
+    def detach(self, drainable: Drainable) -> None:
+        """Forget what was attached, if it is."""
+        self._attached.pop(drainable, None)
+
     async def shutdown(self, timeout: float | None = None, *, drain: float | None = None) -> ShutdownStats:
         """Refuse new work, let tasks finish for ``drain`` seconds, cancel the rest and wait for them.
 
         While it drains, tasks of the manager may still start others. A task that swallows its cancellation is cancelled
         once more when the time is up, and then named and let go: it cannot hold the shutdown up. Called from a task of
         the manager it neither cancels nor waits for that one. If it is cancelled itself, it cancels the tasks at once,
-        waits for them and lets the cancellation go on. Tasks that came through ``task_factory`` are left alone.
+        waits for them and lets the cancellation go on. Tasks that came through ``task_factory`` are left alone. What is
+        attached is flushed before the first task is cancelled and closed after the last one has ended: a task's last
+        events count, too.
 
         Args:
-            timeout: seconds to wait for cancelled tasks, >= 0; ``default_shutdown_timeout`` by default.
+            timeout: seconds to wait for cancelled tasks and for what is attached, >= 0; ``default_shutdown_timeout`` by default.
             drain: seconds to let tasks finish first, >= 0; ``drain_timeout`` by default.
 
         Returns:
@@ -543,11 +565,14 @@ class BackgroundTaskManager(Registry):
         try:
             if drain > 0:
                 await self._until_quiet(drain)
+            end = time.monotonic() + timeout
+            await self._end_attached("flush", min(timeout / 2, LONGEST_FLUSH))
             self._cancel_others()
-            if not await self._until_quiet(timeout):
+            if not await self._until_quiet(max(end - time.monotonic(), 0)):
                 self._log_stragglers(self._others())
                 self._cancel_others()
                 await self._until_quiet(SECOND_CANCEL_GRACE)
+            await self._end_attached("close", max(end - time.monotonic(), SECOND_CANCEL_GRACE))
         except asyncio.CancelledError:
             if self._phase == "draining":
                 self._cancel_others()
@@ -571,12 +596,23 @@ class BackgroundTaskManager(Registry):
         for record in self._others():
             self._request_cancel(record)
 
+    async def _end_attached(self, step: Literal["flush", "close"], timeout: float) -> None:
+        """Flush or close all that is attached, at once; what goes wrong with one is logged."""
+        attached = list(self._attached)
+        if not attached:
+            return
+        steps = [drainable.flush(timeout) if step == "flush" else drainable.close(timeout) for drainable in attached]
+        for drainable, outcome in zip(attached, await asyncio.gather(*steps, return_exceptions=True), strict=True):
+            if isinstance(outcome, BaseException):
+                logger.error("Shutdown could not %s %r", step, drainable, exc_info=outcome)
+
     async def _outlast_cancellations(self, timeout: float) -> None:
         """Wait for cancelled tasks although the caller is cancelled, too; give up when that is repeated."""
         deadline = time.monotonic() + timeout
         for _ in range(CANCELLATIONS_OUTLASTED):
             try:
                 await self._until_quiet(max(deadline - time.monotonic(), 0))
+                await self._end_attached("close", max(deadline - time.monotonic(), SECOND_CANCEL_GRACE))
                 return
             except asyncio.CancelledError:
                 continue

@@ -1,0 +1,86 @@
+"""The file of events that nobody took, one JSON object a line."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from bgtasks.errors import describe, text_of
+from bgtasks.events._line_file import LineFile
+from bgtasks.events._thread import OwnThread
+
+__all__ = ["DeadLetters"]
+
+logger = logging.getLogger("bgtasks.events")
+
+MAX_BYTES: Final = 64 << 20
+WARNING_INTERVAL: Final = 5.0
+
+
+class DeadLetters:
+    """Keeps events that were given up, each with the reason, the error, its batch and the time.
+
+    The file is bounded: at 64 MiB it becomes ``PATH.1`` and a new one is begun.
+
+    Args:
+        path: the file; None to keep nothing.
+        thread: where it is written.
+        name: the publisher's name.
+
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, thread: OwnThread, name: str) -> None:
+        self._file = None if path is None else LineFile(path, max_bytes=MAX_BYTES, backups=1)
+        self._thread = thread
+        self._name = name
+        self._warned = -WARNING_INTERVAL
+
+    async def add(self, events: Sequence[Any], batch_id: str, reason: str, error: BaseException | None) -> None:
+        """Write events; a file that cannot be written is logged and stops nothing."""
+        if self._file is None:
+            return
+        text = None if error is None else text_of(error)
+        lines = [self._line(event, batch_id, reason, text) for event in events]
+        try:
+            await self._thread.run(self._file.append, lines)
+        except OSError as failure:
+            now = time.monotonic()
+            if now - self._warned >= WARNING_INTERVAL:
+                self._warned = now
+                logger.warning("Publisher %r cannot write its dead letters: %s", self._name, text_of(failure))
+
+    def _line(self, event: Any, batch_id: str, reason: str, error: str | None) -> bytes:
+        letter = {
+            "time": time.time(),
+            "publisher": self._name,
+            "batch_id": batch_id,
+            "reason": reason,
+            "error": error,
+            **_content(event),
+        }
+        return json.dumps(letter).encode()
+
+    def forget(self) -> None:
+        """Let go of the file in the child of a fork."""
+        if self._file is not None:
+            self._file.close()
+
+    async def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            await self._thread.run(self._file.close)
+
+
+def _content(event: Any) -> dict[str, str]:
+    """Return an event under a key that says what it is: its text, its bytes in base64, or what describes the object."""
+    if not isinstance(event, bytes):
+        return {"object": describe(event)}
+    try:
+        return {"event": event.decode()}
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(event).decode()}

@@ -1,0 +1,201 @@
+"""Writes one batch after another to the sink until each event of it is delivered or dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from bgtasks.errors import text_of
+from bgtasks.events._dead_letters import DeadLetters
+from bgtasks.events.errors import Reject, Retry
+
+__all__ = ["Batch", "Delivery", "Settle", "Sink"]
+
+logger = logging.getLogger("bgtasks.events")
+
+FIRST_DELAY: Final = 0.05
+LONGEST_DELAY: Final = 30.0
+# A client that does not let go of a broken connection is left to the collector.
+RELEASE_TIMEOUT: Final = 1.0
+
+Settle = Callable[[int, str], None]
+
+
+class Sink(Protocol):
+    """What a publisher's author writes."""
+
+    async def open(self) -> None:
+        """Connect."""
+
+    async def write(self, batch: Sequence[Any], batch_id: str) -> None:
+        """Write a batch."""
+
+    async def release(self) -> None:
+        """Disconnect."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """A batch on its way; what is settled leaves it, so that a later flusher can go on where one was cancelled.
+
+    ``parts`` are what is still to be written, the next one last: (id, payloads). ``retried_since`` is the time of the
+    first failed try, on the monotonic clock.
+    """
+
+    batch_id: str
+    parts: list[tuple[str, Sequence[Any]]]
+    tries: int = 0
+    retried_since: float | None = field(default=None)
+
+    @classmethod
+    def of(cls, batch_id: str, payloads: Sequence[Any]) -> Batch:
+        """Return a new batch of one part."""
+        return cls(batch_id, [(batch_id, payloads)])
+
+    def events(self) -> int:
+        """Return how many events are not settled yet."""
+        return sum(len(payloads) for _, payloads in self.parts)
+
+
+class Delivery:
+    """Drives a sink: opens it, writes, retries, and finds the events that it will never take.
+
+    Retries follow exponential back-off with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture
+    Blog, 2015): a random part of a delay that doubles from 50 ms to 30 s; a ``Retry(after=...)`` is waited out as it is.
+
+    Args:
+        sink: where batches go.
+        name: the publisher's name, for log records.
+        retry_for: seconds of failed tries after which a batch is given up; None for never.
+        dead_letters: where events go that are given up.
+
+    """
+
+    def __init__(self, sink: Sink, name: str, retry_for: float | None, dead_letters: DeadLetters) -> None:
+        self._sink = sink
+        self._name = name
+        self._retry_for = retry_for
+        self._dead_letters = dead_letters
+        self._opened = False
+        self.retried = 0
+        self.failing = False
+        self.last_error: str | None = None
+
+    async def open(self) -> None:
+        """Open the sink unless it is open.
+
+        Raises:
+            Exception: what its ``open`` raises.
+
+        """
+        if not self._opened:
+            await self._sink.open()
+            self._opened = True
+
+    async def release(self) -> None:
+        """Close the sink's client if it is open; what goes wrong with that is logged."""
+        if not self._opened:
+            return
+        self._opened = False
+        try:
+            async with asyncio.timeout(RELEASE_TIMEOUT):
+                await self._sink.release()
+        except Exception as error:
+            logger.warning("Publisher %r could not close its client: %s", self._name, text_of(error))
+
+    def forget(self) -> None:
+        """Treat the sink as one that was never opened: its client belongs to another process or to a closed loop."""
+        self._opened = False
+
+    async def deliver(self, batch: Batch, settle: Settle) -> None:
+        """Write a batch until every event of it is settled.
+
+        Args:
+            batch: what settles on the way leaves it.
+            settle: called with a number of events and their outcome.
+
+        Raises:
+            asyncio.CancelledError: from outside; what is left in the batch is to be delivered again.
+
+        """
+        while batch.parts:
+            delay = await self.attempt(batch, settle)
+            if delay is not None:
+                await asyncio.sleep(delay)
+
+    async def attempt(self, batch: Batch, settle: Settle) -> float | None:
+        """Try to write the next part of a batch.
+
+        Returns:
+            None if there was progress; otherwise the seconds to wait before the next try.
+
+        """
+        part_id, payloads = batch.parts[-1]
+        try:
+            await self.open()
+            await self._sink.write(payloads, part_id)
+        except Reject as error:
+            await self._refused(batch, error, settle)
+        except Retry as error:
+            return await self._failed(batch, error, error.after, settle)
+        except Exception as error:
+            # Whatever broke may have broken the connection.
+            await self.release()
+            return await self._failed(batch, error, None, settle)
+        else:
+            batch.parts.pop()
+            settle(len(payloads), "delivered")
+            self._succeeded(batch)
+        return None
+
+    def _succeeded(self, batch: Batch) -> None:
+        batch.tries = 0
+        batch.retried_since = None
+        if self.failing:
+            self.failing = False
+            logger.info("Publisher %r writes again", self._name)
+        self.last_error = None
+
+    async def _failed(self, batch: Batch, error: Exception, after: float | None, settle: Settle) -> float | None:
+        self.last_error = text_of(error)
+        if not self.failing:
+            self.failing = True
+            logger.warning("Publisher %r cannot write and tries again: %s", self._name, self.last_error)
+        now = time.monotonic()
+        if batch.retried_since is None:
+            batch.retried_since = now
+        if self._retry_for is not None and now - batch.retried_since >= self._retry_for:
+            await self.give_up(batch, "retries_exhausted", error, settle)
+            return None
+        self.retried += 1
+        batch.tries += 1
+        if after is not None:
+            return after
+        return random.uniform(0, min(FIRST_DELAY * 2 ** min(batch.tries - 1, 20), LONGEST_DELAY))  # noqa: S311
+
+    async def give_up(self, batch: Batch, reason: str, error: BaseException | None, settle: Settle) -> None:
+        """Drop what is left of a batch."""
+        while batch.parts:
+            part_id, payloads = batch.parts.pop()
+            settle(len(payloads), reason)
+            await self._dead_letters.add(payloads, part_id, reason, error)
+
+    async def _refused(self, batch: Batch, error: Reject, settle: Settle) -> None:
+        part_id, payloads = batch.parts.pop()
+        bad = {index for index in error.indexes if -len(payloads) <= index < len(payloads)}
+        self.last_error = text_of(error)
+        if not bad and len(payloads) > 1:
+            middle = len(payloads) // 2
+            # The same halves with the same ids each time, whatever happens in between.
+            batch.parts += [(f"{part_id}.1", payloads[middle:]), (f"{part_id}.0", payloads[:middle])]
+            return
+        refused = [payloads[index] for index in sorted(bad)] if bad else list(payloads)
+        if len(payloads) > len(refused):
+            settle(len(payloads) - len(refused), "delivered")
+        settle(len(refused), "rejected")
+        await self._dead_letters.add(refused, part_id, "rejected", error)

@@ -1,0 +1,392 @@
+"""The one task of a publisher: takes batches out of the ring, encodes them and has them delivered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+from collections import deque
+from collections.abc import Coroutine
+from contextlib import suppress
+from contextvars import Context
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, Final, Protocol
+
+from bgtasks._bell import Bell
+from bgtasks.errors import text_of
+from bgtasks.events._dead_letters import DeadLetters
+from bgtasks.events._delivery import Batch, Delivery, Settle
+from bgtasks.events._drops import DropReporter
+from bgtasks.events._guard import at_work
+from bgtasks.events._store import Store
+from bgtasks.events._waker import Waker
+from bgtasks.events.encoding import Encoder
+from bgtasks.events.errors import EncodeError
+from bgtasks.events.ring import Ring
+
+__all__ = ["BatchLimits", "Flusher", "TaskManager"]
+
+logger = logging.getLogger("bgtasks.events")
+
+# What a flusher that is cancelled by others (a loop that ends, cancel_all) may take to empty its ring, in seconds.
+LAST_FLUSH: Final = 1.0
+DELAY_AFTER_BUG: Final = 1.0
+DELAY_AFTER_SPOOL_ERROR: Final = 0.1
+# Into a spool go so many batches in one visit of its thread.
+SPOOLED_AT_ONCE: Final = 4
+
+# A task that nobody else refers to is kept here: the loop itself holds only weak references.
+_running: set[asyncio.Task[None]] = set()
+
+
+class TaskManager(Protocol):
+    """What the flusher asks of a manager: a task that it shows and does not own."""
+
+    def task_factory(self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, None], **kwargs: Any) -> Any:
+        """Return the task for a coroutine."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """When a batch goes: at so many events, so many bytes or so many seconds, whichever is first."""
+
+    events: int
+    volume: int
+    linger: float
+    event_volume: int
+
+
+class Flusher:
+    """Empties a ring into a sink, on one loop at a time.
+
+    It starts with the first event emitted on a loop, and again on another loop when its own is gone. A batch that was
+    on its way then is written again, with its id.
+
+    Args:
+        name: the publisher's name.
+        ring: what it empties.
+        encoder: turns events into payloads.
+        limits: when a batch goes.
+        delivery: writes batches.
+        dead_letters: where events go that cannot be encoded.
+        drops: told of the loop to log on.
+        direct: with a store, try the sink first while the store is empty.
+
+    """
+
+    # None where there is no spool.
+    store: Store | None = None
+    # The task is shown there; None for a task of the loop alone.
+    manager: TaskManager | None = None
+
+    def __init__(
+        self,
+        name: str,
+        ring: Ring,
+        encoder: Encoder,
+        limits: BatchLimits,
+        delivery: Delivery,
+        dead_letters: DeadLetters,
+        drops: DropReporter,
+        direct: bool,
+    ) -> None:
+        self._name = name
+        self._ring = ring
+        self._encoder = encoder
+        self._limits = limits
+        self._delivery = delivery
+        self._dead_letters = dead_letters
+        self._drops = drops
+        self._direct = direct
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, with an id of its own and without a task; for the child of a fork, too."""
+        self._publisher_id = uuid.uuid4().hex
+        self._numbers = count()
+        self._start_lock = threading.Lock()
+        self._waker: Waker | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        # Taken out and not settled, oldest first.
+        self._pending: deque[Batch] = deque()
+        # Rings whenever the books have changed, and when the ring has got room.
+        self.progress = Bell()
+        self.room = Bell()
+
+    # -- starting and stopping ----------------------------------------------------------------------------------------
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop it runs on, None while it does not run."""
+        return None if self._waker is None else self._loop
+
+    @property
+    def since(self) -> float | None:
+        """A point on the loop's clock that no queued event was emitted before; None while it does not run."""
+        return None if self._waker is None else self._waker.since
+
+    def wake(self) -> None:
+        """Take a call of the ring, from any thread: pass it on, or start on the loop of this thread."""
+        waker = self._waker
+        if waker is not None and self._is_alive():
+            try:
+                waker.wake()
+            except RuntimeError:
+                # The loop was closed just now.
+                pass
+            else:
+                return
+        here = asyncio._get_running_loop()
+        if here is None:
+            # Nobody to do it; the next event asks again.
+            self._ask_again()
+        else:
+            self._start(here)
+
+    def ensure_running(self) -> None:
+        """Start on the running loop unless it runs on one that is alive."""
+        if self._waker is None or not self._is_alive():
+            self._start(asyncio.get_running_loop())
+
+    def _is_alive(self) -> bool:
+        """Say whether its loop runs, or may go on running: no other one runs in this thread instead."""
+        loop, task = self._loop, self._task
+        if loop is None or loop.is_closed() or (task is not None and task.done()):
+            return False
+        return loop.is_running() or asyncio._get_running_loop() is None
+
+    def _ask_again(self) -> None:
+        while self._ring.arm(len(self._ring) + 1, 0):
+            # Another thread emitted in between.
+            continue
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._start_lock:
+            if self._waker is not None and self._is_alive():
+                return
+            if self._task is not None:
+                # What it opened belongs to its loop, which is gone.
+                self._delivery.forget()
+            limits = self._limits
+            waker = self._waker = Waker(self._ring, loop, limits.events, limits.volume, limits.linger)
+            self._loop = loop
+            self._stopping = False
+        self._drops.use(loop)
+        options: dict[str, Any] = {"name": f"publisher {self._name}", "context": Context()}
+        coro = self._run(waker)
+        if self.manager is None:
+            task: asyncio.Task[None] = asyncio.Task(coro, loop=loop, **options)
+        else:
+            task = self.manager.task_factory(loop, coro, **options)
+        self._task = task
+        _running.add(task)
+        task.add_done_callback(partial(self._ended, waker))
+
+    def _ended(self, waker: Waker, task: asyncio.Task[None]) -> None:
+        _running.discard(task)
+        if waker is self._waker:
+            # Cancelled by others; a stopped one has no waker any more.
+            self._waker = None
+            self._ask_again()
+
+    def hurry(self, urgent: bool) -> None:
+        """Have batches go at once, or linger again; from any thread."""
+        waker, loop = self._waker, self._loop
+        if waker is not None and loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(waker.hurry, urgent)
+
+    async def stop(self, timeout: float) -> None:
+        """Cancel the task and wait for its end; on its loop.
+
+        Args:
+            timeout: seconds; a task that is not through by then is left to itself and its books are no longer heard.
+
+        """
+        task = self._task
+        self._stopping = True
+        if task is not None and not task.done() and task.get_loop() is asyncio.get_running_loop():
+            task.cancel()
+            await asyncio.wait((task,), timeout=timeout)
+        self._waker = None
+
+    # -- the task -----------------------------------------------------------------------------------------------------
+
+    async def _run(self, waker: Waker) -> None:
+        at_work.set(self._ring)
+        courier = None if self.store is None else asyncio.create_task(self._forward(waker))
+        try:
+            await self._flush_for_ever(waker)
+        except asyncio.CancelledError:
+            # A call in flight may have left the connection in the middle of an answer.
+            await self._delivery.release()
+            if waker is self._waker and not self._stopping:
+                await self._flush_once_more(waker)
+            raise
+        finally:
+            if courier is not None:
+                courier.cancel()
+                await asyncio.wait((courier,))
+            await self._delivery.release()
+
+    async def _flush_for_ever(self, waker: Waker) -> None:
+        while True:
+            try:
+                if not self._pending:
+                    await waker.wait()
+                await self._flush_batch(waker)
+            except Exception:
+                # A bug of ours, or of a hook: the pipe goes on.
+                logger.exception("The flusher of publisher %r failed and goes on", self._name)
+                await asyncio.sleep(DELAY_AFTER_BUG)
+            else:
+                # A sink that never suspends must not keep the loop from others.
+                await asyncio.sleep(0)
+
+    async def _flush_once_more(self, waker: Waker) -> None:
+        try:
+            async with asyncio.timeout(LAST_FLUSH):
+                while self._pending or len(self._ring):
+                    await self._flush_batch(waker)
+        except TimeoutError:
+            logger.warning(
+                "The loop of publisher %r ends with %d events in the queue; close the publisher first",
+                self._name,
+                self._ring.books()["queue_events"],
+            )
+
+    async def _forward(self, waker: Waker) -> None:
+        assert self.store is not None
+        while waker is self._waker:
+            try:
+                await self.store.forward()
+            except Exception:
+                logger.exception("The spool of publisher %r failed and goes on", self._name)
+                await asyncio.sleep(DELAY_AFTER_BUG)
+
+    async def _flush_batch(self, waker: Waker) -> None:
+        """Deliver what is pending or, if nothing is, the next batch of the ring."""
+        if not self._pending:
+            await self._take(waker)
+        settle = partial(self._settle, waker)
+        if self.store is not None:
+            await self._spool(self.store, waker, settle)
+            return
+        while self._pending and waker is self._waker:
+            await self._delivery.deliver(self._pending[0], settle)
+            self._forget_settled()
+            self.on_progress()
+
+    def _forget_settled(self) -> None:
+        while self._pending and not self._pending[0].parts:
+            self._pending.popleft()
+
+    async def _take(self, waker: Waker) -> None:
+        limits = self._limits
+        for _ in range(1 if self.store is None else SPOOLED_AT_ONCE):
+            at = waker.now
+            events = self._ring.take(limits.events, limits.volume)
+            if not events:
+                break
+            if not len(self._ring):
+                waker.emptied(at)
+            if self.room:
+                self.room.ring(len(events))
+            await self._encode(events)
+            if len(events) < limits.events:
+                break
+
+    async def _encode(self, events: list[Any]) -> None:
+        payloads, volume, failed = self._encoder.encode_batch(events)
+        if payloads and type(events[0]) is not bytes:
+            self._ring.measured(volume // len(payloads))
+        too_large: list[Any] = []
+        if volume > self._limits.event_volume:
+            too_large = [payload for payload in payloads if len(payload) > self._limits.event_volume]
+            if too_large:
+                payloads = [payload for payload in payloads if len(payload) <= self._limits.event_volume]
+        for batch in self._batches(payloads, volume):
+            self._pending.append(Batch.of(f"{self._publisher_id}-{next(self._numbers)}", batch))
+        # Settled last: what is awaited here may be cancelled, and by then all the rest stands in the queue of batches.
+        if failed:
+            error = failed[0][1]
+            self._drops.last_error = self._delivery.last_error = text_of(error)
+            self._ring.settle(len(failed), "encode")
+            await self._bury([event for event, _ in failed], "encode", error)
+        if too_large:
+            self._ring.settle(len(too_large), "too_large")
+            await self._bury(too_large, "too_large", None)
+
+    async def _bury(self, events: list[Any], reason: str, error: EncodeError | None) -> None:
+        await self._dead_letters.add(events, self._publisher_id, reason, error)
+
+    def _batches(self, payloads: list[Any], volume: int) -> list[list[Any]]:
+        """Return payloads in batches that keep to the limit of bytes: sizes were estimates when they were taken."""
+        if volume <= self._limits.volume:
+            return [payloads] if payloads else []
+        batches: list[list[Any]] = []
+        room = 0
+        for payload in payloads:
+            room -= len(payload)
+            if room < 0 or not batches:
+                batches.append([])
+                room = self._limits.volume - len(payload)
+            batches[-1].append(payload)
+        return batches
+
+    async def _spool(self, store: Store, waker: Waker, settle: Settle) -> None:
+        """Commit what is pending, and deliver it past a spool that fails once there is nothing in it to overtake."""
+        while self._pending and waker is self._waker:
+            passed = self._direct and store.is_empty and await self._pass_by(settle) is None
+            if not passed and not await store.append(self._pending):
+                delay = await self._pass_by(settle) if store.is_empty else DELAY_AFTER_SPOOL_ERROR
+                await asyncio.sleep(delay or 0)
+            self._forget_settled()
+
+    async def _pass_by(self, settle: Settle) -> float | None:
+        """Try to deliver the first pending batch from memory; return the delay before another try, None for progress."""
+        delay = await self._delivery.attempt(self._pending[0], settle)
+        self.on_progress()
+        return delay
+
+    def _settle(self, waker: Waker, number: int, outcome: str) -> None:
+        # A flusher that was given up, because its write would not end, has no say any more.
+        if waker is self._waker:
+            self._ring.settle(number, outcome)
+
+    def on_progress(self) -> None:
+        """Have those look again who wait for the books to change."""
+        if self.progress:
+            self.progress.ring()
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    async def clear(self, timeout: float) -> None:
+        """Spool what is left, or drop it with the reason ``deadline``; after ``stop``.
+
+        Args:
+            timeout: seconds for the disk.
+
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while events := self._ring.take(self._limits.events, self._limits.volume):
+                    await self._encode(events)
+                if self.store is not None:
+                    await self.store.append(self._pending)
+        left = [part for batch in self._pending for part in reversed(batch.parts)]
+        self._pending.clear()
+        for _, payloads in left:
+            self._ring.settle(len(payloads), "deadline")
+        while events := self._ring.take(self._limits.events, self._limits.volume):
+            self._ring.settle(len(events), "deadline")
+        self.on_progress()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                for part_id, payloads in left:
+                    await self._dead_letters.add(payloads, part_id, "deadline", None)

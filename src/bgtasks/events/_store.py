@@ -1,0 +1,223 @@
+"""The way through the spool: batches are committed to the disk first and sent from there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
+
+from bgtasks.errors import text_of
+from bgtasks.events._delivery import Batch, Delivery
+from bgtasks.events._thread import OwnThread
+from bgtasks.events.ring import Ring
+
+__all__ = ["Spool", "SpoolStats", "Store"]
+
+logger = logging.getLogger("bgtasks.events")
+
+# Read, and deleted again, in one visit of the thread.
+READ_AT_ONCE: Final = 4
+DELAY_AFTER_ERROR: Final = 0.5
+
+
+class SpoolStats(Protocol):
+    """What a spool says of itself; counts are events."""
+
+    @property
+    def events(self) -> int:
+        """How many wait."""
+        ...
+
+    @property
+    def recovered(self) -> int:
+        """How many were found at opening."""
+        ...
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """How many it dropped itself, by reason."""
+        ...
+
+
+class Spool(Protocol):
+    """A queue of batches that outlives the process. Its methods are called on the publisher's own thread."""
+
+    def append(self, batch: Sequence[bytes], batch_id: str, /) -> None:
+        """Commit a batch behind all others, or raise and leave nothing of it."""
+        ...
+
+    def oldest(self, count: int, /) -> list[tuple[str, list[bytes]]]:
+        """Return up to ``count`` batches, oldest first, that are not done."""
+        ...
+
+    def done(self, batch_id: str, /) -> None:
+        """Delete a batch; where that is impossible, at least never return it again."""
+        ...
+
+    def stats(self) -> SpoolStats:
+        """Return what it holds and what became of the rest."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file."""
+        ...
+
+
+class Store:
+    """Commits batches to a spool and sends what it holds, oldest first, until the sink has all of it.
+
+    Args:
+        spool: where batches wait.
+        thread: where the spool's methods run.
+        ring: whose books are kept.
+        delivery: sends a batch, without a time limit.
+        name: the publisher's name.
+        on_progress: called when books changed.
+
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        thread: OwnThread,
+        ring: Ring,
+        delivery: Delivery,
+        name: str,
+        on_progress: Callable[[], None],
+    ) -> None:
+        self._spool = spool
+        self._name = name
+        self._thread = thread
+        self._ring = ring
+        self._delivery = delivery
+        self._on_progress = on_progress
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew in the child of a fork, where the spool does so by itself."""
+        self._more = asyncio.Event()
+        self._recovered = 0
+        self._dropped: dict[str, int] = {}
+        # Both outlive a cancelled flusher: the batch that is being sent may be half settled, and those that were sent
+        # are still on the disk.
+        self._in_hand: Batch | None = None
+        self._sent: list[str] = []
+        self._idle = False
+        self.errors = 0
+        self.last_error: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits on the disk, nor is on its way from there."""
+        return self._idle and not self._more.is_set()
+
+    async def append(self, batches: Sequence[Batch]) -> bool:
+        """Commit batches, in order; what is committed leaves them.
+
+        Returns:
+            Whether all of it was committed; if not, ``last_error`` says why.
+
+        Raises:
+            asyncio.CancelledError: from outside, once the disk is done and the books are kept.
+
+        """
+        future = self._thread.run(self._append, batches)
+        try:
+            committed, stats = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait((future,))
+            self._enter(*future.result())
+            raise
+        self._enter(committed, stats)
+        return not any(batch.parts for batch in batches)
+
+    def _append(self, batches: Sequence[Batch]) -> tuple[int, SpoolStats]:
+        committed = 0
+        try:
+            for batch in batches:
+                while batch.parts:
+                    part_id, payloads = batch.parts[-1]
+                    self._spool.append(payloads, part_id)
+                    batch.parts.pop()
+                    committed += len(payloads)
+            self.last_error = None
+        except Exception as error:
+            self._note(error)
+        return committed, self._spool.stats()
+
+    def _enter(self, committed: int, stats: SpoolStats) -> None:
+        if committed:
+            self._ring.settle(committed, "spooled")
+            self._more.set()
+        self._balance(stats)
+        self._on_progress()
+
+    def _note(self, error: Exception) -> None:
+        self.errors += 1
+        if self.last_error is None:
+            logger.warning("The spool of publisher %r fails: %s", self._name, text_of(error))
+        self.last_error = text_of(error)
+
+    async def forward(self) -> None:
+        """Send what the spool holds, for ever.
+
+        Raises:
+            asyncio.CancelledError: from outside; what is not sent stays in the spool.
+
+        """
+        self._idle = False
+        # An event belongs to the loop that it was first awaited on.
+        self._more = asyncio.Event()
+        while True:
+            self._more.clear()
+            batches, stats = await self._thread.run(self._turn_over, tuple(self._sent))
+            self._balance(stats)
+            if batches is None:
+                await asyncio.sleep(DELAY_AFTER_ERROR)
+                continue
+            self._sent.clear()
+            if not batches:
+                self._idle = True
+                self._on_progress()
+                await self._more.wait()
+                self._idle = False
+            for batch_id, payloads in batches:
+                await self._send(batch_id, payloads)
+                self._sent.append(batch_id)
+                self._on_progress()
+
+    async def _send(self, batch_id: str, payloads: list[bytes]) -> None:
+        if self._in_hand is None or self._in_hand.batch_id != batch_id:
+            self._in_hand = Batch.of(batch_id, payloads)
+        await self._delivery.deliver(self._in_hand, self._ring.settle_spooled)
+
+    def _turn_over(self, sent: Sequence[str]) -> tuple[list[tuple[str, list[bytes]]] | None, SpoolStats]:
+        """Delete what was sent and return what comes next, None if the spool failed."""
+        try:
+            for batch_id in sent:
+                self._spool.done(batch_id)
+            return self._spool.oldest(READ_AT_ONCE), self._spool.stats()
+        except Exception as error:
+            self._note(error)
+            return None, self._spool.stats()
+
+    def _balance(self, stats: SpoolStats) -> None:
+        """Enter what the spool found and dropped by itself."""
+        if stats.recovered > self._recovered:
+            self._ring.recover(stats.recovered - self._recovered)
+            self._recovered = stats.recovered
+        for reason, count in stats.dropped.items():
+            more = count - self._dropped.get(reason, 0)
+            if more:
+                self._dropped[reason] = count
+                self._ring.settle_spooled(more, reason)
+
+    def _close(self) -> None:
+        for batch_id in self._sent:
+            self._spool.done(batch_id)
+        self._spool.close()
+
+    async def close(self) -> None:
+        """Delete what was sent and let go of the file."""
+        await self._thread.run(self._close)
