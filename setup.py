@@ -1,4 +1,4 @@
-"""Builds the compiled registry; everything else stands in pyproject.toml."""
+"""Builds the compiled registry and event ring; everything else stands in pyproject.toml."""
 
 import os
 import sys
@@ -50,7 +50,13 @@ def extensions() -> list[Extension]:
         define_macros=macros,
         optional=BUILD == "auto",
     )
-    return cythonize([registry], compiler_directives={"linetrace": TRACE == "1"}, annotate=TRACE == "1")
+    ring = Extension(
+        "bgtasks.events._ring",
+        ["src/bgtasks/events/_ring.pyx"],
+        define_macros=macros,
+        optional=BUILD == "auto",
+    )
+    return cythonize([registry, ring], compiler_directives={"linetrace": TRACE == "1"}, annotate=TRACE == "1")
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildRegistry})
