@@ -54,8 +54,6 @@ class Ring:
     """
 
     __slots__ = (
-        "_accepted",
-        "_bytes",
         "_closed",
         "_delivered",
         "_drop_oldest",
@@ -69,10 +67,12 @@ class Ring:
         "_max_events",
         "_mean",
         "_others",
+        "_popped",
         "_recovered",
         "_refused",
         "_spooled",
         "_tell",
+        "_volume",
         "_wake",
         "_wake_bytes",
         "_wake_events",
@@ -101,9 +101,12 @@ class Ring:
         # Reentrant: the collector may run what emits in the middle of a change.
         self._lock = threading.RLock()
         self._events: deque[Any] = deque()
-        self._bytes = self._others = 0
+        # Bytes that are queued, of which so many events are counted at the mean.
+        self._volume = self._others = 0
         self._mean = FIRST_MEAN
-        self._accepted = self._recovered = self._delivered = self._spooled = self._in_flight = 0
+        # All that ever left the queue; with what is in it, that is what was accepted.
+        self._popped = 0
+        self._recovered = self._delivered = self._spooled = self._in_flight = 0
         self._dropped: dict[str, int] = {}
         self._refused: dict[str, int] = {}
         self._wake_events = 1
@@ -125,49 +128,65 @@ class Ring:
 
         """
         size = len(event) if type(event) is bytes else -1
-        given_up: list[Any] = []
-        wake = False
-        # Neither callback is called under the lock: what they log may take locks of others, and those may emit.
         with self._lock:
+            events = self._events
             charge = self._mean if size < 0 else size
-            volume = self._bytes + self._others * self._mean + charge
-            refusal = None
-            if self._closed:
-                refusal = "closed"
-            elif size > self._max_event_bytes:
-                refusal = "too_large"
-            elif _at_work() is self:
-                refusal = "feedback"
-            elif len(self._events) >= self._max_events or volume > self._max_bytes:
-                if self._drop_oldest and charge <= self._max_bytes:
-                    given_up = self._make_room(charge)
-                    volume = self._bytes + self._others * self._mean + charge
-                else:
-                    refusal = "full"
-            if refusal is None:
-                self._events.append(event)
-                self._accepted += 1
+            volume = self._volume + charge
+            # A closed ring has no places.
+            if (
+                len(events) < self._max_events
+                and volume <= self._max_bytes
+                and size <= self._max_event_bytes
+                and _at_work() is not self
+            ):
+                events.append(event)
+                self._volume = volume
                 if size < 0:
                     self._others += 1
-                else:
-                    self._bytes += size
-                if len(self._events) >= self._wake_events or volume >= self._wake_bytes:
-                    self._wake_events = self._wake_bytes = NEVER
-                    wake = True
-        if refusal is not None:
-            return self.refuse(refusal)
+                if len(events) < self._wake_events and volume < self._wake_bytes:
+                    return True
+                self._wake_events = self._wake_bytes = NEVER
+                wake = True
+            else:
+                wake = False
+        # Not under the lock: what the callbacks log may take locks of others, and those may emit.
         if wake:
             self._wake()
+            return True
+        return self._emit_against_odds(event, size)
+
+    def _emit_against_odds(self, event: Any, size: int) -> bool:
+        given_up: list[Any] = []
+        with self._lock:
+            charge = self._mean if size < 0 else size
+            refusal = self._refusal(charge, size)
+            if refusal is None:
+                given_up = self._make_room(charge)
+                self._events.append(event)
+                self._volume += charge
+                self._others += size < 0
+        if refusal is not None:
+            return self.refuse(refusal)
         if given_up:
             self._tell_once()
         return True
+
+    def _refusal(self, charge: int, size: int) -> str | None:
+        if self._closed:
+            return "closed"
+        if size > self._max_event_bytes:
+            return "too_large"
+        if _at_work() is self:
+            return "feedback"
+        if self._drop_oldest and charge <= self._max_bytes:
+            return None
+        return "full"
 
     def has_room(self) -> bool:
         """Say whether an event of the mean size would be accepted, or refused for another reason than a full ring."""
         with self._lock:
             return self._closed or (
-                len(self._events) < self._max_events
-                and self._bytes + (self._others + 1) * self._mean <= self._max_bytes
+                len(self._events) < self._max_events and self._volume + self._mean <= self._max_bytes
             )
 
     def refuse(self, reason: str) -> bool:
@@ -179,18 +198,19 @@ class Ring:
 
     def _make_room(self, charge: int) -> list[Any]:
         given_up = []
-        while self._events and (
-            len(self._events) >= self._max_events or self._bytes + self._others * self._mean + charge > self._max_bytes
-        ):
+        while self._events and (len(self._events) >= self._max_events or self._volume + charge > self._max_bytes):
             given_up.append(self._pop())
-        self._dropped["full"] = self._dropped.get("full", 0) + len(given_up)
+        if given_up:
+            self._dropped["full"] = self._dropped.get("full", 0) + len(given_up)
         return given_up
 
     def _pop(self) -> Any:
         event = self._events.popleft()
+        self._popped += 1
         if type(event) is bytes:
-            self._bytes -= len(event)
+            self._volume -= len(event)
         else:
+            self._volume -= self._mean
             self._others -= 1
         return event
 
@@ -204,6 +224,7 @@ class Ring:
         """Refuse every event from now on."""
         with self._lock:
             self._closed = True
+            self._max_events = 0
 
     # -- emptying: the flusher's --------------------------------------------------------------------------------------
 
@@ -219,7 +240,7 @@ class Ring:
 
         """
         with self._lock:
-            if len(self._events) >= events or (volume and self._bytes + self._others * self._mean >= volume):
+            if len(self._events) >= events or (volume and self._volume >= volume):
                 self._wake_events = self._wake_bytes = NEVER
                 return True
             self._wake_events = events
@@ -249,7 +270,9 @@ class Ring:
     def measured(self, mean: int) -> None:
         """Take note of the mean size of the events last encoded, in bytes."""
         with self._lock:
-            self._mean = max((3 * self._mean + mean) // 4, 1)
+            before = self._mean
+            self._mean = max((3 * before + mean) // 4, 1)
+            self._volume += self._others * (self._mean - before)
 
     def settle(self, count: int, outcome: str) -> None:
         """Close the books on events in flight: ``"delivered"``, ``"spooled"`` or the reason of a drop."""
@@ -270,7 +293,6 @@ class Ring:
     def recover(self, count: int) -> None:
         """Enter events that an earlier process left in the spool: accepted and spooled."""
         with self._lock:
-            self._accepted += count
             self._recovered += count
             self._spooled += count
 
@@ -289,30 +311,31 @@ class Ring:
     @property
     def accepted(self) -> int:
         """How many events were accepted."""
-        return self._accepted
+        with self._lock:
+            return self._recovered + self._popped + len(self._events)
 
     @property
     def finished(self) -> int:
         """How many accepted events were delivered or dropped."""
         with self._lock:
-            return self._accepted - len(self._events) - self._in_flight - self._spooled
+            return self._recovered + self._popped - self._in_flight - self._spooled
 
     @property
     def left(self) -> int:
         """How many accepted events have left memory: delivered, dropped or spooled."""
         with self._lock:
-            return self._accepted - len(self._events) - self._in_flight
+            return self._recovered + self._popped - self._in_flight
 
     def books(self) -> Books:
         """Return the books, all of one moment. Safe from any thread."""
         with self._lock:
             return {
-                "accepted": self._accepted,
+                "accepted": self._recovered + self._popped + len(self._events),
                 "recovered": self._recovered,
                 "delivered": self._delivered,
                 "spooled": self._spooled,
                 "queue_events": len(self._events) + self._in_flight,
-                "queue_bytes": self._bytes + self._others * self._mean,
+                "queue_bytes": self._volume,
                 "in_flight": self._in_flight,
                 "dropped": dict(self._dropped),
                 "refused": dict(self._refused),
