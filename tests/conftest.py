@@ -111,6 +111,18 @@ def make_manager(manager_of_twin: ModuleType) -> Iterator[Callable[..., Any]]:
     assert not _registry_py._in_use
 
 
+@pytest.fixture
+def ring_of_twin(twin: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Have publishers use the ring of the twin, and give its module."""
+    from event_tools import ring_module
+
+    from bgtasks.events import publisher
+
+    module = ring_module(twin)
+    monkeypatch.setattr(publisher, "Ring", module.Ring)
+    return module
+
+
 @pytest.fixture(autouse=True)
 def _no_thread_left() -> Iterator[None]:
     """Fail a test that leaves a thread behind."""

@@ -102,6 +102,8 @@ class Flusher:
         self._dead_letters = dead_letters
         self._drops = drops
         self._direct = direct
+        # For good; the child of a fork cannot open it again.
+        self._stopped = False
         self.forget()
 
     def forget(self) -> None:
@@ -112,7 +114,6 @@ class Flusher:
         self._waker: Waker | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        self._stopping = False
         # Taken out and not settled, oldest first.
         self._pending: deque[Batch] = deque()
         # Rings whenever the books have changed, and when the ring has got room.
@@ -150,7 +151,9 @@ class Flusher:
             self._start(here)
 
     def ensure_running(self) -> None:
-        """Start on the running loop unless it runs on one that is alive."""
+        """Start on the running loop unless it runs on one that is alive, or was stopped."""
+        if self._stopped:
+            return
         if self._waker is None or not self._is_alive():
             self._start(asyncio.get_running_loop())
 
@@ -176,14 +179,16 @@ class Flusher:
             limits = self._limits
             waker = self._waker = Waker(self._ring, loop, limits.events, limits.volume, limits.linger)
             self._loop = loop
-            self._stopping = False
         self._drops.use(loop)
-        options: dict[str, Any] = {"name": f"publisher {self._name}", "context": Context()}
-        coro = self._run(waker)
+        # In an empty context: neither the task nor its callbacks are to keep that of a request that emitted first.
+        Context().run(self._begin, loop, waker)
+
+    def _begin(self, loop: asyncio.AbstractEventLoop, waker: Waker) -> None:
+        coro, name = self._run(waker), f"publisher {self._name}"
         if self.manager is None:
-            task: asyncio.Task[None] = asyncio.Task(coro, loop=loop, **options)
+            task: asyncio.Task[None] = asyncio.Task(coro, loop=loop, name=name)
         else:
-            task = self.manager.task_factory(loop, coro, **options)
+            task = self.manager.task_factory(loop, coro, name=name)
         self._task = task
         _running.add(task)
         task.add_done_callback(partial(self._ended, waker))
@@ -209,7 +214,7 @@ class Flusher:
 
         """
         task = self._task
-        self._stopping = True
+        self._stopped = True
         if task is not None and not task.done() and task.get_loop() is asyncio.get_running_loop():
             task.cancel()
             await asyncio.wait((task,), timeout=timeout)
@@ -225,7 +230,7 @@ class Flusher:
         except asyncio.CancelledError:
             # A call in flight may have left the connection in the middle of an answer.
             await self._delivery.release()
-            if waker is self._waker and not self._stopping:
+            if waker is self._waker and not self._stopped:
                 await self._flush_once_more(waker)
             raise
         finally:
@@ -235,7 +240,8 @@ class Flusher:
             await self._delivery.release()
 
     async def _flush_for_ever(self, waker: Waker) -> None:
-        while True:
+        # One that was given up, because a write swallowed its cancellation, ends when that returns.
+        while waker is self._waker:
             try:
                 if not self._pending:
                     await waker.wait()

@@ -157,6 +157,7 @@ class Ring:
 
     def _emit_against_odds(self, event: Any, size: int) -> bool:
         given_up: list[Any] = []
+        wake = False
         with self._lock:
             charge = self._mean if size < 0 else size
             refusal = self._refusal(charge, size)
@@ -165,8 +166,13 @@ class Ring:
                 self._events.append(event)
                 self._volume += charge
                 self._others += size < 0
+                wake = len(self._events) >= self._wake_events or self._volume >= self._wake_bytes
+                if wake:
+                    self._wake_events = self._wake_bytes = NEVER
         if refusal is not None:
             return self.refuse(refusal)
+        if wake:
+            self._wake()
         if given_up:
             self._tell_once()
         return True

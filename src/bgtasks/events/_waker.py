@@ -49,6 +49,11 @@ class Waker:
         self._urgent = False
         # No event in the queue is older than this, on the loop's clock.
         self._since = loop.time()
+        self._arm_once_a_batch()
+
+    def _arm_once_a_batch(self) -> None:
+        # While the flusher is busy the ring calls once a batch: enough to notice a loop that was closed under it.
+        self._ring.arm(len(self._ring) + self._batch, 0)
 
     @property
     def since(self) -> float:
@@ -76,8 +81,7 @@ class Waker:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            # From now on the ring calls once a batch only: enough to notice a loop that was closed under the flusher.
-            self._ring.arm(len(self._ring) + self._batch, 0)
+            self._arm_once_a_batch()
 
     def emptied(self, at: float) -> None:
         """Take note that the queue was empty at a point on the loop's clock."""
@@ -108,7 +112,7 @@ class Waker:
         elif self._phase is _Phase.LINGERING:
             self._finish()
         else:
-            self._ring.arm(len(self._ring) + self._batch, 0)
+            self._arm_once_a_batch()
 
     def _linger_on(self) -> None:
         self._phase = _Phase.LINGERING

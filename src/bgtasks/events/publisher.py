@@ -22,7 +22,7 @@ from bgtasks.events._thread import OwnThread
 from bgtasks.events.encoding import Encoder, JsonEncoder
 from bgtasks.events.errors import EncodeError
 from bgtasks.events.info import FlushReport, PublisherStats, State
-from bgtasks.events.ring import Ring
+from bgtasks.events.ring import Books, Ring
 
 if TYPE_CHECKING:
     from bgtasks.manager import BackgroundTaskManager
@@ -127,7 +127,10 @@ class BasePublisher(ABC):
         self._drops.ring = self._ring
         self._dead_letters = DeadLetters(dead_letters, self._thread, self.name)
         self._delivery = Delivery(self, self.name, retry_for if spool is None else None, self._dead_letters)
-        limits = BatchLimits(batch, batch_bytes, linger, max_event_bytes)
+        # A queue smaller than a batch would be full before the flusher is woken.
+        limits = BatchLimits(
+            min(batch, max(max_events // 2, 1)), min(batch_bytes, max(max_bytes // 2, 1)), linger, max_event_bytes
+        )
         self._flusher = Flusher(
             self.name,
             self._ring,
@@ -260,6 +263,16 @@ class BasePublisher(ABC):
             self._flusher.manager = manager
             manager.attach(self)
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether a manager shows the flusher's task."""
+        return self._manager is not None
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether ``publish`` waits for room in a full queue."""
+        return self._overflow == "block"
+
     async def start(self) -> Self:
         """Start the flusher on the running loop instead of at the first event; with ``connect`` open the sink, too.
 
@@ -282,7 +295,7 @@ class BasePublisher(ABC):
         begun = time.monotonic()
         before = self._ring.books()
         target = self._ring.accepted
-        if not self._closed and self.has_left():
+        if self.has_left() and not self._closed:
             self._flusher.ensure_running()
             self._hurry(1)
             try:
@@ -329,14 +342,13 @@ class BasePublisher(ABC):
 
     async def _close_once(self, deadline: float) -> FlushReport:
         if self._closing is None or self._closing.get_loop() is not asyncio.get_running_loop():
-            self._closing = asyncio.ensure_future(self._close(deadline))
+            self._closing = asyncio.ensure_future(self._close(deadline, self._ring.books()))
         # One caller that is cancelled must not keep the events of the others.
         return await asyncio.shield(self._closing)
 
-    async def _close(self, deadline: float) -> FlushReport:
+    async def _close(self, deadline: float, before: Books) -> FlushReport:
         begun = time.monotonic()
         end = begun + deadline
-        before = self._ring.books()
         kept = min(deadline * KEPT_SHARE, MOST_KEPT)
         await self.flush(max(deadline - kept, 0))
         self._closed = True
