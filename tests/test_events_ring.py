@@ -73,7 +73,7 @@ def test_a_full_ring_refuses_the_newest_and_counts_it(module):
 def test_a_full_ring_gives_up_the_oldest_and_counts_it(module):
     """drop_oldest."""
     ring = make(module, max_events=3, drop_oldest=True)
-    assert all([ring.emit(number) for number in range(5)])
+    assert all(ring.emit(number) for number in range(5))
     books = ring.books()
     assert books["dropped"] == {"full": 2}
     assert ring.take(9, 1 << 40) == [2, 3, 4]
@@ -127,7 +127,7 @@ def test_one_event_too_large_is_refused_alone(module):
 
 
 def test_a_closed_ring_refuses_and_keeps_what_it_has(module):
-    """close."""
+    """Close."""
     ring = make(module)
     ring.emit(1)
     ring.close()

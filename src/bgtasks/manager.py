@@ -536,7 +536,8 @@ class BackgroundTaskManager(Registry):
         events count, too.
 
         Args:
-            timeout: seconds to wait for cancelled tasks and for what is attached, >= 0; ``default_shutdown_timeout`` by default.
+            timeout: seconds to wait for cancelled tasks and for what is attached, >= 0; ``default_shutdown_timeout`` by
+                default.
             drain: seconds to let tasks finish first, >= 0; ``drain_timeout`` by default.
 
         Returns:

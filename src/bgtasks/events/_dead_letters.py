@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -39,20 +40,34 @@ class DeadLetters:
         self._thread = thread
         self._name = name
         self._warned = -WARNING_INTERVAL
+        # The last of them; the thread writes one after another.
+        self._writing: asyncio.Future[None] | None = None
 
-    async def add(self, events: Sequence[Any], batch_id: str, reason: str, error: BaseException | None) -> None:
-        """Write events; a file that cannot be written is logged and stops nothing."""
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a file."""
+        return self._file is not None
+
+    def add(self, events: Sequence[Any], batch_id: str, reason: str, error: BaseException | None) -> None:
+        """Have events written; a file that cannot be written is logged and stops nothing."""
         if self._file is None:
             return
         text = None if error is None else text_of(error)
         lines = [self._line(event, batch_id, reason, text) for event in events]
-        try:
-            await self._thread.run(self._file.append, lines)
-        except OSError as failure:
-            now = time.monotonic()
-            if now - self._warned >= WARNING_INTERVAL:
-                self._warned = now
-                logger.warning("Publisher %r cannot write its dead letters: %s", self._name, text_of(failure))
+        self._writing = self._thread.run(self._file.append, lines)
+        self._writing.add_done_callback(self._written)
+
+    def _written(self, writing: asyncio.Future[None]) -> None:
+        failure = None if writing.cancelled() else writing.exception()
+        now = time.monotonic()
+        if failure is not None and now - self._warned >= WARNING_INTERVAL:
+            self._warned = now
+            logger.warning("Publisher %r cannot write its dead letters: %s", self._name, text_of(failure))
+
+    async def wait_written(self) -> None:
+        """Return when nothing waits to be written: a slow disk is to hold the flusher up, not to fill the memory."""
+        if self._writing is not None and not self._writing.done():
+            await asyncio.wait((self._writing,))
 
     def _line(self, event: Any, batch_id: str, reason: str, error: str | None) -> bytes:
         letter = {
@@ -67,6 +82,7 @@ class DeadLetters:
 
     def forget(self) -> None:
         """Let go of the file in the child of a fork."""
+        self._writing = None
         if self._file is not None:
             self._file.close()
 

@@ -66,7 +66,8 @@ class Delivery:
     """Drives a sink: opens it, writes, retries, and finds the events that it will never take.
 
     Retries follow exponential back-off with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture
-    Blog, 2015): a random part of a delay that doubles from 50 ms to 30 s; a ``Retry(after=...)`` is waited out as it is.
+    Blog, 2015): a random part of a delay that doubles from 50 ms to 30 s. A ``Retry(after=...)`` is waited out as it
+    is.
 
     Args:
         sink: where batches go.
@@ -124,6 +125,7 @@ class Delivery:
 
         """
         while batch.parts:
+            await self._dead_letters.wait_written()
             delay = await self.attempt(batch, settle)
             if delay is not None:
                 await asyncio.sleep(delay)
@@ -140,13 +142,13 @@ class Delivery:
             await self.open()
             await self._sink.write(payloads, part_id)
         except Reject as error:
-            await self._refused(batch, error, settle)
+            self._refused(batch, error, settle)
         except Retry as error:
-            return await self._failed(batch, error, error.after, settle)
+            return self._failed(batch, error, error.after, settle)
         except Exception as error:
             # Whatever broke may have broken the connection.
             await self.release()
-            return await self._failed(batch, error, None, settle)
+            return self._failed(batch, error, None, settle)
         else:
             batch.parts.pop()
             settle(len(payloads), "delivered")
@@ -161,7 +163,7 @@ class Delivery:
             logger.info("Publisher %r writes again", self._name)
         self.last_error = None
 
-    async def _failed(self, batch: Batch, error: Exception, after: float | None, settle: Settle) -> float | None:
+    def _failed(self, batch: Batch, error: Exception, after: float | None, settle: Settle) -> float | None:
         self.last_error = text_of(error)
         if not self.failing:
             self.failing = True
@@ -170,22 +172,22 @@ class Delivery:
         if batch.retried_since is None:
             batch.retried_since = now
         if self._retry_for is not None and now - batch.retried_since >= self._retry_for:
-            await self.give_up(batch, "retries_exhausted", error, settle)
+            self._give_up(batch, "retries_exhausted", error, settle)
             return None
         self.retried += 1
         batch.tries += 1
         if after is not None:
             return after
-        return random.uniform(0, min(FIRST_DELAY * 2 ** min(batch.tries - 1, 20), LONGEST_DELAY))  # noqa: S311
+        return random.uniform(0, min(FIRST_DELAY * 2 ** min(batch.tries - 1, 20), LONGEST_DELAY))
 
-    async def give_up(self, batch: Batch, reason: str, error: BaseException | None, settle: Settle) -> None:
+    def _give_up(self, batch: Batch, reason: str, error: BaseException | None, settle: Settle) -> None:
         """Drop what is left of a batch."""
         while batch.parts:
             part_id, payloads = batch.parts.pop()
             settle(len(payloads), reason)
-            await self._dead_letters.add(payloads, part_id, reason, error)
+            self._dead_letters.add(payloads, part_id, reason, error)
 
-    async def _refused(self, batch: Batch, error: Reject, settle: Settle) -> None:
+    def _refused(self, batch: Batch, error: Reject, settle: Settle) -> None:
         part_id, payloads = batch.parts.pop()
         bad = {index for index in error.indexes if -len(payloads) <= index < len(payloads)}
         self.last_error = text_of(error)
@@ -198,4 +200,4 @@ class Delivery:
         if len(payloads) > len(refused):
             settle(len(payloads) - len(refused), "delivered")
         settle(len(refused), "rejected")
-        await self._dead_letters.add(refused, part_id, "rejected", error)
+        self._dead_letters.add(refused, part_id, "rejected", error)

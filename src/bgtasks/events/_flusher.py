@@ -277,8 +277,9 @@ class Flusher:
 
     async def _flush_batch(self, waker: Waker) -> None:
         """Deliver what is pending or, if nothing is, the next batch of the ring."""
+        await self._dead_letters.wait_written()
         if not self._pending:
-            await self._take(waker)
+            self._take(waker)
         settle = partial(self._settle, waker)
         if self.store is not None:
             await self._spool(self.store, waker, settle)
@@ -292,7 +293,7 @@ class Flusher:
         while self._pending and not self._pending[0].parts:
             self._pending.popleft()
 
-    async def _take(self, waker: Waker) -> None:
+    def _take(self, waker: Waker) -> None:
         limits = self._limits
         for _ in range(1 if self.store is None else SPOOLED_AT_ONCE):
             at = waker.now
@@ -303,11 +304,11 @@ class Flusher:
                 waker.emptied(at)
             if self.room:
                 self.room.ring(len(events))
-            await self._encode(events)
+            self._encode(events)
             if len(events) < limits.events:
                 break
 
-    async def _encode(self, events: list[Any]) -> None:
+    def _encode(self, events: list[Any]) -> None:
         payloads, volume, failed = self._encoder.encode_batch(events)
         if payloads and type(events[0]) is not bytes:
             self._ring.measured(volume // len(payloads))
@@ -318,18 +319,17 @@ class Flusher:
                 payloads = [payload for payload in payloads if len(payload) <= self._limits.event_volume]
         for batch in self._batches(payloads, volume):
             self._pending.append(Batch.of(f"{self._publisher_id}-{next(self._numbers)}", batch))
-        # Settled last: what is awaited here may be cancelled, and by then all the rest stands in the queue of batches.
         if failed:
             error = failed[0][1]
             self._drops.last_error = self._delivery.last_error = text_of(error)
             self._ring.settle(len(failed), "encode")
-            await self._bury([event for event, _ in failed], "encode", error)
+            self._bury([event for event, _ in failed], "encode", error)
         if too_large:
             self._ring.settle(len(too_large), "too_large")
-            await self._bury(too_large, "too_large", None)
+            self._bury(too_large, "too_large", None)
 
-    async def _bury(self, events: list[Any], reason: str, error: EncodeError | None) -> None:
-        await self._dead_letters.add(events, self._publisher_id, reason, error)
+    def _bury(self, events: list[Any], reason: str, error: EncodeError | None) -> None:
+        self._dead_letters.add(events, self._publisher_id, reason, error)
 
     def _batches(self, payloads: list[Any], volume: int) -> list[list[Any]]:
         """Return payloads in batches that keep to the limit of bytes: sizes were estimates when they were taken."""
@@ -355,7 +355,7 @@ class Flusher:
             self._forget_settled()
 
     async def _pass_by(self, settle: Settle) -> float | None:
-        """Try to deliver the first pending batch from memory; return the delay before another try, None for progress."""
+        """Try to deliver the first pending batch; return the delay before another try, None for progress."""
         delay = await self._delivery.attempt(self._pending[0], settle)
         self.on_progress()
         return delay
@@ -379,12 +379,10 @@ class Flusher:
             timeout: seconds for the disk.
 
         """
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while events := self._ring.take(self._limits.events, self._limits.volume):
-                    await self._encode(events)
-                if self.store is not None:
-                    await self.store.append(self._pending)
+        if self.store is not None or self._dead_letters.is_kept:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._save(self.store)
         left = [part for batch in self._pending for part in reversed(batch.parts)]
         self._pending.clear()
         for _, payloads in left:
@@ -392,7 +390,12 @@ class Flusher:
         while events := self._ring.take(self._limits.events, self._limits.volume):
             self._ring.settle(len(events), "deadline")
         self.on_progress()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                for part_id, payloads in left:
-                    await self._dead_letters.add(payloads, part_id, "deadline", None)
+        for part_id, payloads in left:
+            self._dead_letters.add(payloads, part_id, "deadline", None)
+
+    async def _save(self, store: Store | None) -> None:
+        while events := self._ring.take(self._limits.events, self._limits.volume):
+            self._encode(events)
+            await asyncio.sleep(0)
+        if store is not None:
+            await store.append(self._pending)

@@ -19,6 +19,8 @@ logger = logging.getLogger("bgtasks.events")
 # Read, and deleted again, in one visit of the thread.
 READ_AT_ONCE: Final = 4
 DELAY_AFTER_ERROR: Final = 0.5
+# What a commit may still take once its flusher was cancelled, in seconds.
+DISK_GRACE: Final = 1.0
 
 
 class SpoolStats(Protocol):
@@ -119,15 +121,17 @@ class Store:
             Whether all of it was committed; if not, ``last_error`` says why.
 
         Raises:
-            asyncio.CancelledError: from outside, once the disk is done and the books are kept.
+            asyncio.CancelledError: from outside, once the disk is done and the books are kept; a disk that hangs is
+                waited for a second.
 
         """
         future = self._thread.run(self._append, batches)
         try:
             committed, stats = await asyncio.shield(future)
         except asyncio.CancelledError:
-            await asyncio.wait((future,))
-            self._enter(*future.result())
+            await asyncio.wait((future,), timeout=DISK_GRACE)
+            if future.done():
+                self._enter(*future.result())
             raise
         self._enter(committed, stats)
         return not any(batch.parts for batch in batches)

@@ -10,7 +10,7 @@ __all__ = ["EncodeError", "Reject", "Retry"]
 
 
 class Retry(BgtasksError):  # noqa: N818  an order to the flusher, named for what it orders
-    """The sink is not ready: nothing of the batch was written, or nobody knows; write it again, with the same id.
+    r"""The sink is not ready: nothing of the batch was written, or nobody knows; write it again, with the same id.
 
     Args:
         after: seconds that the sink asked for (its Retry-After); None for exponential back-off with full jitter.

@@ -73,7 +73,7 @@ class EventModel(msgspec.Struct, kw_only=True, gc=False):
     event_type: str
     content: str = ""
     content_blocks: list[Any] | None = None
-    data: dict[str, Any] = {}  # noqa: RUF012  msgspec makes a new one for each event
+    data: dict[str, Any] = {}
     content_type: list[str] | None = None
     node_name: str = ""
     run_id: str = ""
@@ -81,5 +81,5 @@ class EventModel(msgspec.Struct, kw_only=True, gc=False):
     user_id: str | int | None = None
     timestamp: float = msgspec.field(default_factory=time.time)
     is_error: bool = False
-    metadata: dict[str, Any] = {}  # noqa: RUF012  as above
+    metadata: dict[str, Any] = {}
     event_id: str = msgspec.field(default_factory=_ids.next)

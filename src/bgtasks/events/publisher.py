@@ -38,7 +38,7 @@ MOST_KEPT: Final = 1.0
 
 
 class BasePublisher(ABC):
-    """Takes events from any thread, and has one task write them to a sink, in batches and in order.
+    r"""Takes events from any thread, and has one task write them to a sink, in batches and in order.
 
     Derive from it and write one method, ``write``; ``open`` and ``release`` are there for a client that has to be
     connected. Everything is bounded, every event is accounted for: see ``stats``.
@@ -165,10 +165,12 @@ class BasePublisher(ABC):
 
     # -- what a publisher's author writes -----------------------------------------------------------------------------
 
-    async def open(self) -> None:
-        """Connect to the sink: called before the first ``write``, and again after a fork, on another loop, and when a
-        ``write`` failed other than by ``Retry`` or ``Reject``. What it raises counts as a failed ``write``.
-        """  # noqa: D205  one sentence
+    async def open(self) -> None:  # noqa: B027  most sinks have nothing to open
+        """Connect to the sink, before the first ``write``; what it raises counts as a failed ``write``.
+
+        It is called again after a fork, on another loop, and when a ``write`` failed other than by ``Retry`` or
+        ``Reject``.
+        """
 
     @abstractmethod
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
@@ -187,7 +189,7 @@ class BasePublisher(ABC):
 
         """
 
-    async def release(self) -> None:
+    async def release(self) -> None:  # noqa: B027  as above
         """Close what ``open`` opened. It has a second; what it raises is logged."""
 
     def _make_encoder(self) -> Encoder:

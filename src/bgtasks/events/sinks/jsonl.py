@@ -20,8 +20,8 @@ class JsonlPublisher(BasePublisher):
     """Appends one JSON object a line to a file, one system call a batch, in a thread of its own.
 
     The file is opened at the first batch; a half line that a crash left at its end is cut off then. While it is open it
-    is locked: give each process its own with ``{pid}`` in the path. A disk that is full or fails is tried again like any
-    other sink; no half batch stays in the file. Duplicates are possible only where a process died within a write.
+    is locked: give each process its own with ``{pid}`` in the path. A disk that is full or fails is tried again like
+    any other sink; no half batch stays in the file. Duplicates come only from a process that died within a write.
 
     Args:
         path: the file; its folder must exist. ``{pid}`` stands for the id of the process.
