@@ -35,6 +35,8 @@ logger = logging.getLogger("bgtasks.events")
 LAST_FLUSH: Final = 1.0
 DELAY_AFTER_BUG: Final = 1.0
 DELAY_AFTER_SPOOL_ERROR: Final = 0.1
+# A write past the spool that takes longer has the events behind it go to the disk, in seconds.
+PATIENCE: Final = 0.25
 # Into a spool go so many batches in one visit of its thread.
 SPOOLED_AT_ONCE: Final = 4
 
@@ -237,6 +239,8 @@ class Flusher:
             if courier is not None:
                 courier.cancel()
                 await asyncio.wait((courier,))
+            if self.store is not None:
+                await self.store.stop_passing()
             await self._delivery.release()
 
     async def _flush_for_ever(self, waker: Waker) -> None:
@@ -348,17 +352,16 @@ class Flusher:
     async def _spool(self, store: Store, waker: Waker, settle: Settle) -> None:
         """Commit what is pending, and deliver it past a spool that fails once there is nothing in it to overtake."""
         while self._pending and waker is self._waker:
-            passed = self._direct and store.is_empty and await self._pass_by(settle) is None
+            first = self._pending[0]
+            tries = self._direct and store.may_pass(first)
+            passed = tries and await store.pass_by(first, settle, PATIENCE) is None
             if not passed and not await store.append(self._pending):
-                delay = await self._pass_by(settle) if store.is_empty else DELAY_AFTER_SPOOL_ERROR
+                delay: float | None = DELAY_AFTER_SPOOL_ERROR
+                if first.parts and store.may_pass(first):
+                    delay = await store.pass_by(first, settle, DELAY_AFTER_SPOOL_ERROR)
                 await asyncio.sleep(delay or 0)
             self._forget_settled()
-
-    async def _pass_by(self, settle: Settle) -> float | None:
-        """Try to deliver the first pending batch; return the delay before another try, None for progress."""
-        delay = await self._delivery.attempt(self._pending[0], settle)
-        self.on_progress()
-        return delay
+            self.on_progress()
 
     def _settle(self, waker: Waker, number: int, outcome: str) -> None:
         # A flusher that was given up, because its write would not end, has no say any more.

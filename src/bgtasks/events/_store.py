@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from bgtasks.errors import text_of
-from bgtasks.events._delivery import Batch, Delivery
+from bgtasks.events._delivery import Batch, Delivery, Settle
 from bgtasks.events._thread import OwnThread
 from bgtasks.events.ring import Ring
 
@@ -66,6 +66,20 @@ class Spool(Protocol):
         ...
 
 
+class _Passing:
+    """A try to write a batch past the disk, on a copy of what is to be written: the batch itself may be committed."""
+
+    def __init__(self, delivery: Delivery, batch: Batch) -> None:
+        self.batch = batch
+        self.part_id, _ = batch.parts[-1]
+        self.copy = Batch(batch.batch_id, list(batch.parts), batch.tries, batch.retried_since)
+        self.outcomes: list[tuple[int, str]] = []
+        self.task = asyncio.create_task(delivery.attempt(self.copy, self._settle))
+
+    def _settle(self, number: int, outcome: str) -> None:
+        self.outcomes.append((number, outcome))
+
+
 class Store:
     """Commits batches to a spool and sends what it holds, oldest first, until the sink has all of it.
 
@@ -106,13 +120,63 @@ class Store:
         self._in_hand: Batch | None = None
         self._sent: list[str] = []
         self._idle = False
+        # A batch that is written past the disk, and may have been committed since because that takes long.
+        self._passing: _Passing | None = None
         self.errors = 0
         self.last_error: str | None = None
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing waits on the disk, nor is on its way from there."""
-        return self._idle and not self._more.is_set()
+        """Whether nothing is known to wait on the disk, nor is on its way from there or past it."""
+        return self._idle and not self._more.is_set() and self._passing is None
+
+    @property
+    def recovered(self) -> int:
+        """How many events were found that earlier processes had left."""
+        return self._recovered
+
+    def may_pass(self, batch: Batch) -> bool:
+        """Say whether a batch would overtake nothing, or is on its way past the disk already."""
+        return self.is_empty if self._passing is None else self._passing.batch is batch
+
+    async def pass_by(self, batch: Batch, settle: Settle, patience: float) -> float | None:
+        """Try to write a batch past the disk; what is settled leaves it. Only where it ``may_pass``.
+
+        A write that takes longer than ``patience`` goes on. If the batch is committed then, ``forward`` waits for the
+        outcome before it sends anything; if not, a further call goes on waiting.
+
+        Args:
+            batch: what to write.
+            settle: called with a number of events and their outcome.
+            patience: seconds.
+
+        Returns:
+            As ``Delivery.attempt``; 0 if the write goes on.
+
+        """
+        passing = self._passing
+        if passing is None:
+            passing = self._passing = _Passing(self._delivery, batch)
+        try:
+            await asyncio.wait((passing.task,), timeout=patience)
+        except asyncio.CancelledError:
+            await self.stop_passing()
+            raise
+        if not passing.task.done():
+            return 0.0
+        self._passing = None
+        copy = passing.copy
+        batch.parts, batch.tries, batch.retried_since = copy.parts, copy.tries, copy.retried_since
+        for number, outcome in passing.outcomes:
+            settle(number, outcome)
+        return passing.task.result()
+
+    async def stop_passing(self) -> None:
+        """Cancel the write that goes past the disk, if there is one."""
+        passing, self._passing = self._passing, None
+        if passing is not None:
+            passing.task.cancel()
+            await asyncio.wait((passing.task,))
 
     async def append(self, batches: Sequence[Batch]) -> bool:
         """Commit batches, in order; what is committed leaves them.
@@ -173,11 +237,18 @@ class Store:
         self._idle = False
         # An event belongs to the loop that it was first awaited on.
         self._more = asyncio.Event()
+        if self._passing is not None and self._passing.task.get_loop() is not asyncio.get_running_loop():
+            self._passing = None
         while True:
-            self._more.clear()
+            if self._more.is_set():
+                self._idle = False
+                self._more.clear()
             batches, stats = await self._thread.run(self._turn_over, tuple(self._sent))
             self._balance(stats)
             if batches is None:
+                # A spool that fails, and is not known to hold anything, is in nobody's way.
+                self._idle = not stats.events
+                self._on_progress()
                 await asyncio.sleep(DELAY_AFTER_ERROR)
                 continue
             self._sent.clear()
@@ -185,11 +256,30 @@ class Store:
                 self._idle = True
                 self._on_progress()
                 await self._more.wait()
-                self._idle = False
+                continue
+            self._idle = False
+            await self._catch_up()
             for batch_id, payloads in batches:
-                await self._send(batch_id, payloads)
-                self._sent.append(batch_id)
-                self._on_progress()
+                if batch_id not in self._sent:
+                    await self._send(batch_id, payloads)
+                    self._sent.append(batch_id)
+                    self._on_progress()
+
+    async def _catch_up(self) -> None:
+        """Wait for the write that goes past the disk, and enter its outcome if the batch was committed meanwhile."""
+        passing = self._passing
+        if passing is None:
+            return
+        await asyncio.wait((passing.task,))
+        # Otherwise it was stopped, or whoever could not commit it sees to it.
+        if self._passing is passing and not passing.batch.parts:
+            self._passing = None
+            passing.task.result()
+            if passing.outcomes:
+                self._sent.append(passing.part_id)
+            for number, outcome in passing.outcomes:
+                self._ring.settle_spooled(number, outcome)
+            self._on_progress()
 
     async def _send(self, batch_id: str, payloads: list[bytes]) -> None:
         if self._in_hand is None or self._in_hand.batch_id != batch_id:

@@ -23,17 +23,18 @@ class _NotInjected:
         return MissingExtraError(f"publish_event() was called without {argument}=, and {self._text}")
 
 
+_inject: Any = None
 try:
-    from bgtasks.injection import Inject
+    from bgtasks.injection import Inject as _inject
 except MissingExtraError as _error:
     _publisher_default: Any = _NotInjected(_error)
     _manager_default: Any = _publisher_default
     _STAND_INS: tuple[type, ...] = (_NotInjected,)
 else:
-    _publisher_default = Inject[BasePublisher]
-    _manager_default = Inject[BackgroundTaskManager]
+    _publisher_default = _inject[BasePublisher]
+    _manager_default = _inject[BackgroundTaskManager]
     # InjectQ's own, too: agentflow's functions pass theirs on.
-    _STAND_INS = tuple(kind for kind in Inject.__mro__ if kind.__name__ == "Inject")
+    _STAND_INS = tuple(kind for kind in _inject.__mro__ if kind.__name__ == "Inject")
 
 
 def publish_event(
@@ -95,5 +96,5 @@ def _resolved(value: Any, argument: str) -> Any:
         return value
     if isinstance(value, _NotInjected):
         raise value.missing(argument)
-    inject = Inject[value.service_type]
+    inject = _inject[value.service_type]
     return None if argument == "publisher" and not inject._is_bound() else inject._resolve()

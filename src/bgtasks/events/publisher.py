@@ -243,9 +243,13 @@ class BasePublisher(ABC):
         before = self._dropped()
         if payload is None or not self._ring.emit(payload):
             return False
-        place = self._ring.accepted
-        await self._flusher.progress.wait_until(lambda: self._ring.left >= place, None)
+        place = self._ring.accepted - self._recovered()
+        await self._flusher.progress.wait_until(lambda: self._ring.left - self._recovered() >= place, None)
         return self._dropped() == before
+
+    def _recovered(self) -> int:
+        """Count what the spool brought along. It stands before all else, so who waits for a place does not count it."""
+        return 0 if self._flusher.store is None else self._flusher.store.recovered
 
     def _dropped(self) -> int:
         return sum(self._ring.books()["dropped"].values())
@@ -296,12 +300,14 @@ class BasePublisher(ABC):
         """
         begun = time.monotonic()
         before = self._ring.books()
-        target = self._ring.accepted
+        target = self._ring.accepted - self._recovered()
         if self.has_left() and not self._closed:
             self._flusher.ensure_running()
             self._hurry(1)
             try:
-                await self._flusher.progress.wait_until(lambda: self._ring.finished >= target, deadline)
+                await self._flusher.progress.wait_until(
+                    lambda: self._ring.finished - self._recovered() >= target, deadline
+                )
             finally:
                 self._hurry(-1)
         return self._report(begun, before["delivered"], sum(before["dropped"].values()))
