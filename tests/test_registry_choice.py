@@ -14,11 +14,12 @@ import bgtasks
 PACKAGE = Path(bgtasks.__file__).parent
 # Each layer imports only from layers before it.
 LAYERS = [
-    {"errors", "info", "_bell", "_task"},
+    {"errors", "info", "_bell", "_implementation", "_task"},
     {"_registry", "_registry_py"},
     {"registry"},
     {"manager"},
     {"_draining", "executor", "injection"},
+    {"events"},
     {"_signals"},
     {"_program"},
     {"_pytest_watch"},

@@ -63,12 +63,14 @@ class LineFile:
         return Path(self._template.replace("{pid}", str(os.getpid())))
 
     def open(self) -> None:
-        """Open the file and mend its end.
+        """Open the file and mend its end, unless it is open.
 
         Raises:
             OSError: it cannot be opened or read, or another process has it open.
 
         """
+        if self._descriptor >= 0:
+            return
         descriptor = os.open(self.path, FLAGS, 0o666)
         try:
             _lock(descriptor, self.path)
@@ -94,8 +96,7 @@ class LineFile:
         if not lines:
             return
         data = b"\n".join(lines) + b"\n"
-        if self._descriptor < 0:
-            self.open()
+        self.open()
         if self._is_full(len(data)):
             self.rotate()
         self._write(data)

@@ -25,12 +25,13 @@ class _NotInjected:
 
 _inject: Any = None
 try:
-    from bgtasks.injection import Inject as _inject
+    from bgtasks import injection
 except MissingExtraError as _error:
     _publisher_default: Any = _NotInjected(_error)
     _manager_default: Any = _publisher_default
     _STAND_INS: tuple[type, ...] = (_NotInjected,)
 else:
+    _inject = injection.Inject
     _publisher_default = _inject[BasePublisher]
     _manager_default = _inject[BackgroundTaskManager]
     # InjectQ's own, too: agentflow's functions pass theirs on.
@@ -85,8 +86,8 @@ def _publisher_of(publisher: Any) -> BasePublisher | None:
 
 def _attach(publisher: BasePublisher, manager: Any) -> None:
     found = _resolved(manager, "task_manager")
-    # Another package's manager shows no tasks that are not its: the flusher then is a task of the loop alone.
-    if isinstance(found, BackgroundTaskManager):
+    # Another package's manager knows nothing of publishers: the flusher then is a task of the loop alone.
+    if hasattr(found, "attach"):
         publisher.attach(found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from bgtasks.errors import InvalidOptionError, describe
 from bgtasks.events.info import FlushReport, PublisherStats
@@ -40,6 +40,7 @@ class FanoutPublisher(BasePublisher):
                 raise InvalidOptionError(f"a child must be a BasePublisher that takes bytes; got {describe(child)}")
         super().__init__(**{"linger": 0.0, **options})
         self.children = tuple(children)
+        self._before_close: tuple[int, int] | None = None
 
     async def start(self) -> Self:
         """Start this publisher and its children."""
@@ -62,32 +63,45 @@ class FanoutPublisher(BasePublisher):
     async def flush(self, deadline: float = 5.0) -> FlushReport:
         """Flush this publisher, then its children; the report adds up what the children delivered, dropped and hold."""
         end = time.monotonic() + deadline
+        before = self._totals()
         report = await super().flush(deadline)
-        return _merged(report, await asyncio.gather(*(child.flush(_left(end)) for child in self.children)))
+        return self._merged(report, before, await self._all("flush", end))
+
+    async def close(self, deadline: float = 5.0) -> FlushReport:
+        """Close this publisher, then its children, as ``flush`` flushes them."""
+        if self._before_close is None:
+            self._before_close = self._totals()
+        return await super().close(deadline)
 
     async def _close(self, deadline: float, before: Books) -> FlushReport:
         end = time.monotonic() + deadline
+        # Not into its children's time: what is handed over late is lost late.
         report = await super()._close(deadline / 2, before)
-        return _merged(report, await asyncio.gather(*(child.close(_left(end)) for child in self.children)))
+        assert self._before_close is not None, "close() comes first"
+        return self._merged(report, self._before_close, await self._all("close", end))
+
+    async def _all(self, step: Literal["flush", "close"], end: float) -> list[FlushReport]:
+        left = max(end - time.monotonic(), 0.0)
+        steps = [child.flush(left) if step == "flush" else child.close(left) for child in self.children]
+        return await asyncio.gather(*steps)
+
+    def _totals(self) -> tuple[int, int]:
+        stats = self.child_stats()
+        return sum(child["delivered"] for child in stats), sum(sum(child["dropped"].values()) for child in stats)
+
+    def _merged(self, own: FlushReport, before: tuple[int, int], reports: Sequence[FlushReport]) -> FlushReport:
+        late = own["status"] == "deadline" or any(report["status"] == "deadline" for report in reports)
+        delivered, dropped = self._totals()
+        return {
+            "status": "deadline" if late else "flushed",
+            "delivered": delivered - before[0],
+            "dropped": own["dropped"] + dropped - before[1],
+            "queued": own["queued"] + sum(report["queued"] for report in reports),
+            "spooled": own["spooled"] + sum(report["spooled"] for report in reports),
+            "duration_seconds": own["duration_seconds"] + max((one["duration_seconds"] for one in reports), default=0),
+            "last_error": next((report["last_error"] for report in (own, *reports) if report["last_error"]), None),
+        }
 
     def child_stats(self) -> list[PublisherStats]:
         """Return the statistics of each child."""
         return [child.stats() for child in self.children]
-
-
-def _left(end: float) -> float:
-    return max(end - time.monotonic(), 0.0)
-
-
-def _merged(own: FlushReport, reports: Sequence[FlushReport]) -> FlushReport:
-    late = own["status"] == "deadline" or any(report["status"] == "deadline" for report in reports)
-    return {
-        "status": "deadline" if late else "flushed",
-        "delivered": sum(report["delivered"] for report in reports),
-        "dropped": own["dropped"] + sum(report["dropped"] for report in reports),
-        "queued": own["queued"] + sum(report["queued"] for report in reports),
-        "spooled": own["spooled"] + sum(report["spooled"] for report in reports),
-        "duration_seconds": own["duration_seconds"]
-        + max((report["duration_seconds"] for report in reports), default=0),
-        "last_error": next((report["last_error"] for report in (own, *reports) if report["last_error"]), None),
-    }
