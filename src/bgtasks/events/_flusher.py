@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Coroutine
@@ -34,6 +35,8 @@ logger = logging.getLogger("bgtasks.events")
 # What a flusher that is cancelled by others (a loop that ends, cancel_all) may take to empty its ring, in seconds.
 LAST_FLUSH: Final = 1.0
 DELAY_AFTER_BUG: Final = 1.0
+# The flusher has the loop for so many seconds at a time, or for one batch.
+SLICE: Final = 0.001
 DELAY_AFTER_SPOOL_ERROR: Final = 0.1
 # A write past the spool that takes longer has the events behind it go to the disk, in seconds.
 PATIENCE: Final = 0.25
@@ -245,6 +248,7 @@ class Flusher:
 
     async def _flush_for_ever(self, waker: Waker) -> None:
         # One that was given up, because a write swallowed its cancellation, ends when that returns.
+        resumed = time.perf_counter()
         while waker is self._waker:
             try:
                 if not self._pending:
@@ -254,9 +258,11 @@ class Flusher:
                 # A bug of ours, or of a hook: the pipe goes on.
                 logger.exception("The flusher of publisher %r failed and goes on", self._name)
                 await asyncio.sleep(DELAY_AFTER_BUG)
-            else:
-                # A sink that never suspends must not keep the loop from others.
+            # A sink that never suspends must not keep the loop from others, nor a program that emits more than a batch
+            # in each iteration fill the ring while there is time. Not the loop's clock: uvloop's stands still meanwhile.
+            if not self._ring or time.perf_counter() - resumed >= SLICE:
                 await asyncio.sleep(0)
+                resumed = time.perf_counter()
 
     async def _flush_once_more(self, waker: Waker) -> None:
         try:
