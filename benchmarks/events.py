@@ -60,7 +60,7 @@ def node_event(number: int) -> NodeEvent:
         "8c5b2c1e-8d0f-4b4e-9a39-6f3c2a9d1e57",
         f"thread-{number:012d}",
         1763681234.123456,
-        f"step {number:012d}, some text of the size texts have",
+        f"step {number:012d}, some text of a size",
     )
 
 
