@@ -460,6 +460,16 @@ async def test_what_cannot_be_encoded_is_dropped_alone_and_its_type_named(caplog
     assert "lock" in letter["object"]
 
 
+async def test_flush_does_not_wait_for_what_came_to_nothing():
+    """A batch of which no event can be encoded is over."""
+    publisher = MemoryPublisher()
+    publisher.emit(object())
+    begun = time.monotonic()
+    assert (await publisher.flush(30))["dropped"] == 1
+    assert time.monotonic() - begun < 15
+    await publisher.close()
+
+
 async def test_encode_now_allows_changes_and_refuses_what_has_no_json():
     """encode="now"."""
     publisher = MemoryPublisher(encode="now")

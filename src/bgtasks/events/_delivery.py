@@ -189,7 +189,7 @@ class Delivery:
 
     def _refused(self, batch: Batch, error: Reject, settle: Settle) -> None:
         part_id, payloads = batch.parts.pop()
-        bad = {index for index in error.indexes if -len(payloads) <= index < len(payloads)}
+        bad = {index for index in error.indexes if 0 <= index < len(payloads)}
         self.last_error = text_of(error)
         if not bad and len(payloads) > 1:
             middle = len(payloads) // 2

@@ -181,6 +181,7 @@ class Flusher:
             if self._task is not None:
                 # What it opened belongs to its loop, which is gone.
                 self._delivery.forget()
+                self._task = None
             limits = self._limits
             waker = self._waker = Waker(self._ring, loop, limits.events, limits.volume, limits.linger)
             self._loop = loop
@@ -208,8 +209,10 @@ class Flusher:
     def hurry(self, urgent: bool) -> None:
         """Have batches go at once, or linger again; from any thread."""
         waker, loop = self._waker, self._loop
-        if waker is not None and loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(waker.hurry, urgent)
+        if waker is not None and loop is not None:
+            # A loop that is closed has nothing to hurry.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(waker.hurry, urgent)
 
     async def stop(self, timeout: float) -> None:
         """Cancel the task and wait for its end; on its loop.
@@ -259,7 +262,7 @@ class Flusher:
                 logger.exception("The flusher of publisher %r failed and goes on", self._name)
                 await asyncio.sleep(DELAY_AFTER_BUG)
             # A sink that never suspends must not keep the loop from others, nor a program that emits more than a batch
-            # in each iteration fill the ring while there is time. Not the loop's clock: uvloop's stands still meanwhile.
+            # in each iteration fill the ring while there is time. Not the loop's clock: uvloop's stands still here.
             if not self._ring or time.perf_counter() - resumed >= SLICE:
                 await asyncio.sleep(0)
                 resumed = time.perf_counter()
@@ -293,11 +296,11 @@ class Flusher:
         settle = partial(self._settle, waker)
         if self.store is not None:
             await self._spool(self.store, waker, settle)
-            return
         while self._pending and waker is self._waker:
             await self._delivery.deliver(self._pending[0], settle)
             self._forget_settled()
-            self.on_progress()
+        # Also where nothing came of the events, because none could be encoded.
+        self.on_progress()
 
     def _forget_settled(self) -> None:
         while self._pending and not self._pending[0].parts:

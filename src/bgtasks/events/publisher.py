@@ -341,6 +341,8 @@ class BasePublisher(ABC):
 
         """
         self._ring.close()
+        # Whoever waits for room is refused.
+        self._flusher.room.ring()
         here = asyncio.get_running_loop()
         loop = self._flusher.loop
         if loop is not None and loop is not here and loop.is_running():
@@ -372,8 +374,6 @@ class BasePublisher(ABC):
                     await self._flusher.store.close()
         self._thread.stop()
         self._drops.stop()
-        if self._flusher.room:
-            self._flusher.room.ring()
         if self._manager is not None:
             self._manager.detach(self)
         report = self._report(begun, before["delivered"], sum(before["dropped"].values()))
