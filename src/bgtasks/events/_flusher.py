@@ -299,6 +299,7 @@ class Flusher:
         while self._pending and waker is self._waker:
             await self._delivery.deliver(self._pending[0], settle)
             self._forget_settled()
+            self.on_progress()
         # Also where nothing came of the events, because none could be encoded.
         self.on_progress()
 
