@@ -571,6 +571,22 @@ async def test_a_flusher_keeps_no_context_of_whoever_emitted_first():
     await publisher.close()
 
 
+async def test_the_sink_is_opened_once_whoever_is_first():
+    """The flusher and start at the same time."""
+
+    class Slow(ScriptedPublisher):
+        async def open(self):
+            await super().open()
+            await asyncio.sleep(0.01)
+
+    publisher = Slow(connect=True, linger=0)
+    publisher.emit({"number": 1})
+    await asyncio.gather(publisher.start(), publisher.start())
+    await publisher.close()
+    assert publisher.opened == publisher.released == 1
+    assert publisher.events == [b'{"number":1}']
+
+
 async def test_connect_raises_what_open_raises():
     """A wrong password is told at once where that is asked for."""
 

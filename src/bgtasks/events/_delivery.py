@@ -82,7 +82,7 @@ class Delivery:
         self._name = name
         self._retry_for = retry_for
         self._dead_letters = dead_letters
-        self._opened = False
+        self.forget()
         self.retried = 0
         self.failing = False
         self.last_error: str | None = None
@@ -94,9 +94,11 @@ class Delivery:
             Exception: what its ``open`` raises.
 
         """
-        if not self._opened:
-            await self._sink.open()
-            self._opened = True
+        # The flusher and ``start`` may both be the first.
+        async with self._opening:
+            if not self._opened:
+                await self._sink.open()
+                self._opened = True
 
     async def release(self) -> None:
         """Close the sink's client if it is open; what goes wrong with that is logged."""
@@ -112,6 +114,7 @@ class Delivery:
     def forget(self) -> None:
         """Treat the sink as one that was never opened: its client belongs to another process or to a closed loop."""
         self._opened = False
+        self._opening = asyncio.Lock()
 
     async def deliver(self, batch: Batch, settle: Settle) -> None:
         """Write a batch until every event of it is settled.
