@@ -71,12 +71,16 @@ def test_a_program_that_forgets_to_close_loses_nothing_at_the_end_of_its_loop(ru
 
 
 def test_what_is_left_at_exit_gets_a_second(run, tmp_path):
-    """No loop ever ran, or none runs any more."""
+    """No loop ever ran, and nobody refers to the publisher any more."""
     done = run("""
         from bgtasks.events.sinks.jsonl import JsonlPublisher
-        publisher = JsonlPublisher("events.jsonl")
-        for number in range(1000):
-            publisher.emit({"n": number})
+        def produce():
+            publisher = JsonlPublisher("events.jsonl")
+            for number in range(1000):
+                publisher.emit({"n": number})
+        produce()
+        import gc
+        gc.collect()
         """)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -242,6 +246,17 @@ def test_publish_event_without_injectq_says_what_to_pass_or_install(run):
     assert "without task_manager=" in done.stdout
     assert done.stdout.count('pip install "bgtasks-registry[inject]"') == 2
     assert done.stdout.endswith("[b'{\"n\":1}', b'{\"n\":2}']\n")
+
+
+def test_the_ring_is_chosen_as_the_registry_is(run, twin):
+    """BGTASKS_IMPLEMENTATION; a publisher has the one that it names."""
+    done = run("""
+        import bgtasks.events
+        from bgtasks.events.sinks.memory import MemoryPublisher
+        print(bgtasks.IMPLEMENTATION, bgtasks.events.IMPLEMENTATION, type(MemoryPublisher()._ring).__module__)
+        """)
+    module = {"cython": "bgtasks.events._ring", "python": "bgtasks.events._ring_py"}[twin]
+    assert done.stdout == f"{twin} {twin} {module}\n", done.stderr
 
 
 def test_importing_events_loads_no_third_party_module(run):

@@ -45,6 +45,8 @@ SPOOLED_AT_ONCE: Final = 4
 
 # A task that nobody else refers to is kept here: the loop itself holds only weak references.
 _running: set[asyncio.Task[None]] = set()
+# Flushers that have events and no loop: those of a publisher that its maker has let go of, too, are sent at exit.
+_waiting: set[Flusher] = set()
 
 
 class TaskManager(Protocol):
@@ -113,6 +115,7 @@ class Flusher:
 
     def forget(self) -> None:
         """Begin anew, with an id of its own and without a task; for the child of a fork, too."""
+        _waiting.discard(self)
         self._publisher_id = uuid.uuid4().hex
         self._numbers = count()
         self._start_lock = threading.Lock()
@@ -170,6 +173,8 @@ class Flusher:
         return loop.is_running() or asyncio._get_running_loop() is None
 
     def _ask_again(self) -> None:
+        if self._pending or len(self._ring):
+            _waiting.add(self)
         while self._ring.arm(len(self._ring) + 1, 0):
             # Another thread emitted in between.
             continue
@@ -185,6 +190,7 @@ class Flusher:
             limits = self._limits
             waker = self._waker = Waker(self._ring, loop, limits.events, limits.volume, limits.linger)
             self._loop = loop
+        _waiting.discard(self)
         self._drops.use(loop)
         # In an empty context: neither the task nor its callbacks are to keep that of a request that emitted first.
         Context().run(self._begin, loop, waker)
@@ -223,6 +229,7 @@ class Flusher:
         """
         task = self._task
         self._stopped = True
+        _waiting.discard(self)
         if task is not None and not task.done() and task.get_loop() is asyncio.get_running_loop():
             task.cancel()
             await asyncio.wait((task,), timeout=timeout)

@@ -98,17 +98,14 @@ class BasePublisher(ABC):
         manager: BackgroundTaskManager | None = None,
         connect: bool = False,
     ) -> None:
-        for option, number in (
-            ("max_events", max_events),
-            ("max_bytes", max_bytes),
-            ("max_event_bytes", max_event_bytes),
-            ("batch", batch),
-            ("batch_bytes", batch_bytes),
-        ):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise InvalidOptionError(f"{option} must be a whole number, 1 or more; got {describe(number)}")
-        _check_seconds("linger", linger)
-        _check_seconds("retry_for", retry_for)
+        _check_counts(
+            max_events=max_events,
+            max_bytes=max_bytes,
+            max_event_bytes=max_event_bytes,
+            batch=batch,
+            batch_bytes=batch_bytes,
+        )
+        _check_seconds(linger=linger, retry_for=retry_for)
         if overflow not in OVERFLOWS:
             raise InvalidOptionError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {describe(overflow)}")
         if overflow == "spool" and spool is None:
@@ -153,7 +150,6 @@ class BasePublisher(ABC):
         if manager is not None:
             self.attach(manager)
         if encode == "now":
-            self._emit_ready = self._ring.emit
             self.__dict__["emit"] = self._emit_encoded
         elif type(self).emit is BasePublisher.emit:
             # The compiled method itself: a Python one in between would cost more than it does.
@@ -442,9 +438,16 @@ class BasePublisher(ABC):
         return "ok"
 
 
-def _check_seconds(option: str, seconds: float) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
-        raise InvalidOptionError(f"{option} must be a number of seconds, 0 or more; got {describe(seconds)}")
+def _check_counts(**counts: int) -> None:
+    for option, number in counts.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise InvalidOptionError(f"{option} must be a whole number, 1 or more; got {describe(number)}")
+
+
+def _check_seconds(**lengths: float) -> None:
+    for option, seconds in lengths.items():
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
+            raise InvalidOptionError(f"{option} must be a number of seconds, 0 or more; got {describe(seconds)}")
 
 
 def _open_spool(path: str | os.PathLike[str]) -> Spool:
