@@ -5,12 +5,25 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from collections.abc import Callable
+from concurrent.futures._base import FINISHED, PENDING
 from contextvars import Context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from bgtasks.executor._runners import Runner
     from bgtasks.registry import Record
+
+
+# What is made late, and whether this Python's futures hold what CallFuture knows, and nothing else: then and only then
+# it does without their constructor. They have been like this from Python 3.2 on.
+_MADE_LATE: Final[dict[str, Callable[[], Any]]] = {
+    "_condition": threading.Condition,
+    "_done_callbacks": list,
+    "_waiters": list,
+}
+_IS_KNOWN: Final = vars(concurrent.futures.Future()).keys() == _MADE_LATE.keys() | {"_state", "_result", "_exception"}
+# Re-entrant: what is collected while something is made late may ask for something, too.
+_watching = threading.RLock()
 
 
 class Call:
@@ -75,12 +88,33 @@ class CallFuture(concurrent.futures.Future[Any]):
 
     The base class never hears that the function runs: it would then refuse every cancellation, and has no way to take
     it back that is documented. So ``running`` and ``cancel`` are answered here.
+
+    What the base class keeps for those who wait, a lock, a queue and two lists, is made when somebody asks for it: it
+    is two thirds of a future's size and of the time to make one, and most futures settle before anybody looks.
     """
 
+    # Somebody asked: from then on the base class's own methods settle it.
+    _is_watched = False
+    if _IS_KNOWN:
+        _state = PENDING
+        _result = None
+        _exception = None
+
     def __init__(self, cancel_call: Callable[[Call], bool], call: Call) -> None:
-        super().__init__()
+        if not _IS_KNOWN:
+            super().__init__()
+            self._is_watched = True
         self._cancel_call = cancel_call
         self._call: Call | None = call
+
+    def __getattr__(self, name: str) -> Any:
+        make = _MADE_LATE.get(name)
+        if make is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        with _watching:
+            self._is_watched = True
+            # Another thread may have been first.
+            return self.__dict__.setdefault(name, make())
 
     def cancel(self, msg: Any = None) -> bool:
         """Cancel the function if it has not started, as ``concurrent.futures.Future.cancel`` does."""
@@ -95,6 +129,13 @@ class CallFuture(concurrent.futures.Future[Any]):
     def settle(self, result: Any, error: BaseException | None) -> None:
         """Set the outcome; called once, by whoever settled the record."""
         self._call = None
+        with _watching:
+            if not self._is_watched:
+                # Nobody waits: to wait is to ask for the lock first.
+                self._result = result
+                self._exception = error
+                self._state = FINISHED
+                return
         if error is None:
             self.set_result(result)
         else:
