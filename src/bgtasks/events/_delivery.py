@@ -77,6 +77,9 @@ class Delivery:
 
     """
 
+    _opened: bool
+    _opening: asyncio.Lock
+
     def __init__(self, sink: Sink, name: str, retry_for: float | None, dead_letters: DeadLetters) -> None:
         self._sink = sink
         self._name = name
