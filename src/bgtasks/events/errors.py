@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bgtasks.errors import BgtasksError
 
-__all__ = ["EncodeError", "Reject", "Retry"]
+__all__ = ["EncodeError", "Reject", "Retry", "SinkError"]
 
 
 class Retry(BgtasksError):  # noqa: N818  an order to the flusher, named for what it orders
@@ -46,3 +46,7 @@ class Reject(BgtasksError):  # noqa: N818  as above
 
 class EncodeError(BgtasksError, TypeError):
     """An event cannot be turned into bytes."""
+
+
+class SinkError(BgtasksError, ConnectionError):
+    """A sink cannot be reached, does not answer in time, or answers with an error; the batch is tried again."""
