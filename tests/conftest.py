@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from loops import LOOPS
+from server_fixtures import *  # noqa: F403  fixtures are found by name
 from twins import MODULES, manager_module, registry_module
 
 import bgtasks

@@ -1,0 +1,77 @@
+"""Fixtures that run real servers; ``conftest.py`` takes them over.
+
+A server that is not installed skips what asks for it, unless ``BGTASKS_REQUIRE`` has ``servers`` in its list: then it is
+an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
+from requirements import need
+from servers import KafkaBroker, NatsServer, RabbitServer, RedisServer, Server, ServerError
+
+__all__ = ["kafka_broker", "nats_server", "rabbit_server", "redis_server", "start_server"]
+
+AnyServer = TypeVar("AnyServer", bound=Server)
+
+
+def need_server(kind: type[Server]) -> None:
+    """Skip the test where a server is not installed, or fail it where the environment demands servers."""
+    if kind.is_installed():
+        return
+    if "servers" in {entry.strip() for entry in os.environ.get("BGTASKS_REQUIRE", "").split(",")}:
+        raise ServerError(f"{kind.program} is not installed; run scripts/install_servers")
+    pytest.skip(f"{kind.program} is not installed")
+
+
+@pytest.fixture
+def start_server(tmp_path_factory) -> Iterator[Callable[..., Any]]:
+    """Give what starts a server for this test alone, one that may be killed and frozen."""
+    started: list[Server] = []
+
+    def start(kind: type[AnyServer], **options: Any) -> AnyServer:
+        need_server(kind)
+        server = kind(tmp_path_factory.mktemp(kind.__name__), **options)
+        started.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in started:
+        server.__exit__()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
+    """Give a Redis server that all tests share; each takes keys of its own."""
+    need_server(RedisServer)
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory) -> Iterator[NatsServer]:
+    """Give a NATS server that all tests share; each takes subjects and streams of its own."""
+    need_server(NatsServer)
+    with NatsServer(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbit_server(tmp_path_factory) -> Iterator[RabbitServer]:
+    """Give a RabbitMQ node that all tests share; each takes queues of its own."""
+    need_server(RabbitServer)
+    with RabbitServer(tmp_path_factory.mktemp("rabbitmq")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kafka_broker() -> Iterator[KafkaBroker]:
+    """Give the broker of librdkafka; each test takes topics of its own."""
+    need("confluent_kafka")
+    with KafkaBroker().running() as broker:
+        yield broker
