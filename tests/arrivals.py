@@ -1,0 +1,108 @@
+"""What arrived in a server: read everything back, and count what is missing and what is there twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from typing import Any, NamedTuple
+
+__all__ = ["Arrived", "emit_numbers", "in_jetstream", "in_kafka", "in_rabbitmq", "in_redis", "numbers_in"]
+
+
+class Arrived(NamedTuple):
+    """The difference between what was to arrive and what did."""
+
+    lost: int
+    doubled: int
+    in_order: bool
+
+
+def arrived(numbers: list[int], expected: int) -> Arrived:
+    """Compare numbers found with 0 to ``expected`` - 1."""
+    counts = Counter(numbers)
+    return Arrived(
+        lost=sum(1 for number in range(expected) if number not in counts),
+        doubled=sum(count - 1 for count in counts.values()),
+        in_order=numbers == sorted(numbers),
+    )
+
+
+def numbers_in(events: list[bytes]) -> list[int]:
+    """Return the numbers of events as ``emit_numbers`` makes them."""
+    return [json.loads(event)["number"] for event in events]
+
+
+async def emit_numbers(publisher: Any, count: int, *, rate: int = 20_000) -> None:
+    """Emit events numbered from 0, so many a second; each must be accepted."""
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    for number in range(count):
+        if number % 100 == 0:
+            await asyncio.sleep(max(begun + number / rate - loop.time(), 0))
+        assert publisher.emit({"event": "counted", "number": number, "padding": "x" * 100})
+
+
+def in_redis(url: str, key: str, mode: str = "stream") -> list[bytes]:
+    """Return all events of a stream or a list."""
+    import redis
+
+    with redis.Redis.from_url(url) as client:
+        if mode == "list":
+            return client.lrange(key, 0, -1)
+        return [fields[b"data"] for _, fields in client.xrange(key)]
+
+
+async def in_jetstream(url: str, stream: str) -> list[Any]:
+    """Return all messages of a stream, in its order."""
+    import nats
+    from nats.errors import TimeoutError as NoMore
+
+    client = await nats.connect(url)
+    try:
+        context = client.jetstream()
+        count = (await context.stream_info(stream)).state.messages
+        config = (await context.stream_info(stream)).config
+        consumer = await context.pull_subscribe(config.subjects[0], stream=stream)
+        messages: list[Any] = []
+        while len(messages) < count:
+            try:
+                messages += await consumer.fetch(min(5000, count - len(messages)), timeout=5)
+            except NoMore:
+                break
+        return messages
+    finally:
+        await client.close()
+
+
+def in_kafka(address: str, topic: str, expected: int) -> list[bytes]:
+    """Return so many events of a topic, and those that come within a moment after them."""
+    from confluent_kafka import Consumer
+
+    consumer = Consumer(
+        {"bootstrap.servers": address, "group.id": "reader", "auto.offset.reset": "earliest", "log_level": 0}
+    )
+    consumer.subscribe([topic])
+    events: list[bytes] = []
+    try:
+        while messages := consumer.consume(5000, timeout=10 if len(events) < expected else 0.5):
+            events += [message.value() for message in messages if message.error() is None]
+    finally:
+        consumer.close()
+    return events
+
+
+async def in_rabbitmq(url: str, queue: str) -> list[Any]:
+    """Take all messages out of a queue."""
+    import aio_pika
+
+    connection = await aio_pika.connect(url)
+    try:
+        channel = await connection.channel()
+        found = await channel.declare_queue(queue, passive=True)
+        messages: list[Any] = []
+        while message := await found.get(no_ack=True, fail=False):
+            messages.append(message)
+        return messages
+    finally:
+        await connection.close()

@@ -1,0 +1,258 @@
+"""Redis: what arrives in streams, lists and channels, what is written once, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+
+import pytest
+from arrivals import arrived, emit_numbers, in_redis, numbers_in
+from requirements import need
+from servers import RedisServer, free_port
+
+from bgtasks.errors import InvalidOptionError
+from bgtasks.events.errors import Retry, SinkError
+from bgtasks.events.sinks.redis import RedisPublisher
+
+redis = need("redis")
+need("msgspec")
+
+
+@pytest.fixture
+def key():
+    """Give a name that no other test has."""
+    return f"events:{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def client(redis_server):
+    """Give a client of the shared server."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        yield client
+
+
+@pytest.mark.parametrize("mode", ["stream", "list"])
+async def test_events_arrive_once_and_in_order(redis_server, key, mode):
+    """What was accepted is in the stream or list, in the order of emission, as the bytes that were encoded."""
+    publisher = RedisPublisher(redis_server.url, key=key, mode=mode)
+    await emit_numbers(publisher, 2345, rate=1_000_000)
+    report = await publisher.close()
+    assert (report["status"], report["dropped"]) == ("flushed", 0)
+    events = in_redis(redis_server.url, key, mode)
+    assert arrived(numbers_in(events), 2345) == (0, 0, True)
+    assert events[7] == b'{"event":"counted","number":7,"padding":"' + b"x" * 100 + b'"}'
+
+
+async def test_events_reach_those_who_listen_to_a_channel(redis_server, key):
+    """A channel's subscriber gets each event as a message."""
+    client = redis.asyncio.Redis.from_url(redis_server.url)
+    async with client.pubsub() as channel:
+        await channel.subscribe(key)
+        publisher = RedisPublisher(redis_server.url, key=key, mode="pubsub")
+        await emit_numbers(publisher, 700, rate=1_000_000)
+        await publisher.close()
+        events = []
+        async for message in channel.listen():
+            if message["type"] == "message":
+                events.append(message["data"])
+            if len(events) == 700:
+                break
+    await client.aclose()
+    assert arrived(numbers_in(events), 700) == (0, 0, True)
+
+
+@pytest.mark.parametrize("mode", ["stream", "list", "pubsub"])
+async def test_a_batch_of_a_known_id_is_not_written_again(redis_server, client, key, mode):
+    """The second try of a batch changes nothing and is told that all is well."""
+    publisher = RedisPublisher(redis_server.url, key=key, mode=mode)
+    await publisher.open()
+    listener = client.pubsub(ignore_subscribe_messages=True)
+    listener.subscribe(key)
+    for _ in range(2):
+        await publisher.write([b"1", b"2"], "some-id")
+    await publisher.write([b"3"], "other-id")
+    await publisher.release()
+    if mode == "pubsub":
+        received = [message["data"] for _ in range(10) if (message := listener.get_message(timeout=0.1))]
+    else:
+        received = in_redis(redis_server.url, key, mode)
+    listener.close()
+    assert received == [b"1", b"2", b"3"]
+
+
+async def test_a_batch_that_was_refused_is_written_by_the_next_try(redis_server, client, key):
+    """The id is noted with the events, not before them: a refusal must not count as a first try."""
+    client.set(key, "of another type")
+    publisher = RedisPublisher(redis_server.url, key=key)
+    await publisher.open()
+    with pytest.raises(Retry, match="WRONGTYPE"):
+        await publisher.write([b"1"], "some-id")
+    client.delete(key)
+    await publisher.write([b"1"], "some-id")
+    await publisher.release()
+    assert in_redis(redis_server.url, key) == [b"1"]
+
+
+@pytest.mark.parametrize("target", ["events", "{shop}:events", "a{b", "a{b}{c}"])
+async def test_the_note_stands_in_the_slot_of_the_key(redis_server, client, key, target):
+    """A Cluster runs a script only if its keys hash to one slot; the note lives as long as it was told to."""
+    target += key.replace("events:", "")
+    publisher = RedisPublisher(redis_server.url, key=target, remember_for=100)
+    await publisher.open()
+    await publisher.write([b"1"], "the-id")
+    await publisher.release()
+    (note,) = (found for found in client.keys("*:b:the-id") if client.ttl(found) > 0 and key[7:].encode() in found)
+    assert redis.cluster.key_slot(note) == redis.cluster.key_slot(target.encode())
+    assert 90 < client.ttl(note) <= 100
+    client.delete(note)
+
+
+async def test_a_publisher_into_a_cluster(start_server, key):
+    """A client of a Cluster publishes like any other."""
+    server = start_server(RedisServer, options=("--cluster-enabled", "yes"))
+    with redis.Redis.from_url(server.url) as client:
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
+            await asyncio.sleep(0.01)
+    publisher = RedisPublisher(
+        key=key, client_factory=lambda: redis.asyncio.RedisCluster(host="127.0.0.1", port=server.port)
+    )
+    await emit_numbers(publisher, 1200, rate=1_000_000)
+    report = await publisher.close()
+    assert (report["delivered"], report["last_error"]) == (1200, None)
+    assert arrived(numbers_in(in_redis(server.url, key)), 1200) == (0, 0, True)
+
+
+@pytest.mark.parametrize("mode", ["stream", "list"])
+async def test_no_more_than_maxlen_stays(redis_server, client, key, mode):
+    """The oldest go: in a list exactly, in a stream as soon as Redis can drop a node of it."""
+    publisher = RedisPublisher(redis_server.url, key=key, mode=mode, maxlen=1000)
+    await emit_numbers(publisher, 5000, rate=1_000_000)
+    await publisher.close()
+    numbers = numbers_in(in_redis(redis_server.url, key, mode))
+    assert numbers == list(range(5000 - len(numbers), 5000))
+    assert 1000 <= len(numbers) <= (1000 if mode == "list" else 1200)
+
+
+@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("forbidden", ["renamed", "by_acl"])
+async def test_where_scripts_are_forbidden_a_transaction_does_the_same(start_server, key, mode, forbidden):
+    """Events arrive, and a batch that is sent twice is written once."""
+    options = ("--rename-command", "EVALSHA", "", "--rename-command", "EVAL", "") if forbidden == "renamed" else ()
+    server = start_server(RedisServer, options=options)
+    if forbidden == "by_acl":
+        with redis.Redis.from_url(server.url) as client:
+            client.execute_command("ACL", "SETUSER", "default", "-@scripting")
+    publisher = RedisPublisher(server.url, key=key, mode=mode, maxlen=10_000)
+    await emit_numbers(publisher, 1100, rate=1_000_000)
+    await publisher.flush()
+    for _ in range(2):
+        await publisher.write([b'{"number":1100}'], "some-id")
+    await publisher.close()
+    assert arrived(numbers_in(in_redis(server.url, key, mode)), 1101) == (0, 0, True)
+
+
+async def test_a_server_that_forgot_the_script_gets_it_again(redis_server, client, key):
+    """After SCRIPT FLUSH, as after a restart, the next batch arrives."""
+    publisher = RedisPublisher(redis_server.url, key=key)
+    await publisher.open()
+    await publisher.write([b"1"], "first")
+    client.script_flush()
+    await publisher.write([b"2"], "second")
+    await publisher.release()
+    assert in_redis(redis_server.url, key) == [b"1", b"2"]
+
+
+async def test_a_call_cancelled_in_flight_leaves_no_answer_behind(start_server, key):
+    """After a write that was cancelled while the server slept, the next one gets its own answer."""
+    server = start_server(RedisServer)
+    publisher = RedisPublisher(server.url, key=key)
+    await emit_numbers(publisher, 10)
+    await publisher.flush()
+    server.freeze()
+    await emit_numbers(publisher, 10)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await publisher.flush(10)
+    flusher = next(task for task in asyncio.all_tasks() if task.get_name() == "publisher RedisPublisher")
+    flusher.cancel()
+    await asyncio.sleep(0)
+    server.thaw()
+    await asyncio.wait((flusher,))
+    await emit_numbers(publisher, 10)
+    await publisher.close()
+    assert sorted(numbers_in(in_redis(server.url, key))) == sorted([*range(10)] * 3)
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+async def test_nobody_listens(key, caplog):
+    """The report of the first flush says where nobody answers; ``connect`` has ``start`` raise it."""
+    port = free_port()
+    publisher = RedisPublisher(f"redis://127.0.0.1:{port}", key=key, connect=True)
+    with pytest.raises(SinkError, match=rf"Redis at 127\.0\.0\.1:{port}: .*{port}"):
+        await publisher.start()
+    publisher.emit({"event": "lost"})
+    report = await publisher.close(0.3)
+    assert (report["status"], report["dropped"]) == ("deadline", 1)
+    assert f"127.0.0.1:{port}" in report["last_error"]
+
+
+async def test_a_wrong_password(start_server, key):
+    """The report names the server and the reason, and neither password."""
+    server = start_server(RedisServer, password="right")
+    publisher = RedisPublisher(server.url.replace("right", "wrong"), key=key)
+    publisher.emit({"event": "lost"})
+    report = await publisher.close(0.3)
+    assert f"Redis at 127.0.0.1:{server.port}: " in report["last_error"]
+    assert "password" in report["last_error"]
+    assert "wrong" not in report["last_error"]
+
+
+async def test_the_right_password(start_server, key):
+    """A server that asks for a password gets it."""
+    server = start_server(RedisServer, password="right")
+    publisher = RedisPublisher(server.url, key=key)
+    publisher.emit({"event": "found"})
+    assert (await publisher.close())["delivered"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"url": "http://localhost"}, "redis://"),
+        ({"url": "redis://localhost:port"}, "url"),
+        ({"mode": "topic"}, "stream, pubsub, list"),
+        ({"maxlen": 0}, "maxlen"),
+        ({"key": "a{}b"}, "brace"),
+        ({"key": "a}b"}, "brace"),
+        ({"remember_for": 0}, "remember_for"),
+        ({"remember_for": float("nan")}, "remember_for"),
+        ({"timeout": -1}, "timeout"),
+    ],
+)
+def test_options_outside_their_values(options, text):
+    """A bad option is refused by name when the publisher is made."""
+    with pytest.raises(InvalidOptionError, match=text):
+        RedisPublisher(**options)
+
+
+async def test_a_server_without_memory_is_tried_again(start_server, key, caplog):
+    """An answer that is an error keeps the connection; when the server has room again the events arrive."""
+    caplog.set_level(logging.WARNING)
+    server = start_server(RedisServer)
+    with redis.Redis.from_url(server.url) as client:
+        publisher = RedisPublisher(server.url, key=key)
+        await emit_numbers(publisher, 5)
+        await publisher.flush()
+        client.config_set("maxmemory", 1)
+        await emit_numbers(publisher, 5)
+        report = await publisher.flush(0.3)
+        assert "OOM" in report["last_error"] or "maxmemory" in report["last_error"]
+        connections = client.info("stats")["total_connections_received"]
+        client.config_set("maxmemory", 0)
+        await publisher.close()
+        assert client.info("stats")["total_connections_received"] == connections
+    assert numbers_in(in_redis(server.url, key)) == [*range(5)] * 2
