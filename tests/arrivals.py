@@ -57,13 +57,15 @@ async def in_jetstream(url: str, stream: str) -> list[Any]:
     """Return all messages of a stream, in its order."""
     import nats
     from nats.errors import TimeoutError as NoMore
+    from nats.js.api import AckPolicy, ConsumerConfig
 
     client = await nats.connect(url)
     try:
         context = client.jetstream()
-        count = (await context.stream_info(stream)).state.messages
-        config = (await context.stream_info(stream)).config
-        consumer = await context.pull_subscribe(config.subjects[0], stream=stream)
+        info = await context.stream_info(stream)
+        count = info.state.messages
+        reading = ConsumerConfig(ack_policy=AckPolicy.NONE)
+        consumer = await context.pull_subscribe(info.config.subjects[0], stream=stream, config=reading)
         messages: list[Any] = []
         while len(messages) < count:
             try:

@@ -47,7 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "twin" in metafunc.fixturenames:
         metafunc.parametrize("twin", twins_chosen(metafunc.config), scope="session")
     if "loop_kind" in metafunc.fixturenames:
-        metafunc.parametrize("loop_kind", list(LOOPS))
+        only = metafunc.definition.get_closest_marker("loops")
+        metafunc.parametrize("loop_kind", list(LOOPS) if only is None else only.args)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,0 +1,242 @@
+"""What servers do to a publisher: nothing is lost, and where the sink knows ids of batches, nothing is there twice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+from arrivals import arrived, emit_numbers, in_jetstream, in_redis, numbers_in
+from cutting_proxy import CuttingProxy
+from requirements import need
+from servers import NatsServer, RedisServer
+
+from bgtasks.events.errors import Reject
+from bgtasks.events.sinks.nats import NatsPublisher
+from bgtasks.events.sinks.redis import RedisPublisher
+
+redis = need("redis")
+nats = need("nats")
+need("msgspec")
+
+# Each test waits for seconds of a fault; what loops do differently is tested sink by sink.
+pytestmark = pytest.mark.loops("uvloop")
+
+COUNT = 30_000
+PATIENCE = 60  # seconds for what is late, on a machine that has other things to do
+
+
+@contextlib.asynccontextmanager
+async def alongside(coro):
+    """Run a coroutine beside a block, and cancel what is left of it at the end."""
+    task = asyncio.create_task(coro)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def kill_clients(url: str, every: float) -> None:
+    """Close all connections of a Redis server but our own, every so many seconds."""
+    async with redis.asyncio.Redis.from_url(url) as client:
+        while True:
+            await asyncio.sleep(every)
+            await client.client_kill_filter(_type="normal", skipme=True)
+
+
+async def freeze(server, after: float, seconds: float) -> None:
+    """Stop a server for a while."""
+    await asyncio.sleep(after)
+    server.freeze()
+    await asyncio.sleep(seconds)
+    server.thaw()
+
+
+async def kill_and_restart(server, after: float, seconds: float) -> None:
+    """Kill a server; start it again a while later, with the data it has on disk."""
+    await asyncio.sleep(after)
+    server.kill()
+    await asyncio.sleep(seconds)
+    await asyncio.to_thread(server.start)
+
+
+@pytest.fixture
+def redis_of_its_own(start_server):
+    """Give a Redis server whose append-only file has every command that was answered."""
+    return start_server(RedisServer)
+
+
+async def nats_of_its_own(start_server, **config) -> NatsServer:
+    """Start a NATS server with a stream in files."""
+    server = start_server(NatsServer)
+    client = await nats.connect(server.url)
+    await client.jetstream().add_stream(name="EVENTS", subjects=["events"], **config)
+    await client.close()
+    return server
+
+
+@pytest.mark.parametrize("mode", ["stream", "list"])
+async def test_redis_connections_killed_every_50_ms(redis_of_its_own, mode):
+    """Redis: 0 lost, 0 twice, in order, while the connection dies again and again."""
+    publisher = RedisPublisher(redis_of_its_own.url, key="events", mode=mode)
+    async with alongside(kill_clients(redis_of_its_own.url, 0.05)):
+        await emit_numbers(publisher, COUNT)
+        await publisher.flush(0.2)
+    report = await publisher.close(PATIENCE)
+    assert (report["status"], publisher.stats()["delivered"]) == ("flushed", COUNT)
+    assert publisher.stats()["retried"] > 3
+    assert arrived(numbers_in(in_redis(redis_of_its_own.url, "events", mode)), COUNT) == (0, 0, True)
+
+
+async def test_redis_frozen_for_2_s(redis_of_its_own):
+    """Redis: 0 lost, 0 twice, though each try that timed out was carried out when the server went on."""
+    publisher = RedisPublisher(redis_of_its_own.url, key="events", timeout=0.3)
+    async with alongside(freeze(redis_of_its_own, 0.5, 2)):
+        await emit_numbers(publisher, COUNT)
+        await publisher.flush(PATIENCE)
+    await publisher.close(PATIENCE)
+    assert publisher.stats()["delivered"] == COUNT
+    assert publisher.stats()["retried"] > 1
+    assert arrived(numbers_in(in_redis(redis_of_its_own.url, "events")), COUNT) == (0, 0, True)
+
+
+async def test_redis_killed_and_restarted_after_2_s(redis_of_its_own):
+    """Redis: 0 lost, 0 twice, when the server died and came back with its append-only file."""
+    publisher = RedisPublisher(redis_of_its_own.url, key="events")
+    async with alongside(kill_and_restart(redis_of_its_own, 0.5, 2)):
+        await emit_numbers(publisher, COUNT)
+        await publisher.flush(PATIENCE)
+    await publisher.close(PATIENCE)
+    assert publisher.stats()["delivered"] == COUNT
+    assert publisher.stats()["retried"] > 1
+    assert arrived(numbers_in(in_redis(redis_of_its_own.url, "events")), COUNT) == (0, 0, True)
+
+
+async def test_jetstream_connections_cut_every_50_ms(start_server):
+    """JetStream, a message an event: 0 lost, 0 twice, while the connection breaks again and again."""
+    server = await nats_of_its_own(start_server)
+    async with CuttingProxy(server.port) as proxy:
+        publisher = NatsPublisher(f"nats://127.0.0.1:{proxy.port}", subject="events", batch=100)
+        async with alongside(proxy.cut_again_and_again(0.05)):
+            await emit_numbers(publisher, COUNT)
+        await publisher.close(PATIENCE)
+    assert publisher.stats()["delivered"] == COUNT
+    assert publisher.stats()["retried"] > 3
+    messages = await in_jetstream(server.url, "EVENTS")
+    lost, doubled, _ = arrived(numbers_in([message.data for message in messages]), COUNT)
+    assert (lost, doubled) == (0, 0)
+
+
+async def test_jetstream_envelopes_cut_every_50_ms(start_server):
+    """JetStream, envelopes: 0 lost, 0 twice, in order."""
+    server = await nats_of_its_own(start_server)
+    async with CuttingProxy(server.port) as proxy:
+        publisher = NatsPublisher(f"nats://127.0.0.1:{proxy.port}", subject="events", envelope=True)
+        async with alongside(proxy.cut_again_and_again(0.05)):
+            await emit_numbers(publisher, COUNT)
+        await publisher.close(PATIENCE)
+    assert publisher.stats()["delivered"] == COUNT
+    assert publisher.stats()["retried"] > 3
+    lines = [line for message in await in_jetstream(server.url, "EVENTS") for line in message.data.splitlines()]
+    assert arrived(numbers_in(lines), COUNT) == (0, 0, True)
+
+
+@pytest.mark.parametrize("envelope", [False, True], ids=["events", "envelopes"])
+@pytest.mark.parametrize("fault", [freeze, kill_and_restart], ids=["frozen", "killed"])
+async def test_jetstream_gone_for_2_s(start_server, fault, envelope):
+    """JetStream: 0 lost, 0 twice, when the server stood still or died and came back."""
+    server = await nats_of_its_own(start_server)
+    publisher = NatsPublisher(server.url, subject="events", envelope=envelope, timeout=0.5)
+    async with alongside(fault(server, 0.5, 2)):
+        await emit_numbers(publisher, COUNT)
+        await publisher.flush(PATIENCE)
+    await publisher.close(PATIENCE)
+    assert publisher.stats()["delivered"] == COUNT
+    assert publisher.stats()["retried"] > 1
+    lines = [line for message in await in_jetstream(server.url, "EVENTS") for line in message.data.splitlines()]
+    assert arrived(numbers_in(lines), COUNT)[:2] == (0, 0)
+
+
+async def test_jetstream_refuses_one_in_a_thousand(start_server, tmp_path):
+    """The events that the stream finds too long are dead letters; all others are there once."""
+    server = await nats_of_its_own(start_server, max_msg_size=1000)
+    publisher = NatsPublisher(server.url, subject="events", dead_letters=tmp_path / "dead.jsonl")
+    for number in range(20_000):
+        padding = "x" * (2000 if number % 1000 == 500 else 10)
+        assert publisher.emit({"number": number, "padding": padding})
+    await publisher.close(PATIENCE)
+    stats = publisher.stats()
+    assert (stats["delivered"], stats["dropped"]) == (19_980, {"rejected": 20})
+    numbers = numbers_in([message.data for message in await in_jetstream(server.url, "EVENTS")])
+    assert numbers == [number for number in range(20_000) if number % 1000 != 500]
+    assert len((tmp_path / "dead.jsonl").read_text().splitlines()) == 20
+
+
+async def test_jetstream_refuses_an_envelope_for_one_line(start_server):
+    """An envelope that is too long is halved until the long event is alone."""
+    server = await nats_of_its_own(start_server, max_msg_size=5000)
+    publisher = NatsPublisher(server.url, subject="events", envelope=True)
+    for number in range(3000):
+        assert publisher.emit({"number": number, "padding": "x" * (6000 if number == 1234 else 10)})
+    await publisher.close(PATIENCE)
+    assert publisher.stats()["dropped"] == {"rejected": 1}
+    lines = [line for message in await in_jetstream(server.url, "EVENTS") for line in message.data.splitlines()]
+    assert numbers_in(lines) == [number for number in range(3000) if number != 1234]
+
+
+class PickyPublisher(RedisPublisher):
+    """What Redis itself never does: refuses events for what they are."""
+
+    async def write(self, batch, batch_id):
+        """Write all but the bad ones."""
+        bad = [index for index, event in enumerate(batch) if json.loads(event)["number"] % 1000 == 500]
+        await super().write([event for index, event in enumerate(batch) if index not in bad], batch_id)
+        if bad:
+            raise Reject(bad, "a number nobody likes")
+
+
+async def test_one_in_a_thousand_refused_while_connections_die(redis_of_its_own, tmp_path):
+    """Refusals and retries in one batch: each event is in Redis or in the dead letters, once."""
+    publisher = PickyPublisher(redis_of_its_own.url, key="events", dead_letters=tmp_path / "dead.jsonl")
+    async with alongside(kill_clients(redis_of_its_own.url, 0.05)):
+        await emit_numbers(publisher, COUNT)
+    await publisher.close(PATIENCE)
+    stats = publisher.stats()
+    assert (stats["delivered"], stats["dropped"]) == (COUNT - COUNT // 1000, {"rejected": COUNT // 1000})
+    numbers = numbers_in(in_redis(redis_of_its_own.url, "events"))
+    assert numbers == [number for number in range(COUNT) if number % 1000 != 500]
+    assert len((tmp_path / "dead.jsonl").read_text().splitlines()) == COUNT // 1000
+
+
+@contextlib.asynccontextmanager
+async def hanging(start_server, sink: str) -> AsyncIterator[object]:
+    """Give a publisher whose connected server does not answer any more."""
+    if sink == "redis":
+        server = start_server(RedisServer)
+        publisher = RedisPublisher(server.url, timeout=60)
+    else:
+        server = await nats_of_its_own(start_server)
+        publisher = NatsPublisher(server.url, subject="events", timeout=60)
+    publisher.emit({"number": 0})
+    await publisher.flush(PATIENCE)
+    server.freeze()
+    yield publisher
+    server.thaw()
+
+
+@pytest.mark.parametrize("sink", ["redis", "jetstream"])
+async def test_close_returns_by_its_deadline_when_the_sink_hangs(start_server, sink):
+    """The report says that the time was up; each event is accounted for."""
+    async with hanging(start_server, sink) as publisher:
+        await emit_numbers(publisher, 20_000, rate=1_000_000)
+        async with asyncio.timeout(PATIENCE / 2):  # instead of the 60 s that the client would wait
+            report = await publisher.close(1.0)
+    stats = publisher.stats()
+    assert report["status"] == "deadline"
+    assert stats["accepted"] == 20_001
+    assert stats["delivered"] + sum(stats["dropped"].values()) == 20_001
+    assert stats["dropped"]["deadline"] > 0
