@@ -67,12 +67,8 @@ class NatsLink:
             "error_cb": self._note_error,
             "closed_cb": self._stop_waiting,
         }
-        try:
-            async with self._answers_in_time(f"connecting to {_places(servers)}"):
-                await self._client.connect(list(servers), **settings)
-        except BaseException:
-            await self.close()
-            raise
+        async with self._answers_in_time(f"connecting to {_places(servers)}"):
+            await self._client.connect(list(servers), **settings)
 
     async def close(self) -> None:
         """Close the connection; a server that reads no more is not waited for."""

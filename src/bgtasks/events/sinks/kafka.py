@@ -96,7 +96,11 @@ class KafkaPublisher(BasePublisher):
         await self.release()
         self._pid = os.getpid()
         self._sending = _Sending(self._settings, self._topic, self._key)
-        await self._producer_thread.run(self._sending.find_topic, self._timeout)
+        try:
+            await self._producer_thread.run(self._sending.find_topic, self._timeout)
+        except BaseException:
+            await self.release()
+            raise
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
         """Have Kafka store a batch."""

@@ -90,10 +90,14 @@ class NatsPublisher(BasePublisher):
         keep_inherited(self._link)
         self._link = None
         link = NatsLink(self._timeout)
-        await link.connect(self._servers, self._connect_options)
-        self._longest = link.longest_message - HEADER_ROOM
-        if self._jetstream:
-            await self._ask_stream(link)
+        try:
+            await link.connect(self._servers, self._connect_options)
+            self._longest = link.longest_message - HEADER_ROOM
+            if self._jetstream:
+                await self._ask_stream(link)
+        except BaseException:
+            await link.close()
+            raise
         self._link = link
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:

@@ -128,11 +128,12 @@ class RedisPublisher(BasePublisher):
         """Make a client and have it connect."""
         keep_inherited(self._client)
         self._client = self._make_client()
-        with self._named_errors():
-            try:
+        try:
+            with self._named_errors(), contextlib.suppress(self._errors.NoPermissionError):
                 await self._client.ping()
-            except self._errors.NoPermissionError:
-                pass  # connected, and allowed to do no more than it has to
+        except BaseException:
+            await self.release()
+            raise
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
         """Write a batch, unless a batch of that id was written before."""
