@@ -196,7 +196,7 @@ class RedisServer(Server):
         """Listen on the loopback address only, with a file that survives SIGKILL."""
         return [
             *("--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.folder)),
-            *("--appendonly", "yes", "--appendfsync", "always", "--save", "", "--enable-debug-command", "local"),
+            *("--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0", "--save", ""),
             *(("--requirepass", self.password) if self.password else ()),
             *self.options,
         ]
