@@ -239,9 +239,7 @@ def targets(names: set[str], fsync: bool) -> Iterator[dict[str, Target]]:
             found["rabbitmq"] = Target(
                 lambda: RabbitMQPublisher(rabbit_server.url, routing_key="events", envelope=True), None
             )
-            found["rabbitmq-events"] = Target(
-                lambda: RabbitMQPublisher(rabbit_server.url, routing_key="events"), None
-            )
+            found["rabbitmq-events"] = Target(lambda: RabbitMQPublisher(rabbit_server.url, routing_key="events"), None)
         yield {name: target for name, target in found.items() if name in names}
 
 
@@ -275,7 +273,10 @@ def compare_with_agentflow(python: str, rounds: int) -> None:
     program = Path(__file__).with_name("agentflow_publisher.py")
     theirs, ours, ratios = [], [], []
     for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder), options=("--appendonly", "no")) as server:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            RedisServer(Path(folder), options=("--appendonly", "no")) as server,
+        ):
             done = subprocess.run([python, program, server.url], capture_output=True, text=True, check=True)
             theirs.append(json.loads(done.stdout)["delivered"])
         with targets({"redis"}, fsync=False) as found:
@@ -294,13 +295,19 @@ def main() -> None:
     parser.add_argument("--rate", type=int, help="events a second; by default 100,000, 250,000 and flat out")
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--fsync", action="store_true", help="have Redis write to its append-only file, and to the disk, before each answer")
+    parser.add_argument(
+        "--fsync",
+        action="store_true",
+        help="have Redis write to its append-only file, and to the disk, before each answer",
+    )
     parser.add_argument("--agentflow", metavar="PYTHON", help="a Python that has 10xscale-agentflow[redis] and uvloop")
     arguments = parser.parse_args()
     names = set(arguments.sinks or SINKS)
     if unknown := names - set(SINKS):
         parser.error(f"no such sink: {', '.join(sorted(unknown))}")
-    print(f"Python {platform.python_version()}, uvloop {uvloop.__version__}, registry and ring: {bgtasks.IMPLEMENTATION}")
+    print(
+        f"Python {platform.python_version()}, uvloop {uvloop.__version__}, registry and ring: {bgtasks.IMPLEMENTATION}"
+    )
     if arguments.agentflow:
         compare_with_agentflow(arguments.agentflow, arguments.rounds)
         return

@@ -82,17 +82,21 @@ async def _read_jetstream(url: str, stream: str) -> list[Any]:
         await client.close()
 
 
-def in_kafka(address: str, topic: str, expected: int) -> list[bytes]:
-    """Return so many events of a topic, and those that come within a moment after them."""
-    from confluent_kafka import Consumer
+def in_kafka(address: str, topic: str) -> list[bytes]:
+    """Return all events of a topic, one partition after another."""
+    from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
-    consumer = Consumer(
-        {"bootstrap.servers": address, "group.id": "reader", "auto.offset.reset": "earliest", "log_level": 0}
-    )
-    consumer.subscribe([topic])
+    # Assigned, not subscribed: the members of a group wait for each other for seconds.
+    consumer = Consumer({"bootstrap.servers": address, "group.id": "none", "enable.auto.commit": False, "log_level": 0})
     events: list[bytes] = []
     try:
-        while messages := consumer.consume(5000, timeout=10 if len(events) < expected else 0.5):
+        partitions = [
+            TopicPartition(topic, number, OFFSET_BEGINNING)
+            for number in consumer.list_topics(topic, timeout=30).topics[topic].partitions
+        ]
+        count = sum(consumer.get_watermark_offsets(partition, timeout=30)[1] for partition in partitions)
+        consumer.assign(partitions)
+        while len(events) < count and (messages := consumer.consume(count - len(events), timeout=30)):
             events += [message.value() for message in messages if message.error() is None]
     finally:
         consumer.close()
@@ -101,6 +105,10 @@ def in_kafka(address: str, topic: str, expected: int) -> list[bytes]:
 
 async def in_rabbitmq(url: str, queue: str) -> list[Any]:
     """Take all messages out of a queue."""
+    return await asyncio.to_thread(asyncio.run, _read_rabbitmq(url, queue), debug=False)
+
+
+async def _read_rabbitmq(url: str, queue: str) -> list[Any]:
     import aio_pika
 
     connection = await aio_pika.connect(url)

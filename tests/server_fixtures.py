@@ -1,7 +1,7 @@
 """Fixtures that run real servers; ``conftest.py`` takes them over.
 
-A server that is not installed skips what asks for it, unless ``BGTASKS_REQUIRE`` has ``servers`` in its list: then it is
-an error.
+A server that is not installed skips what asks for it, unless ``BGTASKS_REQUIRE`` has ``servers`` in its list: then it
+is an error.
 """
 
 from __future__ import annotations

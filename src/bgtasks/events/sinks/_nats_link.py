@@ -43,7 +43,7 @@ class NatsLink:
         self._inbox = ""
         self._missing = 0
         self._all_answered: asyncio.Future[None] | None = None
-        self._failures: list[tuple[int, str]] = []
+        self._failures: list[str] = []
         self._too_long: list[int] = []
 
     @property
@@ -136,8 +136,8 @@ class NatsLink:
                 await publish(subject, body, f"{inbox}.{number}", {"Nats-Msg-Id": message_id, **(headers or {})})
             await self._all_answered
         if self._failures:
-            number, text = self._failures[0]
-            raise SinkError(f"NATS: {len(self._failures)} of {len(messages)} messages were not stored, the first: {text}")
+            text = self._failures[0]
+            raise SinkError(f"NATS: {len(self._failures)} of {len(messages)} messages were not stored, one as {text}")
         return self._too_long
 
     async def _subscribe(self) -> str:
@@ -155,17 +155,16 @@ class NatsLink:
             self._all_answered.set_result(None)
 
     def _take_failure(self, message: Message) -> None:
-        number = int(message.subject.rpartition(".")[2])
         if not message.data:
             status = (message.headers or {}).get("Status", "an empty answer")
             text = "no stream takes this subject" if status == "503" else status
-            self._failures.append((number, text))
+            self._failures.append(text)
             return
         error = json.loads(message.data)["error"]
         if error.get("err_code") == MESSAGE_TOO_LONG:
-            self._too_long.append(number)
+            self._too_long.append(int(message.subject.rpartition(".")[2]))
         else:
-            self._failures.append((number, f"{error.get('description')} (code {error.get('err_code')})"))
+            self._failures.append(f"{error.get('description')} (code {error.get('err_code')})")
 
     @contextlib.asynccontextmanager
     async def _answers_in_time(self, doing: str) -> AsyncIterator[None]:

@@ -25,8 +25,8 @@ class KafkaPublisher(BasePublisher):
     """Publishes into a topic of Kafka, one message an event.
 
     A batch counts as delivered when all in-sync replicas have it (``acks=all``). librdkafka numbers its messages, so
-    what it sends again itself is not stored twice; it does so for ``message.timeout.ms``, five minutes unless set. A try
-    that takes longer than ``timeout`` is counted as failed, and the next one waits for the same messages instead of
+    what it sends again itself is not stored twice; it does so for ``message.timeout.ms``, five minutes unless set. A
+    try that takes longer than ``timeout`` counts as failed, and the next one waits for the same messages instead of
     sending others. Only after ``message.timeout.ms`` are they sent anew, as they are after a restart of the process:
     then an event may be stored twice. Events of one publisher keep their order within a partition.
 
@@ -133,9 +133,7 @@ class _Sending:
         from confluent_kafka import KafkaError, KafkaException, Producer
 
         # A report for each message that was stored would cost as much as sending it.
-        self._producer: Any = Producer(
-            {**settings, "delivery.report.only.error": True, "error_cb": self._note_error}
-        )
+        self._producer: Any = Producer({**settings, "delivery.report.only.error": True, "error_cb": self._note_error})
         self._exception = KafkaException
         self._hopeless = {
             *(KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_RECORD),

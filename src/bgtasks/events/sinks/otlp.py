@@ -70,9 +70,10 @@ class OtlpPublisher(BasePublisher):
         super().__init__(**options)
         self._given = exporter
         self._make_exporter = OTLPLogExporter
-        self._arguments = {"endpoint": endpoint, "headers": dict(headers or {}), "timeout": timeout}
+        self._arguments: dict[str, Any] = {"endpoint": endpoint, "headers": dict(headers or {}), "timeout": timeout}
         self._server = "OTLP exporter" if exporter is not None else f"OTLP at {endpoint or 'the default endpoint'}"
-        self._source = {"resource": Resource.create(resource), "instrumentation_scope": InstrumentationScope(SCOPE)}
+        self._resource = Resource.create(resource)
+        self._scope = InstrumentationScope(SCOPE)
         self._exporter_thread = OwnThread(f"{self.name}-otlp")
         self._exporter: Any = None
         self._pid = 0
@@ -130,7 +131,7 @@ class OtlpPublisher(BasePublisher):
             body=body,
             event_name=name if isinstance(name, str) else None,
         )
-        return ReadableLogRecord(record, **self._source)
+        return ReadableLogRecord(record, self._resource, self._scope)
 
 
 def _nanoseconds(seconds: object, default: int) -> int:

@@ -67,7 +67,9 @@ class RabbitMQPublisher(BasePublisher):
         except ModuleNotFoundError as error:
             raise missing_extra("rabbitmq", "aio-pika", "publish into RabbitMQ") from error
         if not url.startswith(("amqp://", "amqps://")):
-            raise InvalidOptionError("url must begin with amqp:// or amqps://, for example amqp://guest:guest@localhost/")
+            raise InvalidOptionError(
+                "url must begin with amqp:// or amqps://, for example amqp://guest:guest@localhost/"
+            )
         check_seconds("timeout", timeout)
         super().__init__(**options)
         self._url = url

@@ -1,4 +1,4 @@
-"""Events into Redis: a stream, a channel or a list; one scripted command a batch, taken once even when it is sent twice."""
+"""Events into Redis: a stream, a channel or a list; one scripted command a batch, written once however often sent."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def _from_url(url: str, kwargs: dict[str, Any]) -> tuple[Callable[[], Any], str]
 
     def make_client() -> Any:
         # One connection, and no second try by the client: it would not know that the first had been written.
-        once = ClientRetry(NoBackoff(), 0)  # type: ignore[no-untyped-call]
+        once = ClientRetry(NoBackoff(), 0)
         return redis.asyncio.Redis.from_url(url, single_connection_client=True, retry=once, **kwargs)
 
     try:

@@ -1,0 +1,134 @@
+"""Kafka: what a topic gets, what is refused alone, and what is said when no broker answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+
+import pytest
+from arrivals import arrived, emit_numbers, in_kafka, numbers_in
+from requirements import need
+from servers import free_port
+
+from bgtasks.errors import InvalidOptionError
+from bgtasks.events.errors import Retry, SinkError
+from bgtasks.events.sinks.kafka import KafkaPublisher
+
+need("confluent_kafka")
+need("msgspec")
+
+
+@pytest.fixture
+def topic():
+    """Give the name of a topic that no other test has."""
+    return uuid.uuid4().hex
+
+
+async def test_events_arrive_once_and_in_order(kafka_broker, topic):
+    """With one key all events are in one partition, in the order of emission."""
+    publisher = KafkaPublisher(kafka_broker.address, topic=topic, key="one")
+    await emit_numbers(publisher, 2345, rate=1_000_000)
+    report = await publisher.close(30)
+    assert (report["status"], report["dropped"], report["last_error"]) == ("flushed", 0, None)
+    events = await asyncio.to_thread(in_kafka, kafka_broker.address, topic)
+    assert arrived(numbers_in(events), 2345) == (0, 0, True)
+
+
+async def test_events_too_long_are_refused_alone(kafka_broker, topic, tmp_path):
+    """One event in a hundred is too long for a message: it is a dead letter, all others arrive once."""
+    config = {"message.max.bytes": 1000}
+    publisher = KafkaPublisher(
+        kafka_broker.address, topic=topic, key="k", config=config, dead_letters=tmp_path / "dead"
+    )
+    for number in range(2000):
+        assert publisher.emit({"number": number, "padding": "x" * (2000 if number % 100 == 50 else 10)})
+    await publisher.close(30)
+    stats = publisher.stats()
+    assert (stats["delivered"], stats["dropped"]) == (1980, {"rejected": 20})
+    events = await asyncio.to_thread(in_kafka, kafka_broker.address, topic)
+    assert numbers_in(events) == [number for number in range(2000) if number % 100 != 50]
+    assert len((tmp_path / "dead").read_text().splitlines()) == 20
+
+
+@pytest.mark.loops("uvloop")
+async def test_a_try_that_times_out_is_waited_for_and_not_sent_again(topic):
+    """The next try of a batch waits for what librdkafka still has: the broker answers late, the events come once."""
+    confluent_kafka = need("confluent_kafka")
+    carrier = confluent_kafka.Producer({"test.mock.num.brokers": 1, "test.mock.broker.rtt": 400, "log_level": 0})
+    address = ",".join(f"{broker.host}:{broker.port}" for broker in carrier.list_topics(timeout=30).brokers.values())
+    publisher = KafkaPublisher(address, topic=topic, key="k")
+    await publisher.open()
+    publisher._timeout = 0.05
+    batch = [b"%d" % number for number in range(100)]
+    tries = []
+    while True:
+        try:
+            await publisher.write(batch, "some-id")
+        except Retry as error:
+            tries.append(str(error))
+        else:
+            break
+    await publisher.release()
+    assert len(tries) >= 2
+    assert all("no answer for 100 messages yet" in text for text in tries)
+    assert await asyncio.to_thread(in_kafka, address, topic) == batch
+
+
+async def test_no_broker_answers(topic):
+    """The report of the first flush names the address; ``connect`` has ``start`` raise it; close keeps its deadline."""
+    address = f"127.0.0.1:{free_port()}"
+    publisher = KafkaPublisher(address, topic=topic, connect=True, timeout=0.3)
+    with pytest.raises(SinkError, match=f"Kafka at {address}"):
+        await publisher.start()
+    publisher.emit({"number": 0})
+    async with asyncio.timeout(30):
+        report = await publisher.close(1)
+    assert (report["status"], report["dropped"]) == ("deadline", 1)
+    assert address in report["last_error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"config": {"no.such.setting": 1}}, "no.such.setting"),
+        ({"config": {"acks": "some"}}, "acks"),
+        ({"timeout": float("inf")}, "timeout"),
+    ],
+)
+def test_options_outside_their_values(options, text):
+    """What librdkafka does not know is refused by name when the publisher is made."""
+    with pytest.raises(InvalidOptionError, match=text):
+        KafkaPublisher(**options)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_the_child_of_a_fork_has_a_producer_of_its_own(kafka_broker, topic):
+    """A publisher that was used before the fork publishes in the child, and the parent goes on."""
+    publisher = KafkaPublisher(kafka_broker.address, topic=topic, key="k")
+
+    async def use(number: int, last: bool) -> None:
+        publisher.emit({"number": number})
+        await (publisher.close(30) if last else publisher.flush(30))
+
+    async def in_parent() -> int:
+        await use(0, last=False)
+        child = os.fork()
+        if child == 0:
+            os._exit(_in_child())
+        _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        await use(1, last=True)
+        return status
+
+    def _in_child() -> int:
+        asyncio._set_running_loop(None)
+        try:
+            asyncio.run(use(2, last=True))
+        except BaseException:
+            return 1
+        return 0 if publisher.stats()["delivered"] == 1 else 2
+
+    assert asyncio.run(in_parent()) == 0
+    assert publisher.stats()["delivered"] == 2
+    assert sorted(numbers_in(in_kafka(kafka_broker.address, topic))) == [0, 1, 2]

@@ -1,0 +1,122 @@
+"""RabbitMQ: what a queue gets, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+import pytest
+from arrivals import arrived, emit_numbers, in_rabbitmq, numbers_in
+from cutting_proxy import CuttingProxy
+from requirements import need
+from servers import free_port
+
+from bgtasks.errors import InvalidOptionError
+from bgtasks.events.errors import SinkError
+from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
+
+aio_pika = need("aio_pika")
+need("msgspec")
+
+
+async def make_queue(url: str, name: str) -> str:
+    """Make a durable queue."""
+    connection = await aio_pika.connect(url)
+    channel = await connection.channel()
+    await channel.declare_queue(name, durable=True)
+    await connection.close()
+    return name
+
+
+@pytest.fixture
+def name():
+    """Give the name of a queue that no other test has."""
+    return uuid.uuid4().hex
+
+
+async def test_events_arrive_once_and_in_order(rabbit_server, name):
+    """Each event is a persistent message with an id of its own."""
+    queue = await make_queue(rabbit_server.url, name)
+    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=queue)
+    await emit_numbers(publisher, 600, rate=1_000_000)
+    report = await publisher.close(30)
+    assert (report["status"], report["dropped"]) == ("flushed", 0)
+    messages = await in_rabbitmq(rabbit_server.url, queue)
+    assert arrived(numbers_in([message.body for message in messages]), 600) == (0, 0, True)
+    assert len({message.message_id for message in messages}) == 600
+    assert {message.delivery_mode for message in messages} == {aio_pika.DeliveryMode.PERSISTENT}
+
+
+async def test_envelopes_hold_the_events_of_a_batch_as_lines(rabbit_server, name):
+    """An envelope is one message of JSON lines."""
+    queue = await make_queue(rabbit_server.url, name)
+    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=queue, envelope=True)
+    await emit_numbers(publisher, 5000, rate=1_000_000)
+    await publisher.close(30)
+    messages = await in_rabbitmq(rabbit_server.url, queue)
+    assert {message.content_type for message in messages} == {"application/x-ndjson"}
+    lines = [line for message in messages for line in message.body.splitlines()]
+    assert arrived(numbers_in(lines), 5000) == (0, 0, True)
+
+
+@pytest.mark.loops("uvloop")
+async def test_nothing_is_lost_while_the_connection_breaks(rabbit_server, name):
+    """What arrives twice has the same id, so that its reader can tell."""
+    queue = await make_queue(rabbit_server.url, name)
+    async with CuttingProxy(rabbit_server.port) as proxy:
+        url = rabbit_server.url.replace(str(rabbit_server.port), str(proxy.port))
+        publisher = RabbitMQPublisher(url, routing_key=queue, batch=20)
+        cutting = asyncio.create_task(proxy.cut_again_and_again(0.2))
+        await emit_numbers(publisher, 1000, rate=1000)
+        cutting.cancel()
+        await asyncio.wait((cutting,))
+        await publisher.close(60)
+    assert publisher.stats()["delivered"] == 1000
+    assert proxy.cuts > 1
+    messages = await in_rabbitmq(rabbit_server.url, queue)
+    ids = {message.message_id: message.body for message in messages}
+    assert sorted(numbers_in(list(ids.values()))) == list(range(1000))
+
+
+async def test_a_queue_that_is_missing(rabbit_server, name):
+    """A message that no queue takes is not delivered; the queue made, it is."""
+    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=name)
+    publisher.emit({"number": 0})
+    report = await publisher.flush(0.5)
+    assert "1 of 1 messages were not confirmed" in report["last_error"]
+    await make_queue(rabbit_server.url, name)
+    assert (await publisher.close(30))["delivered"] == 1
+
+
+async def test_an_exchange_that_is_missing(rabbit_server, name):
+    """``connect`` has ``start`` raise what is wrong."""
+    publisher = RabbitMQPublisher(rabbit_server.url, exchange=name, connect=True)
+    with pytest.raises(SinkError, match=f"RabbitMQ at .*{name}"):
+        await publisher.start()
+    await publisher.close(1)
+
+
+async def test_a_wrong_password(rabbit_server, name):
+    """The report names the server, not the password."""
+    publisher = RabbitMQPublisher(rabbit_server.url.replace("guest@", "wrong@"), routing_key=name)
+    publisher.emit({"number": 0})
+    report = await publisher.close(1.5)
+    assert f"RabbitMQ at 127.0.0.1:{rabbit_server.port}: " in report["last_error"]
+    assert "wrong" not in report["last_error"]
+
+
+async def test_nobody_listens(name):
+    """The report of the first flush says where nobody answers."""
+    port = free_port()
+    publisher = RabbitMQPublisher(f"amqp://guest:guest@127.0.0.1:{port}/", routing_key=name)
+    publisher.emit({"number": 0})
+    report = await publisher.close(0.5)
+    assert (report["status"], report["dropped"]) == ("deadline", 1)
+    assert f"RabbitMQ at 127.0.0.1:{port}: " in report["last_error"]
+
+
+@pytest.mark.parametrize(("options", "text"), [({"url": "http://localhost"}, "amqp"), ({"timeout": "1"}, "timeout")])
+def test_options_outside_their_values(options, text):
+    """A bad option is refused by name when the publisher is made."""
+    with pytest.raises(InvalidOptionError, match=text):
+        RabbitMQPublisher(**options)
