@@ -232,7 +232,7 @@ def targets(names: set[str], fsync: bool) -> Iterator[dict[str, Target]]:
             found["nats"] = Target(lambda: NatsPublisher(url, subject="other", jetstream=False), None)
         if "kafka" in names:
             broker = stack.enter_context(KafkaBroker().running())
-            found["kafka"] = Target(lambda: KafkaPublisher(broker.address, topic="events"), None)
+            found["kafka"] = Target(lambda: KafkaPublisher(broker.url, topic="events"), None)
         if names & {"rabbitmq", "rabbitmq-events"}:
             rabbit_server = stack.enter_context(RabbitServer(folder()))
             asyncio.run(make_queue(rabbit_server))

@@ -7,14 +7,17 @@ is an error.
 from __future__ import annotations
 
 import os
+import threading
+import zlib
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
 import pytest
 from requirements import need
 from servers import KafkaBroker, NatsServer, RabbitServer, RedisServer, Server, ServerError
 
-__all__ = ["kafka_broker", "nats_server", "rabbit_server", "redis_server", "start_server"]
+__all__ = ["collector", "kafka_broker", "nats_server", "rabbit_server", "redis_server", "start_server"]
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 
@@ -75,3 +78,35 @@ def kafka_broker() -> Iterator[KafkaBroker]:
     need("confluent_kafka")
     with KafkaBroker().running() as broker:
         yield broker
+
+
+@pytest.fixture
+def collector():
+    """Give what listens for OTLP over HTTP on the loopback address and keeps the requests it decoded."""
+    need("opentelemetry.proto")
+    from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = zlib.decompress(body, 31)
+            requests.append(ExportLogsServiceRequest.FromString(body))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = requests
+    server.url = f"http://127.0.0.1:{server.server_port}/v1/logs"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

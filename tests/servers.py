@@ -316,7 +316,7 @@ class KafkaBroker:
     """
 
     def __init__(self) -> None:
-        self.address = ""
+        self.url = ""
 
     @contextlib.contextmanager
     def running(self) -> Iterator[KafkaBroker]:
@@ -325,7 +325,7 @@ class KafkaBroker:
 
         carrier = Producer({"test.mock.num.brokers": 1, "log_level": 0})
         brokers = carrier.list_topics(timeout=10).brokers
-        self.address = ",".join(f"{broker.host}:{broker.port}" for broker in brokers.values())
+        self.url = ",".join(f"{broker.host}:{broker.port}" for broker in brokers.values())
         yield self
         carrier.purge()
         carrier.flush(1)

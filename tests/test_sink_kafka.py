@@ -27,11 +27,11 @@ def topic():
 
 async def test_events_arrive_once_and_in_order(kafka_broker, topic):
     """With one key all events are in one partition, in the order of emission."""
-    publisher = KafkaPublisher(kafka_broker.address, topic=topic, key="one")
+    publisher = KafkaPublisher(kafka_broker.url, topic=topic, key="one")
     await emit_numbers(publisher, 2345, rate=1_000_000)
     report = await publisher.close(30)
     assert (report["status"], report["dropped"], report["last_error"]) == ("flushed", 0, None)
-    events = await asyncio.to_thread(in_kafka, kafka_broker.address, topic)
+    events = await asyncio.to_thread(in_kafka, kafka_broker.url, topic)
     assert arrived(numbers_in(events), 2345) == (0, 0, True)
 
 
@@ -39,14 +39,14 @@ async def test_events_too_long_are_refused_alone(kafka_broker, topic, tmp_path):
     """One event in a hundred is too long for a message: it is a dead letter, all others arrive once."""
     config = {"message.max.bytes": 1000}
     publisher = KafkaPublisher(
-        kafka_broker.address, topic=topic, key="k", config=config, dead_letters=tmp_path / "dead"
+        kafka_broker.url, topic=topic, key="k", config=config, dead_letters=tmp_path / "dead"
     )
     for number in range(2000):
         assert publisher.emit({"number": number, "padding": "x" * (2000 if number % 100 == 50 else 10)})
     await publisher.close(30)
     stats = publisher.stats()
     assert (stats["delivered"], stats["dropped"]) == (1980, {"rejected": 20})
-    events = await asyncio.to_thread(in_kafka, kafka_broker.address, topic)
+    events = await asyncio.to_thread(in_kafka, kafka_broker.url, topic)
     assert numbers_in(events) == [number for number in range(2000) if number % 100 != 50]
     assert len((tmp_path / "dead").read_text().splitlines()) == 20
 
@@ -106,7 +106,7 @@ def test_options_outside_their_values(options, text):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_the_child_of_a_fork_has_a_producer_of_its_own(kafka_broker, topic):
     """A publisher that was used before the fork publishes in the child, and the parent goes on."""
-    publisher = KafkaPublisher(kafka_broker.address, topic=topic, key="k")
+    publisher = KafkaPublisher(kafka_broker.url, topic=topic, key="k")
 
     async def use(number: int, last: bool) -> None:
         publisher.emit({"number": number})
@@ -131,4 +131,4 @@ def test_the_child_of_a_fork_has_a_producer_of_its_own(kafka_broker, topic):
 
     assert asyncio.run(in_parent()) == 0
     assert publisher.stats()["delivered"] == 2
-    assert sorted(numbers_in(in_kafka(kafka_broker.address, topic))) == [0, 1, 2]
+    assert sorted(numbers_in(in_kafka(kafka_broker.url, topic))) == [0, 1, 2]

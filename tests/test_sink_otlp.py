@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 from arrivals import arrived, emit_numbers
 from requirements import need
@@ -18,37 +14,6 @@ need("opentelemetry.exporter.otlp.proto.http")
 need("msgspec")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:opentelemetry")
-
-
-@pytest.fixture
-def collector():
-    """Give what listens for OTLP over HTTP on the loopback address and keeps the requests it decoded."""
-    from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
-
-    requests = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.headers.get("Content-Encoding") == "gzip":
-                body = zlib.decompress(body, 31)
-            requests.append(ExportLogsServiceRequest.FromString(body))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests = requests
-    server.url = f"http://127.0.0.1:{server.server_port}/v1/logs"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def records_of(collector):

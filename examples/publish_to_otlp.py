@@ -1,0 +1,31 @@
+"""Hands events to an OpenTelemetry collector, as log records.
+
+Start a collector, and install what the example needs::
+
+    docker run --publish 4318:4318 otel/opentelemetry-collector
+    pip install "bgtasks-registry[otlp]"
+    python examples/publish_to_otlp.py http://localhost:4318/v1/logs
+
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from bgtasks.events.sinks.otlp import OtlpPublisher
+
+EVENTS = 1_000
+
+
+async def main(endpoint: str) -> None:
+    """Publish; a record's body is the event, its name the event's ``event``."""
+    publisher = OtlpPublisher(endpoint, resource={"service.name": "shop"})
+    for number in range(EVENTS):
+        publisher.emit({"event": "order_paid", "order": number})
+    report = await publisher.close()
+    print(f"{report['delivered']:,} of {EVENTS:,} events delivered, {report['dropped']:,} dropped")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "http://localhost:4318/v1/logs"))

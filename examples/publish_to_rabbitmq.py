@@ -1,0 +1,44 @@
+"""Publishes events into a durable queue of RabbitMQ, as envelopes, and takes them out again.
+
+Start a server, and install what the example needs::
+
+    rabbitmq-server
+    pip install "bgtasks-registry[rabbitmq]"
+    python examples/publish_to_rabbitmq.py amqp://guest:guest@localhost/
+
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+import aio_pika
+
+from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
+
+EVENTS = 10_000
+
+
+async def main(url: str) -> None:
+    """Make the queue, publish, read the lines of the envelopes."""
+    connection = await aio_pika.connect(url)
+    channel = await connection.channel()
+    queue = await channel.declare_queue("orders", durable=True)
+
+    publisher = RabbitMQPublisher(url, routing_key="orders", envelope=True)
+    for number in range(EVENTS):
+        publisher.emit({"event": "order_paid", "order": number})
+    report = await publisher.close()
+    print(f"{report['delivered']:,} of {EVENTS:,} events delivered, {report['dropped']:,} dropped")
+
+    orders = set()
+    while message := await queue.get(no_ack=True, fail=False):
+        orders |= {json.loads(line)["order"] for line in message.body.splitlines()}
+    print(f"{len(orders):,} orders in the queue")
+    await connection.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "amqp://guest:guest@localhost/"))

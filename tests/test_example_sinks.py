@@ -1,0 +1,40 @@
+"""The examples of the sinks run on real servers and say what arrived."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from requirements import need
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+need("msgspec")
+
+
+@pytest.mark.parametrize(
+    ("sink", "package", "fixture", "said"),
+    [
+        ("redis", "redis", "redis_server", "10,000 entries in the stream"),
+        ("nats", "nats", "nats_server", "10,000 of 10,000 events delivered, as 10,000 messages"),
+        ("kafka", "confluent_kafka", "kafka_broker", "10,000 of 10,000 events delivered, 0 dropped"),
+        ("rabbitmq", "aio_pika", "rabbit_server", "10,000 orders in the queue"),
+        ("otlp", "opentelemetry.sdk", "collector", "1,000 of 1,000 events delivered, 0 dropped"),
+    ],
+)
+def test_an_example_publishes(request, sink, package, fixture, said):
+    """The program ends well on the server of its docstring, and everything has arrived."""
+    need(package)
+    server = request.getfixturevalue(fixture)
+    program = EXAMPLES / f"publish_to_{sink}.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning:opentelemetry", program, server.url],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert "events delivered" in done.stdout
+    assert f"python examples/publish_to_{sink}.py" in program.read_text()
