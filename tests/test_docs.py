@@ -19,7 +19,21 @@ PROGRAMS = [
 
 
 # Where a part of the package, or a package of others, stands for another one that has to be there.
-STANDS_FOR = {"injection": "injectq", "langgraph": "langgraph.pregel", "testclient": "httpx2"}
+STANDS_FOR = {
+    "injection": "injectq",
+    "kafka": "confluent_kafka",
+    "langgraph": "langgraph.pregel",
+    "otlp": "opentelemetry",
+    "rabbitmq": "aio_pika",
+    "testclient": "httpx2",
+}
+# What a reader starts on the usual port is one of the tests' servers here.
+SERVERS = {
+    "amqp://guest:guest@localhost/": "rabbit_server",
+    "localhost:9092": "kafka_broker",
+    "nats://localhost:4222": "nats_server",
+    "redis://localhost:6379/0": "redis_server",
+}
 
 
 def packages_of(program):
@@ -29,6 +43,7 @@ def packages_of(program):
         imported.update(filter(None, names))
     imported.update(re.findall(r"\bbgtasks\.(injection)\b", program))
     imported.update(re.findall(r"^from \w+\.(testclient) ", program, re.MULTILINE))
+    imported.update(re.findall(r"\bbgtasks\.events\.sinks\.(kafka|nats|otlp|rabbitmq|redis)\b", program))
     return sorted({STANDS_FOR.get(name, name) for name in imported} - sys.stdlib_module_names - {"bgtasks"})
 
 
@@ -38,10 +53,13 @@ def test_there_are_programs():
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_of_the_documentation_runs(program, tmp_path):
+def test_a_program_of_the_documentation_runs(request, program, tmp_path):
     """A block of Python is a whole program that ends well, with warnings as errors."""
     for package in packages_of(program):
         (needed if package in FRAMEWORKS else need)(package)
+    for address, fixture in SERVERS.items():
+        if address in program:
+            program = program.replace(address, request.getfixturevalue(fixture).url)
     file = tmp_path / "program.py"
     file.write_text(program)
     done = subprocess.run(
