@@ -1,0 +1,56 @@
+"""The servers that the tests start end with the process that started them, however that ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from server_fixtures import need_server
+from servers import NatsServer, RabbitServer, RedisServer, wait_until
+
+STARTER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import servers
+server = getattr(servers, sys.argv[2])(Path(sys.argv[3]))
+server.start()
+print(server.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+def is_running(pid):
+    """Tell whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("kind", [RedisServer, NatsServer, RabbitServer])
+def test_a_server_dies_with_whoever_started_it(kind, tmp_path):
+    """SIGKILL gives nobody a chance to clean up; the server is gone all the same."""
+    need_server(kind)
+    command = [sys.executable, "-c", STARTER, str(Path(__file__).parent), kind.__name__, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as starter:
+        pid = int(starter.stdout.readline())
+        assert is_running(pid)
+        os.kill(starter.pid, signal.SIGKILL)
+    assert wait_until(lambda: not is_running(pid), within=30)
+
+
+def test_a_frozen_server_can_be_killed(start_server):
+    """A test that fails while its server is frozen leaves none behind; the next start has its data."""
+    server = start_server(RedisServer)
+    server.freeze()
+    server.restart()
+    assert server.is_ready()
+
+
+def test_a_server_that_does_not_start_shows_its_log(start_server):
+    """What the server printed is in the error."""
+    with pytest.raises(Exception, match="no-such-option"):
+        start_server(RedisServer, options=("--no-such-option", "1"))
