@@ -116,6 +116,7 @@ class RedisPublisher(BasePublisher):
         self._digest = hashlib.sha1(self._script.encode(), usedforsecurity=False).hexdigest()
         self._is_scripted = True
         self._errors = redis.exceptions
+        self._pack = _packer()
         if client_factory is None:
             kwargs = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "health_check_interval": 0}
             client_factory, self._server = _from_url(url, kwargs)
@@ -156,17 +157,29 @@ class RedisPublisher(BasePublisher):
         await client.aclose()
 
     async def _run_script(self, keys: tuple[str, str], batch: Sequence[bytes]) -> None:
-        command = self._client.execute_command
         arguments = (2, *keys, self._remember_for, self._maxlen, self._field, *batch)
         try:
-            await command("EVALSHA", self._digest, *arguments)
+            await self._ask("EVALSHA", self._digest, *arguments)
         except self._errors.NoScriptError:
-            await command("EVAL", self._script, *arguments)
+            await self._ask("EVAL", self._script, *arguments)
         except self._errors.ResponseError as error:
             if not _forbids_scripts(error):
                 raise
             self._is_scripted = False
             await self._run_transaction(keys, batch)
+
+    async def _ask(self, *command: Any) -> None:
+        """Send a command and wait for its answer, past redis-py's own packing where hiredis can do it.
+
+        Packing takes a millisecond of the loop for 500 events there, and a quarter of one here.
+        """
+        client = self._client
+        connection = getattr(client, "connection", None)
+        if connection is None or self._pack is None:
+            await client.execute_command(*command)
+        else:
+            await connection.send_packed_command(self._pack(command))
+            await connection.read_response()
 
     async def _run_transaction(self, keys: tuple[str, str], batch: Sequence[bytes]) -> None:
         """Do what the script does where scripts are not allowed.
@@ -209,6 +222,15 @@ class RedisPublisher(BasePublisher):
                 raise Retry(reason=reason) from error
             # A server that became a replica is left, too: its address may lead to the new primary.
             raise SinkError(reason) from error
+
+
+def _packer() -> Callable[[tuple[Any, ...]], bytes] | None:
+    try:
+        import hiredis
+    except ModuleNotFoundError:
+        return None
+    pack: Callable[[tuple[Any, ...]], bytes] = hiredis.pack_command
+    return pack
 
 
 def _from_url(url: str, kwargs: dict[str, Any]) -> tuple[Callable[[], Any], str]:
