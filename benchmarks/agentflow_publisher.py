@@ -54,7 +54,7 @@ async def main(url: str) -> None:
     await asyncio.sleep(2)
     async with Redis.from_url(url) as client:
         delivered = await client.xlen("events")
-    print(json.dumps({"offered": offered, "delivered": delivered}), flush=True)
+    print(json.dumps({"offered": offered, "delivered": delivered, "seconds": SECONDS}), flush=True)
     sys.exit(0)
 
 
