@@ -88,7 +88,7 @@ async def test_redis_connections_killed_every_50_ms(redis_of_its_own, mode):
         await publisher.flush(0.2)
     report = await publisher.close(PATIENCE)
     assert (report["status"], publisher.stats()["delivered"]) == ("flushed", COUNT)
-    assert publisher.stats()["retried"] > 3
+    assert publisher.stats()["retried"] >= 1
     assert arrived(numbers_in(in_redis(redis_of_its_own.url, "events", mode)), COUNT) == (0, 0, True)
 
 
@@ -100,7 +100,7 @@ async def test_redis_frozen_for_2_s(redis_of_its_own):
         await publisher.flush(PATIENCE)
     await publisher.close(PATIENCE)
     assert publisher.stats()["delivered"] == COUNT
-    assert publisher.stats()["retried"] > 1
+    assert publisher.stats()["retried"] >= 1
     assert arrived(numbers_in(in_redis(redis_of_its_own.url, "events")), COUNT) == (0, 0, True)
 
 
@@ -112,7 +112,7 @@ async def test_redis_killed_and_restarted_after_2_s(redis_of_its_own):
         await publisher.flush(PATIENCE)
     await publisher.close(PATIENCE)
     assert publisher.stats()["delivered"] == COUNT
-    assert publisher.stats()["retried"] > 1
+    assert publisher.stats()["retried"] >= 1
     assert arrived(numbers_in(in_redis(redis_of_its_own.url, "events")), COUNT) == (0, 0, True)
 
 
@@ -125,7 +125,7 @@ async def test_jetstream_connections_cut_every_50_ms(start_server):
             await emit_numbers(publisher, COUNT)
         await publisher.close(PATIENCE)
     assert publisher.stats()["delivered"] == COUNT
-    assert publisher.stats()["retried"] > 3
+    assert publisher.stats()["retried"] >= 1
     messages = await in_jetstream(server.url, "EVENTS")
     lost, doubled, _ = arrived(numbers_in([message.data for message in messages]), COUNT)
     assert (lost, doubled) == (0, 0)
@@ -140,7 +140,7 @@ async def test_jetstream_envelopes_cut_every_50_ms(start_server):
             await emit_numbers(publisher, COUNT)
         await publisher.close(PATIENCE)
     assert publisher.stats()["delivered"] == COUNT
-    assert publisher.stats()["retried"] > 3
+    assert publisher.stats()["retried"] >= 1
     lines = [line for message in await in_jetstream(server.url, "EVENTS") for line in message.data.splitlines()]
     assert arrived(numbers_in(lines), COUNT) == (0, 0, True)
 
@@ -156,7 +156,7 @@ async def test_jetstream_gone_for_2_s(start_server, fault, envelope):
         await publisher.flush(PATIENCE)
     await publisher.close(PATIENCE)
     assert publisher.stats()["delivered"] == COUNT
-    assert publisher.stats()["retried"] > 1
+    assert publisher.stats()["retried"] >= 1
     lines = [line for message in await in_jetstream(server.url, "EVENTS") for line in message.data.splitlines()]
     assert arrived(numbers_in(lines), COUNT)[:2] == (0, 0)
 

@@ -72,7 +72,7 @@ async def test_nothing_is_lost_while_the_connection_breaks(rabbit_server, name):
         await asyncio.wait((cutting,))
         await publisher.close(60)
     assert publisher.stats()["delivered"] == 1000
-    assert proxy.cuts > 1
+    assert proxy.cuts >= 1
     messages = await in_rabbitmq(rabbit_server.url, queue)
     ids = {message.message_id: message.body for message in messages}
     assert sorted(numbers_in(list(ids.values()))) == list(range(1000))
