@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import uuid
 
 import pytest
@@ -38,9 +37,7 @@ async def test_events_arrive_once_and_in_order(kafka_broker, topic):
 async def test_events_too_long_are_refused_alone(kafka_broker, topic, tmp_path):
     """One event in a hundred is too long for a message: it is a dead letter, all others arrive once."""
     config = {"message.max.bytes": 1000}
-    publisher = KafkaPublisher(
-        kafka_broker.url, topic=topic, key="k", config=config, dead_letters=tmp_path / "dead"
-    )
+    publisher = KafkaPublisher(kafka_broker.url, topic=topic, key="k", config=config, dead_letters=tmp_path / "dead")
     for number in range(2000):
         assert publisher.emit({"number": number, "padding": "x" * (2000 if number % 100 == 50 else 10)})
     await publisher.close(30)
@@ -100,35 +97,3 @@ def test_options_outside_their_values(options, text):
     """What librdkafka does not know is refused by name when the publisher is made."""
     with pytest.raises(InvalidOptionError, match=text):
         KafkaPublisher(**options)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_the_child_of_a_fork_has_a_producer_of_its_own(kafka_broker, topic):
-    """A publisher that was used before the fork publishes in the child, and the parent goes on."""
-    publisher = KafkaPublisher(kafka_broker.url, topic=topic, key="k")
-
-    async def use(number: int, last: bool) -> None:
-        publisher.emit({"number": number})
-        await (publisher.close(30) if last else publisher.flush(30))
-
-    async def in_parent() -> int:
-        await use(0, last=False)
-        child = os.fork()
-        if child == 0:
-            os._exit(_in_child())
-        _, status = await asyncio.to_thread(os.waitpid, child, 0)
-        await use(1, last=True)
-        return status
-
-    def _in_child() -> int:
-        asyncio._set_running_loop(None)
-        try:
-            asyncio.run(use(2, last=True))
-        except BaseException:
-            return 1
-        return 0 if publisher.stats()["delivered"] == 1 else 2
-
-    assert asyncio.run(in_parent()) == 0
-    assert publisher.stats()["delivered"] == 2
-    assert sorted(numbers_in(in_kafka(kafka_broker.url, topic))) == [0, 1, 2]

@@ -177,10 +177,13 @@ class NatsLink:
                 yield
         except (Error, OSError, TimeoutError, ValueError) as error:
             cause = self._last_error or error
-            text = text_of(cause)
-            if isinstance(cause, TimeoutError) and not self._client.is_closed:
+            if not isinstance(cause, TimeoutError):
+                text = text_of(cause)
+            elif self._client.is_closed:
+                text = "the connection was closed"
+            else:
                 text = f"no answer within {self._timeout:g} seconds"
-            raise SinkError(f"NATS, {doing}: {text or type(cause).__name__}") from error
+            raise SinkError(f"NATS, {doing}: {text}") from error
         finally:
             self._wait = None
 
