@@ -185,6 +185,23 @@ async def test_a_call_cancelled_in_flight_leaves_no_answer_behind(start_server, 
     assert sorted(numbers_in(in_redis(server.url, key))) == sorted([*range(10)] * 3)
 
 
+async def test_a_user_with_the_rights_of_the_documentation(start_server):
+    """The commands and keys that the page names are enough."""
+    server = start_server(RedisServer)
+    with redis.Redis.from_url(server.url) as client:
+        rights = "+evalsha +eval +exists +set +xadd +xtrim +rpush +ltrim +publish"
+        client.execute_command(
+            *("ACL", "SETUSER", "writer", "on", ">secret", "~events", "~{events}:b:*", "&events", *rights.split())
+        )
+        for mode in ("stream", "pubsub", "list"):
+            client.delete("events")
+            url = server.url.replace("redis://", "redis://writer:secret@")
+            publisher = RedisPublisher(url, key="events", mode=mode, connect=True)
+            async with publisher:
+                await emit_numbers(publisher, 10)
+            assert (publisher.stats()["delivered"], publisher.stats()["retried"]) == (10, 0)
+
+
 # -- what is said ------------------------------------------------------------------------------------------------------
 
 
