@@ -11,7 +11,7 @@ import pytest
 from arrivals import arrived, emit_numbers, in_jetstream, in_redis, numbers_in
 from cutting_proxy import CuttingProxy
 from requirements import need
-from servers import NatsServer, RedisServer
+from servers import NatsServer, RabbitServer, RedisServer
 
 from bgtasks.events.errors import Reject
 from bgtasks.events.sinks.nats import NatsPublisher
@@ -218,6 +218,14 @@ async def hanging(start_server, sink: str) -> AsyncIterator[object]:
     if sink == "redis":
         server = start_server(RedisServer)
         publisher = RedisPublisher(server.url, timeout=60)
+    elif sink == "rabbitmq":
+        aio_pika = need("aio_pika")
+        from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
+
+        server = start_server(RabbitServer)
+        async with await aio_pika.connect(server.url) as connection:
+            await (await connection.channel()).declare_queue("events")
+        publisher = RabbitMQPublisher(server.url, routing_key="events", timeout=60)
     else:
         server = await nats_of_its_own(start_server)
         publisher = NatsPublisher(server.url, subject="events", timeout=60)
@@ -228,7 +236,7 @@ async def hanging(start_server, sink: str) -> AsyncIterator[object]:
     server.thaw()
 
 
-@pytest.mark.parametrize("sink", ["redis", "jetstream"])
+@pytest.mark.parametrize("sink", ["redis", "jetstream", "rabbitmq"])
 async def test_close_returns_by_its_deadline_when_the_sink_hangs(start_server, sink):
     """The report says that the time was up; each event is accounted for."""
     async with hanging(start_server, sink) as publisher:
