@@ -116,6 +116,8 @@ async def test_an_event_longer_than_the_server_allows_is_refused_alone(nats_serv
     await publisher.open()
     with pytest.raises(Reject) as refused:
         await publisher.write([b"1", b"x" * 1_048_500, b"3"], "some-id")
+    with pytest.raises(Reject):
+        await publisher.write([b"x" * 1_048_500], "another-id")
     await publisher.write([b"4"], "other-id")
     await publisher.release()
     assert refused.value.indexes == (1,)

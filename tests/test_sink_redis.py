@@ -81,17 +81,20 @@ async def test_a_batch_of_a_known_id_is_not_written_again(redis_server, client, 
     assert received == [b"1", b"2", b"3"]
 
 
-async def test_a_batch_that_was_refused_is_written_by_the_next_try(redis_server, client, key):
-    """The id is noted with the events, not before them: a refusal must not count as a first try."""
+@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("scripted", [True, False], ids=["script", "transaction"])
+async def test_a_batch_that_was_refused_is_written_by_the_next_try(redis_server, client, key, mode, scripted):
+    """The id is noted with the events, not without them: a refusal must not count as a first try."""
     client.set(key, "of another type")
-    publisher = RedisPublisher(redis_server.url, key=key)
+    publisher = RedisPublisher(redis_server.url, key=key, mode=mode)
+    publisher._is_scripted = scripted
     await publisher.open()
     with pytest.raises(Retry, match="WRONGTYPE"):
         await publisher.write([b"1"], "some-id")
     client.delete(key)
     await publisher.write([b"1"], "some-id")
     await publisher.release()
-    assert in_redis(redis_server.url, key) == [b"1"]
+    assert in_redis(redis_server.url, key, mode) == [b"1"]
 
 
 @pytest.mark.parametrize("target", ["events", "{shop}:events", "a{b", "a{b}{c}"])
@@ -136,14 +139,14 @@ async def test_no_more_than_maxlen_stays(redis_server, client, key, mode):
 
 
 @pytest.mark.parametrize("mode", ["stream", "list"])
-@pytest.mark.parametrize("forbidden", ["renamed", "by_acl"])
+@pytest.mark.parametrize("forbidden", ["renamed", "by_acl", "all_but_evalsha"])
 async def test_where_scripts_are_forbidden_a_transaction_does_the_same(start_server, key, mode, forbidden):
     """Events arrive, and a batch that is sent twice is written once."""
     options = ("--rename-command", "EVALSHA", "", "--rename-command", "EVAL", "") if forbidden == "renamed" else ()
     server = start_server(RedisServer, options=options)
-    if forbidden == "by_acl":
-        with redis.Redis.from_url(server.url) as client:
-            client.execute_command("ACL", "SETUSER", "default", "-@scripting")
+    rights = {"by_acl": ["-@scripting"], "all_but_evalsha": ["-@scripting", "+evalsha"]}.get(forbidden, [])
+    with redis.Redis.from_url(server.url) as client:
+        client.execute_command("ACL", "SETUSER", "default", *rights)
     publisher = RedisPublisher(server.url, key=key, mode=mode, maxlen=10_000)
     await emit_numbers(publisher, 1100, rate=1_000_000)
     await publisher.flush()

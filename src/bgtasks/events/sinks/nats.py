@@ -106,9 +106,9 @@ class NatsPublisher(BasePublisher):
         assert link is not None
         messages, unfit = self._messages(batch, batch_id)
         refused: list[int] = []
-        if self._jetstream:
+        if self._jetstream and messages:
             refused = await link.publish_acknowledged(self._subject, messages, self._headers)
-        else:
+        elif messages:
             await link.publish(self._subject, [body for _, body in messages], self._headers)
         reason = f"NATS, or the stream that takes {self._subject!r}, allows no message of this size"
         if refused and self._envelope:
