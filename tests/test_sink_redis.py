@@ -113,7 +113,7 @@ async def test_the_note_stands_in_the_slot_of_the_key(redis_server, client, key,
 
 async def test_a_publisher_into_a_cluster(start_server, key):
     """A client of a Cluster publishes like any other."""
-    server = start_server(RedisServer, options=("--cluster-enabled", "yes"))
+    server = start_server(RedisServer, options=("--cluster-enabled", "yes", "--cluster-port", str(free_port())))
     with redis.Redis.from_url(server.url) as client:
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
