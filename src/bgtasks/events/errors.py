@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bgtasks.errors import BgtasksError
 
-__all__ = ["EncodeError", "Reject", "Retry", "SinkError"]
+__all__ = ["EncodeError", "Reject", "Retry", "SinkError", "SpoolError", "SpoolFullError", "SpoolLockedError"]
 
 
 class Retry(BgtasksError):  # noqa: N818  an order to the flusher, named for what it orders
@@ -50,3 +50,15 @@ class EncodeError(BgtasksError, TypeError):
 
 class SinkError(BgtasksError, ConnectionError):
     """A sink cannot be reached, does not answer in time, or answers with an error; the batch is tried again."""
+
+
+class SpoolError(BgtasksError, RuntimeError):
+    """The spool cannot be opened, read or written; the text says why and what to do."""
+
+
+class SpoolFullError(SpoolError):
+    """A batch found no room in the spool: its quota is used up, or the disk is full."""
+
+
+class SpoolLockedError(SpoolError):
+    """The spool is in use by another publisher of this process."""
