@@ -1,0 +1,163 @@
+"""The spool's queue against a list, in random order of everything that can be done to it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from bgtasks.events.errors import SpoolFullError
+from bgtasks.events.spool import Spool
+
+BATCHES = st.lists(st.binary(max_size=40), min_size=1, max_size=8)
+
+
+class SpoolMachine(RuleBasedStateMachine):
+    """A spool and a list that should hold the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        self.spool = self.make()
+        self.model: list[tuple[str, list[bytes]]] = []
+        self.appended = 0
+
+    def make(self):
+        """Return another spool on the same files."""
+        return Spool(self.directory / "events")
+
+    def expect(self, count):
+        """Compare the head of the queue."""
+        assert self.spool.oldest(count) == self.model[:count]
+
+    @rule(batch=BATCHES)
+    def append(self, batch):
+        """Put a batch in."""
+        batch_id = f"p-{self.appended}"
+        self.appended += 1
+        self.spool.append(batch, batch_id)
+        self.model.append((batch_id, batch))
+
+    @rule(count=st.integers(1, 5))
+    def oldest(self, count):
+        """Look at some."""
+        self.expect(count)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def done(self, data):
+        """Take one of the first out, read before or not."""
+        batch_id, _ = self.model.pop(data.draw(st.integers(0, min(4, len(self.model) - 1))))
+        self.spool.done(batch_id)
+
+    @rule()
+    def done_again(self):
+        """Name one that is not there."""
+        self.spool.done("none")
+
+    @rule()
+    def restart(self):
+        """Close it and open another."""
+        self.spool.close()
+        self.spool = self.make()
+        self.spool.open()
+
+    @rule()
+    def crash(self):
+        """Go on with what another process would find if this one were dead."""
+        copy = Path(tempfile.mkdtemp())
+        shutil.copytree(self.directory, copy, dirs_exist_ok=True)
+        self.spool.close()
+        shutil.rmtree(self.directory)
+        self.directory = copy
+        self.spool = self.make()
+        self.spool.open()
+
+    @invariant()
+    def sizes_agree(self):
+        """Compare the counts."""
+        assert self.spool.size() == (
+            sum(len(batch) for _, batch in self.model),
+            sum(len(event) for _, batch in self.model for event in batch),
+        )
+        assert self.spool.stats().batches == len(self.model)
+
+    def teardown(self):
+        """Take everything out, in order."""
+        self.expect(len(self.model) + 1)
+        self.spool.close()
+        shutil.rmtree(self.directory)
+
+
+class FullSpoolMachine(RuleBasedStateMachine):
+    """A spool at its quota: what is lost are the oldest that were not handed out, and all is counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        self.spool = Spool(self.directory / "events", max_bytes=1 << 20)
+        self.present: list[tuple[str, int]] = []
+        self.held: set[str] = set()
+        self.appended = 0
+        self.lost = 0
+
+    @rule(events=st.integers(1, 400), size=st.integers(1, 2000))
+    def append(self, events, size):
+        """Put a batch in; find out which ones made room."""
+        batch_id = f"p-{self.appended}"
+        before = self.spool.stats()
+        try:
+            self.spool.append([b"x" * size] * events, batch_id)
+        except SpoolFullError:
+            assert self.spool.stats() == before
+            return
+        self.appended += 1
+        idle = [item for item in self.present if item[0] not in self.held]
+        dropped = self.spool.stats().dropped.get("spool_full", 0) - self.lost
+        self.lost += dropped
+        for item in idle:
+            if dropped <= 0:
+                break
+            dropped -= item[1]
+            self.present.remove(item)
+        assert dropped == 0
+        self.present.append((batch_id, events))
+
+    @rule(count=st.integers(1, 3))
+    def oldest(self, count):
+        """Look at some; they are held from now on."""
+        batches = self.spool.oldest(count)
+        assert [(batch_id, len(batch)) for batch_id, batch in batches] == self.present[:count]
+        self.held.update(batch_id for batch_id, _ in batches)
+
+    @precondition(lambda self: self.present)
+    @rule()
+    def done(self):
+        """Take the first out."""
+        batch_id, _ = self.present.pop(0)
+        self.held.discard(batch_id)
+        self.spool.done(batch_id)
+
+    @invariant()
+    def books_close(self):
+        """Nothing is lost that was not counted, and the file keeps to its quota."""
+        assert self.spool.size()[0] == sum(events for _, events in self.present)
+        for path in self.directory.glob("*.spool"):
+            assert path.stat().st_size <= 1 << 20
+
+    def teardown(self):
+        """Tidy up."""
+        self.spool.close()
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self.directory)
+
+
+TestSpoolMachine = SpoolMachine.TestCase
+TestSpoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestFullSpoolMachine = FullSpoolMachine.TestCase
+TestFullSpoolMachine.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
