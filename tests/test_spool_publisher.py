@@ -102,7 +102,7 @@ async def test_events_wait_on_the_disk_while_the_sink_is_down(stem):
 
 async def test_a_durable_publish_returns_after_the_commit(stem):
     """Whatever becomes of the process then, the event is on the disk."""
-    sink = Sink(spool=stem, linger=30.0)
+    sink = Sink(spool=stem)
     sink.is_down = True
     assert await sink.publish(b"precious", durable=True)
     assert sink.stats()["spooled"] == 1
@@ -111,6 +111,19 @@ async def test_a_durable_publish_returns_after_the_commit(stem):
     spool = Spool(stem)
     assert [batch for _, batch in spool.oldest(9)] == [[b"precious"]]
     spool.close()
+
+
+async def test_what_was_left_behind_does_not_count_as_what_is_waited_for(stem):
+    """Neither a durable publish nor a flush takes the delivery of an earlier process's events for that of its own."""
+    spool = Spool(stem)
+    for number in range(50):
+        spool.append([b"earlier"] * 10, f"earlier-{number}")
+    spool.close()
+    sink = Sink(spool=stem)
+    assert await sink.publish(b"mine", durable=True)
+    assert (await sink.flush(30))["status"] == "flushed"
+    assert sink.events == [b"earlier"] * 500 + [b"mine"]
+    await sink.close(30)
 
 
 @pytest.mark.parametrize("state", ["down", "hangs"])
