@@ -1,0 +1,211 @@
+"""Events into a table of an SQLite file: a row an event, or a row a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+from bgtasks.errors import InvalidOptionError, describe
+from bgtasks.events.errors import Reject, Retry, SinkError
+from bgtasks.events.publisher import BasePublisher
+from bgtasks.events.sinks._inherited import keep_inherited
+
+__all__ = ["Rows", "SqlitePublisher", "Sync"]
+
+Rows: TypeAlias = Literal["event", "batch"]
+Sync: TypeAlias = Literal["normal", "full"]
+
+# Two values a row: older SQLite takes 999 values in a statement.
+ROWS_A_STATEMENT: Final = 499
+# Another program that writes to the file is waited for so long in the thread, then the batch is tried again.
+BUSY_TIMEOUT: Final = 1.0
+
+BATCHES: Final = """
+CREATE TABLE IF NOT EXISTS "{0}_batches" (
+    batch INTEGER PRIMARY KEY,
+    batch_id TEXT NOT NULL UNIQUE,
+    written_at REAL NOT NULL
+)
+"""
+CREATE: Final[dict[Rows, str]] = {
+    "event": """
+CREATE TABLE IF NOT EXISTS "{0}" (
+    id INTEGER PRIMARY KEY,
+    batch INTEGER NOT NULL,
+    event TEXT NOT NULL
+)
+""",
+    "batch": """
+CREATE TABLE IF NOT EXISTS "{0}" (
+    batch INTEGER PRIMARY KEY,
+    events TEXT NOT NULL
+)
+""",
+}
+COLUMNS: Final[dict[Rows, str]] = {"event": "id, batch, event", "batch": "batch, events"}
+
+
+class SqlitePublisher(BasePublisher):
+    """Publishes into an SQLite file: a batch is a transaction, in a thread.
+
+    With ``rows="event"``, ``TABLE`` has the columns ``id`` (in the order of the events), ``batch`` and ``event`` (the
+    JSON text), for ``SELECT event ->> '$.name' FROM events``. With ``rows="batch"`` it has ``batch`` and ``events``, a
+    JSON array: twice as fast and more beside a busy loop, for ``SELECT value FROM events, json_each(events.events)``.
+    Either way ``TABLE_batches`` has the id of each batch, so one that is written again, after a crash for one, is there
+    once; and the Unix time at which it was written. No index is made: one on a field halves the speed, or worse.
+
+    The file is in WAL mode; other programs may read it meanwhile.
+
+    Args:
+        path: the file; made if it is missing, in a directory that exists.
+        table: the name of the table.
+        rows: ``"event"`` or ``"batch"``, the same each time for one table.
+        sync: what is committed survives the end of its process with ``"normal"``, that of the machine with ``"full"``.
+        **options: those of ``BasePublisher``.
+
+    Raises:
+        InvalidOptionError: an option is outside its values.
+
+    Example:
+        >>> publisher = SqlitePublisher("events.db")
+        >>> publisher.emit({"event": "order_paid", "order": 42})
+        True
+        >>> await publisher.close()
+
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        table: str = "events",
+        rows: Rows = "event",
+        sync: Sync = "normal",
+        **options: Any,
+    ) -> None:
+        for name, value, values in (("rows", rows, get_args(Rows)), ("sync", sync, get_args(Sync))):
+            if value not in values:
+                raise InvalidOptionError(f"{name} must be one of {', '.join(map(repr, values))}, got {describe(value)}")
+        if not (isinstance(table, str) and table.isascii() and table.isidentifier()):
+            raise InvalidOptionError(f"table must be a name of ASCII letters, digits and _, got {describe(table)}")
+        super().__init__(**options)
+        self._path = Path(os.path.abspath(os.fspath(path)))
+        self._table = table
+        self._rows: Rows = rows
+        self._sync = sync
+        self._connection: sqlite3.Connection | None = None
+
+    async def open(self) -> None:
+        """Open the file, and make the tables that are missing."""
+        await self._thread.run(self._connect_file)
+
+    async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
+        """Write a batch in a transaction, unless one of that id was written before."""
+        await self._thread.run(self._write_batch, batch, batch_id)
+
+    async def release(self) -> None:
+        """Close the file."""
+        await self._thread.run(self._close_file)
+
+    # -- in the thread ------------------------------------------------------------------------------------------------
+
+    def _connect_file(self) -> None:
+        # Only a fork or a lost loop leaves one behind; closing it would undo the locks of its owner.
+        keep_inherited(self._connection)
+        with self._named_errors():
+            connection = sqlite3.connect(
+                self._path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._set_up_file(connection)
+            except BaseException:
+                connection.close()
+                raise
+        self._connection = connection
+
+    def _set_up_file(self, connection: sqlite3.Connection) -> None:
+        execute = connection.execute
+        (mode,) = execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise SinkError(f"{self._path}: no write-ahead log is to be had there (journal mode {mode})")
+        execute(f"PRAGMA synchronous = {self._sync}")
+        with _transaction(connection):
+            execute(BATCHES.format(self._table))
+            execute(CREATE[self._rows].format(self._table))
+        # A table of that name may be another program's, or have the other kind of rows.
+        execute(f'SELECT {COLUMNS[self._rows]} FROM "{self._table}" LIMIT 0')
+
+    def _write_batch(self, batch: Sequence[bytes], batch_id: str) -> None:
+        texts, bad = _decoded(batch)
+        connection = self._connection
+        assert connection is not None
+        with self._named_errors(), _transaction(connection):
+            batches = f'"{self._table}_batches"'
+            noted = connection.execute(
+                f"INSERT OR IGNORE INTO {batches} (batch_id, written_at) VALUES (?, ?)", (batch_id, time.time())
+            )
+            if noted.rowcount and texts:
+                self._insert_rows(connection, noted.lastrowid, texts)
+        if bad:
+            raise Reject(bad, "it is no UTF-8 text")
+
+    def _insert_rows(self, connection: sqlite3.Connection, number: int | None, texts: list[str]) -> None:
+        if self._rows == "batch":
+            row = (number, f"[{','.join(texts)}]")
+            connection.execute(f'INSERT INTO "{self._table}" (batch, events) VALUES (?, ?)', row)
+            return
+        insert = f'INSERT INTO "{self._table}" (batch, event) VALUES '
+        for start in range(0, len(texts), ROWS_A_STATEMENT):
+            part = texts[start : start + ROWS_A_STATEMENT]
+            # Not executemany: it lets go of the interpreter's lock for each row, and waits for it beside a busy loop.
+            places = ", ".join(["(?, ?)"] * len(part))
+            connection.execute(insert + places, tuple(chain.from_iterable((number, text) for text in part)))
+
+    def _close_file(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            text = f"{self._path}: {error}"
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise Retry(reason=text) from error
+            raise SinkError(text) from error
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # A full disk has often rolled it back already.
+        if connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+        raise
+
+
+def _decoded(batch: Sequence[bytes]) -> tuple[list[str], list[int]]:
+    """Return the events as text, and the indexes of those that are none."""
+    try:
+        return [event.decode() for event in batch], []
+    except UnicodeDecodeError:
+        texts, bad = [], []
+        for index, event in enumerate(batch):
+            try:
+                texts.append(event.decode())
+            except UnicodeDecodeError:
+                bad.append(index)
+        return texts, bad

@@ -1,0 +1,191 @@
+"""The SQLite publisher, into real files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from disks import fill_disk, small_disk
+
+from bgtasks.errors import InvalidOptionError
+from bgtasks.events.errors import Reject, SinkError
+from bgtasks.events.sinks.sqlite import SqlitePublisher
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Give the path of a file that is not there yet."""
+    return tmp_path / "events.db"
+
+
+def query(path, statement):
+    """Return what a statement finds."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute(statement).fetchall()
+
+
+def texts(path, rows="event"):
+    """Return the events of a file in their order."""
+    if rows == "event":
+        return [text for (text,) in query(path, "SELECT event FROM events ORDER BY id")]
+    return [text for (text,) in query(path, "SELECT value FROM events, json_each(events.events) ORDER BY batch, id")]
+
+
+@pytest.mark.parametrize("rows", ["event", "batch"])
+async def test_events_arrive_in_order(path, rows):
+    """Every event is a row, or an element of its batch, in the order in which it was emitted."""
+    async with SqlitePublisher(path, rows=rows, linger=0.001) as publisher:
+        for number in range(1234):
+            assert publisher.emit({"number": number})
+    expected = [f'{{"number":{number}}}' for number in range(1234)]
+    assert texts(path, rows) == expected
+    assert publisher.stats()["delivered"] == 1234
+
+
+async def test_fields_can_be_asked_for(path):
+    """The text is JSON to SQLite."""
+    async with SqlitePublisher(path) as publisher:
+        publisher.emit({"event": "order_paid", "order": 42})
+    assert query(path, "SELECT json_extract(event, '$.order') FROM events") == [(42,)]
+
+
+@pytest.mark.parametrize("rows", ["event", "batch"])
+async def test_a_batch_that_is_written_again_is_there_once(path, rows):
+    """The id makes a retry do nothing, in another process and after a restart as well."""
+    for _ in range(2):
+        publisher = SqlitePublisher(path, rows=rows)
+        for _ in range(2):
+            await publisher.open()
+            await publisher.write([b"1", b"2"], "batch-1")
+            await publisher.write([b"3"], "batch-2")
+            await publisher.release()
+        await publisher.close()
+    assert list(map(str, texts(path, rows))) == ["1", "2", "3"]
+    assert [batch_id for (batch_id,) in query(path, "SELECT batch_id FROM events_batches ORDER BY batch")] == [
+        "batch-1",
+        "batch-2",
+    ]
+
+
+async def test_a_batch_may_be_larger_than_a_statement(path):
+    """Thousands of events in a batch are one transaction all the same."""
+    publisher = SqlitePublisher(path)
+    await publisher.open()
+    await publisher.write([b"%d" % number for number in range(2345)], "batch-1")
+    assert len(texts(path)) == 2345
+    await publisher.close()
+
+
+async def test_events_that_are_no_text_are_refused_alone(path):
+    """Bytes that are not UTF-8 are named by their places, the others of the batch are written."""
+    publisher = SqlitePublisher(path)
+    await publisher.open()
+    with pytest.raises(Reject, match="no UTF-8") as caught:
+        await publisher.write([b"1", b"\xff", b"2", b"\xfe"], "batch-1")
+    assert caught.value.indexes == (1, 3)
+    assert texts(path) == ["1", "2"]
+    await publisher.close()
+
+
+async def test_a_locked_file_is_tried_again(path):
+    """Another program's transaction delays events and loses none."""
+    query(path, "PRAGMA journal_mode = WAL")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    publisher = SqlitePublisher(path, linger=0.001)
+    publisher.emit(b"1")
+    report = await publisher.flush(1.5)
+    assert report["status"] == "deadline"
+    assert "database is locked" in report["last_error"]
+    other.execute("COMMIT")
+    other.close()
+    await publisher.close(30)
+    assert texts(path) == ["1"]
+
+
+async def test_a_table_of_another_shape_is_an_error_that_says_so(path):
+    """A table that is not ours is not written to."""
+    query(path, "CREATE TABLE events (mine)")
+    publisher = SqlitePublisher(path)
+    with pytest.raises(SinkError, match=r"events\.db: no such column"):
+        await publisher.open()
+    await publisher.close()
+    other = SqlitePublisher(path, table="told")
+    other.emit(b"1")
+    await other.close()
+    assert query(path, "SELECT event FROM told") == [("1",)]
+
+
+async def test_a_path_that_cannot_be_opened_is_named(tmp_path):
+    """With connect=True at the start, otherwise in the report."""
+    with pytest.raises(SinkError, match=r"missing/events\.db: unable to open"):
+        async with SqlitePublisher(tmp_path / "missing" / "events.db", connect=True):
+            pass
+    publisher = SqlitePublisher(tmp_path / "missing" / "events.db", linger=0.001)
+    publisher.emit(b"1")
+    report = await publisher.close(0.5)
+    assert "missing/events.db" in report["last_error"]
+    assert report["dropped"] == 1
+
+
+@pytest.mark.parametrize("options", [{"rows": "line"}, {"sync": "off"}, {"table": "a b"}, {"table": ""}], ids=str)
+def test_an_option_outside_its_values_is_refused(path, options):
+    """The error names the option."""
+    (name,) = options
+    with pytest.raises(InvalidOptionError, match=f"^{name} must be"):
+        SqlitePublisher(path, **options)
+
+
+async def test_a_full_disk_delays_events_and_loses_none(tmp_path):
+    """A batch is in the file as a whole or not at all, and follows when there is room."""
+    with small_disk(tmp_path / "disk", 6) as disk:
+        publisher = SqlitePublisher(disk / "events.db", linger=0.001)
+        publisher.emit(b"0")
+        await publisher.flush(30)
+        filler = fill_disk(disk)
+        for number in range(1, 3001):
+            assert publisher.emit(b'"%d %s"' % (number, b"x" * 200))
+        report = await publisher.flush(0.5)
+        assert "full" in report["last_error"]
+        filler.unlink()
+        assert (await publisher.close(30))["dropped"] == 0
+        assert [text.strip('"').split()[0] for text in texts(disk / "events.db")] == [str(n) for n in range(3001)]
+
+
+WRITER = """
+    import asyncio, os, sys
+    from bgtasks.events.sinks.sqlite import SqlitePublisher
+
+    async def main():
+        publisher = SqlitePublisher(sys.argv[1])
+        await publisher.open()
+        number = int(sys.argv[2])
+        while True:
+            await publisher.write([b"%d" % (100 * number + place) for place in range(100)], f"b-{number}")
+            os.write(1, b"%d\\n" % number)
+            number += 1
+
+    asyncio.run(main())
+"""
+
+
+def test_what_is_committed_survives_a_kill(path):
+    """Killed in the middle of its work it has lost nothing that was committed, and a batch is whole."""
+    following = 0
+    for lines in (30, 77, 5):
+        command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), str(following)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            said = [int(process.stdout.readline()) for _ in range(lines)]
+            os.kill(process.pid, signal.SIGKILL)
+            said += [int(line) for line in process.stdout.readlines()]
+        found = list(map(int, texts(path)))
+        assert found == list(range(len(found)))
+        assert len(found) in (100 * (said[-1] + 1), 100 * (said[-1] + 2))
+        # What was committed last and not said is written again.
+        following = said[-1] + 1
