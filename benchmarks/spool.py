@@ -1,7 +1,7 @@
 """Times the spool beside a loop that produces: events made, encoded and committed, and read and deleted again.
 
 A loop makes events of 226 bytes of JSON as fast as it can, encodes them in batches of 500 and hands those to the
-spool's thread, never more than a few ahead. Each round runs every contender once; what is printed is the median of the rounds::
+spool's thread, never more than a few ahead. Each round runs every contender once; printed is the median::
 
     python benchmarks/spool.py                 # some 30 s
     python benchmarks/spool.py --directory /mnt/disk --events 2000000 --rounds 9
