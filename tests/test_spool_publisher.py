@@ -12,6 +12,8 @@ from bgtasks.events.spool import Spool
 
 MEBIBYTE = 1 << 20
 
+pytestmark = pytest.mark.usefixtures("ring_of_twin")
+
 
 class Sink(MemoryPublisher):
     """A sink that can be down, and one that can hang; written batches are compared by id."""
