@@ -655,6 +655,7 @@ def test_a_path_that_cannot_be_written_is_an_error_that_says_so(tmp_path, method
         getattr(spool, method)(*arguments)
     assert isinstance(caught.value, BgtasksError)
     spool.done("id")
+    assert not any(tmp_path.iterdir())
     directory.mkdir()
     getattr(spool, method)(*arguments)
     spool.close()

@@ -110,6 +110,7 @@ async def test_a_durable_publish_returns_after_the_commit(stem):
     assert sink.stats()["spooled"] == 1
     report = await sink.close(0.5)
     assert report["spooled"] == 1
+    await until(lambda: sink._flusher.store._spool._file is None)
     spool = Spool(stem)
     assert [batch for _, batch in spool.oldest(9)] == [[b"precious"]]
     spool.close()
@@ -150,6 +151,21 @@ async def test_close_spools_the_rest_by_its_deadline(stem, state):
     assert is_empty(stem.parent)
 
 
+async def test_close_lets_go_of_the_spool_without_time_for_it(stem):
+    """A deadline that is over at once leaves the file to the next one all the same, as soon as the disk is through."""
+    sink = Sink(spool=stem)
+    sink.is_down = True
+    emit_all(sink, numbers(0, 20))
+    await until(lambda: sink.stats()["spooled"] == 20)
+    await sink.close(0)
+    await until(lambda: sink._flusher.store._spool._file is None)
+    following = Sink(spool=stem)
+    emit_all(following, numbers(20, 5))
+    await following.flush(30)
+    assert following.events == numbers(0, 25)
+    await following.close(30)
+
+
 async def test_what_was_left_behind_is_sent_without_a_new_event(stem):
     """A publisher that is started looks for what an earlier process left."""
     spool = Spool(stem)
@@ -171,6 +187,7 @@ async def test_a_batch_that_was_sent_and_not_deleted_is_sent_again_with_its_id(s
     await until(lambda: sink.tries)
     first = sink._flusher.store._in_hand.batch_id
     await sink.close(0.5)
+    await until(lambda: sink._flusher.store._spool._file is None)
     following = Sink(spool=stem)
     await following.start()
     await until(lambda: following.batches)

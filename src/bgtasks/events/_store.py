@@ -312,6 +312,6 @@ class Store:
             self._spool.done(batch_id)
         self._spool.close()
 
-    async def close(self) -> None:
-        """Delete what was sent and let go of the file."""
-        await self._thread.run(self._close)
+    def close(self) -> asyncio.Future[None]:
+        """Have the thread delete what was sent and let go of the file, whether or not anybody waits for it."""
+        return self._thread.run(self._close)

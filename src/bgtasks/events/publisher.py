@@ -362,12 +362,14 @@ class BasePublisher(ABC):
         await self._flusher.stop((end - time.monotonic()) / 3)
         in_time = not self.has_left()
         await self._flusher.clear((end - time.monotonic()) / 3)
+        # Begun before the rest: a spool that nobody had the time to close would stay locked.
+        store_closed = None if self._flusher.store is None else self._flusher.store.close()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + end - time.monotonic()):
                 await self._delivery.release()
                 await self._dead_letters.close()
-                if self._flusher.store is not None:
-                    await self._flusher.store.close()
+                if store_closed is not None:
+                    await store_closed
         self._thread.stop()
         self._drops.stop()
         if self._manager is not None:

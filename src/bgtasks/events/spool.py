@@ -168,6 +168,8 @@ class Spool:
         A disk that does not even take a deletion is no error here: the batch is deleted later and not returned again.
         """
         with contextlib.suppress(SpoolError), self._at_work("written"):
+            if self._file is None:
+                return
             row = self._held.pop(batch_id, None) or self._mended(self._head_named, batch_id)
             if row is not None:
                 self._gone[row.sequence] = row._replace(body=b"")
