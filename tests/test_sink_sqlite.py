@@ -79,6 +79,7 @@ async def test_a_batch_may_be_larger_than_a_statement(path):
     await publisher.open()
     await publisher.write([b"%d" % number for number in range(2345)], "batch-1")
     assert len(texts(path)) == 2345
+    await publisher.release()
     await publisher.close()
 
 
@@ -90,6 +91,7 @@ async def test_events_that_are_no_text_are_refused_alone(path):
         await publisher.write([b"1", b"\xff", b"2", b"\xfe"], "batch-1")
     assert caught.value.indexes == (1, 3)
     assert texts(path) == ["1", "2"]
+    await publisher.release()
     await publisher.close()
 
 

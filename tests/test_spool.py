@@ -671,6 +671,7 @@ def test_a_directory_without_permission_is_an_error_that_says_so(tmp_path):
     printed = run_child(
         """
         import os, sys
+        import urllib.parse  # which pathlib imports late, when this user may not read it any more
         from bgtasks.events.errors import SpoolError
         from bgtasks.events.spool import Spool
         os.setuid(65534)
