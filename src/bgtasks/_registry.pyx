@@ -202,8 +202,9 @@ cdef double _middle_of(int index) noexcept:
 cdef class Record:
     """What the registry keeps on one task while it lives, and what the task steps as the coroutine around the user's.
 
-    The list of its ``LoopRecords`` owns it from creation to the end of the task; the task shares it. It is invisible to the cycle collector on purpose: a task must not vanish because nobody
-    but its manager holds it, and ``release`` cuts every reference at the end.
+    The list of its ``LoopRecords`` owns it from creation to the end of the task; the task shares it. It is invisible to
+    the cycle collector on purpose: a task must not vanish because nobody but its manager holds it, and ``release`` cuts
+    every reference at the end.
     """
 
     # Neighbours in the list of live records, borrowed: the list holds one reference to each member.
