@@ -1,7 +1,7 @@
 # The commands that people and CI share. They use the activated Python, or the one given: make test PYTHON=...
 PYTHON ?= python
 
-.PHONY: build test suite graphs agents lint bench nightly dist
+.PHONY: build test native suite graphs agents lint bench nightly dist
 
 build: # the package, editable and compiled, with what the other commands need
 	$(PYTHON) -m pip install --upgrade 'pip>=25.1'
@@ -9,6 +9,12 @@ build: # the package, editable and compiled, with what the other commands need
 
 test: # on both twins
 	PYTHON='$(PYTHON)' scripts/test_twins
+
+# What the choice between records and native coroutines concerns.
+NATIVE = create_task errors fire introspection leaks limits loops shutdown state_machine task_factory threads waiting
+
+native: # the compiled registry with native coroutines, as from Python 3.14 on
+	BGTASKS_IMPLEMENTATION=cython $(PYTHON) -m pytest --twin cython --native $(NATIVE:%=tests/test_%.py)
 
 suite: # CPython's own asyncio tests, on tracked tasks
 	BGTASKS_IMPLEMENTATION=cython $(PYTHON) -X faulthandler tests/cpython_asyncio.py
