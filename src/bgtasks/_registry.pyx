@@ -18,7 +18,7 @@ import sys
 import threading
 from asyncio import BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from contextvars import Context
 from functools import partial
@@ -1288,7 +1288,8 @@ cdef class Registry:
     cdef public bint _room_wanted
     cdef readonly Py_ssize_t _max_running
     cdef Py_ssize_t _running
-    cdef dict _queue
+    # An OrderedDict: the first entry of a dict that shrinks at the front is found behind all that have gone.
+    cdef object _queue
     cdef dict _muted
     cdef object _muted_level
     cdef long long _ids_taken
@@ -1303,7 +1304,7 @@ cdef class Registry:
         self._history = deque(maxlen=history) if history else None
         self._cap = cap
         self._max_running = max_running
-        self._queue = {}
+        self._queue = OrderedDict()
         self._muted = muted
         self._muted_level = muted_level
         self._retired = NameStats()
@@ -1525,8 +1526,7 @@ cdef class Registry:
                 record.holds_place = False
                 self._running -= 1
             while self._queue and self._running < self._max_running:
-                following = next(iter(self._queue))
-                del self._queue[following]
+                following = self._queue.popitem(last=False)[0]
                 loop = following.records.loop
                 try:
                     if loop is _running_loop():

@@ -12,7 +12,7 @@ import math
 import threading
 from asyncio import BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from contextvars import Context, copy_context
@@ -960,7 +960,8 @@ class Registry:
         self._room_wanted = False
         self._max_running = max_running
         self._running = 0
-        self._queue: dict[Record, None] = {}
+        # Not a dict: the first entry of one that shrinks at the front is found behind all that have gone.
+        self._queue: OrderedDict[Record, None] = OrderedDict()
         self._muted = muted
         self._muted_level = muted_level
         self._ids_taken = 0
@@ -1199,8 +1200,7 @@ class Registry:
                 record.holds_place = False
                 self._running -= 1
             while self._queue and self._running < self._max_running:
-                following = next(iter(self._queue))
-                del self._queue[following]
+                following = self._queue.popitem(last=False)[0]
                 loop = following.records.loop
                 try:
                     if loop is _get_running_loop():
