@@ -444,7 +444,8 @@ class TwinsInLockstep(RuleBasedStateMachine):
     def finished_tasks_leave_nothing(self) -> None:
         """Check what became of tasks that ended, and that nothing keeps what they held."""
         for twin in self.twins:
-            for key in twin.handles.keys() - self.model.live.keys():
+            # Children first: the frame of one that failed inside its parent's step keeps the parent's.
+            for key in sorted(twin.handles.keys() - self.model.live.keys(), key=len, reverse=True):
                 task = self.model.ended[key]
                 # Not even while somebody keeps the task; an error's traceback keeps it, though.
                 assert task.outcome != "completed" or twin.payloads[key]() is None, f"{twin.kind} keeps what {key} held"
