@@ -502,6 +502,78 @@ async def test_a_future_of_a_thread_cancels_its_task(make):
         assert early[1]
 
 
+async def test_a_cancelled_future_of_a_thread_has_no_failure_to_raise(make, caplog):
+    """What its task raises instead of ending is logged, and the block ends well."""
+    began = asyncio.Event()
+
+    async def resists():
+        began.set()
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            raise ValueError("instead") from None
+
+    async with make() as submit:
+        future = await in_thread(lambda: submit(resists))
+        await began.wait()
+        future.cancel()
+    assert future.cancelled()
+    assert "ValueError: instead" in caplog.text
+
+
+async def test_a_thread_that_submits_at_the_end_is_waited_for(make, monkeypatch):
+    """What comes when the last task has just ended runs inside the block, not behind it."""
+    executor = make()
+    loop = asyncio.get_running_loop()
+    submitting, may_go = threading.Event(), threading.Event()
+    seen, threads = [], []
+
+    class SlowLoop:
+        def call_soon_threadsafe(self, *arguments):
+            submitting.set()
+            may_go.wait()
+            loop.call_soon_threadsafe(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(loop, name)
+
+    async def late():
+        seen.append("inside")
+
+    is_busy = executor._is_busy
+
+    def is_busy_and_late():
+        busy = is_busy()
+        if not busy and not threads:
+            # The block has just seen that it may end.
+            executor._loop = SlowLoop()
+            threads.append(threading.Thread(target=lambda: submit(late)))
+            threads[0].start()
+            submitting.wait()
+            loop.call_later(0.01, may_go.set)
+        return busy
+
+    monkeypatch.setattr(executor, "_is_busy", is_busy_and_late)
+    async with executor as submit:
+        pass
+    may_go.set()
+    seen.append("behind")
+    await in_thread(threads[0].join)
+    await asyncio.sleep(0)
+    assert seen == ["inside", "behind"]
+
+
+async def test_a_thread_that_is_refused_at_the_end_does_not_hold_it_up(make):
+    """The block may have seen what was refused a moment later."""
+    executor = make()
+    async with executor as submit:
+        executor._is_open = False
+        with pytest.raises(ExecutorClosedError):
+            await in_thread(lambda: submit(value))
+        executor._is_open = True
+    assert not executor._handed_over
+
+
 async def test_a_thread_is_refused_after_the_end_and_after_the_loop(make):
     """The coroutine of a refused submission is closed."""
     executor = make()

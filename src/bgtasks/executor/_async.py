@@ -172,8 +172,12 @@ class AsyncBackgroundExecutor:
                 self._start_handed_over, future, coro, (name, timeout, False, contextvars.copy_context(), marks)
             )
         except RuntimeError as error:
-            self._handed_over.discard(future)
             errors.close_refused(coro)
+            try:
+                # The end of the block may wait for what was in there for a moment.
+                self._loop.call_soon_threadsafe(self._settle_handed_over, future)
+            except RuntimeError:
+                self._handed_over.discard(future)
             if isinstance(error, errors.BgtasksError):
                 raise
             raise errors.NoRunningLoopError(
@@ -212,7 +216,8 @@ class AsyncBackgroundExecutor:
 
         def end(task: asyncio.Task[Any]) -> None:
             _copy_outcome(future, task)
-            if marks & RERAISE_ON_EXIT and not task.cancelled() and task.exception() is not None:
+            # A future that its holder cancelled has no failure to raise, whatever the task did about it.
+            if marks & RERAISE_ON_EXIT and not future.cancelled() and future.exception() is not None:
                 self._failures.keep(order, future)
             self._settle_handed_over(future)
 
@@ -267,8 +272,7 @@ class AsyncBackgroundExecutor:
         self._is_exiting = True
         try:
             self._cancel(CANCEL_ON_EXIT)
-            while self._is_busy():
-                await self._next_quiet()
+            await self._close_when_quiet()
         except asyncio.CancelledError:
             await self._settle()
             raise
@@ -288,6 +292,17 @@ class AsyncBackgroundExecutor:
             # The traceback of what is raised keeps this frame: the frame must not keep what failed.
             failures.clear()
             future = failure = None  # type: ignore[assignment]
+
+    async def _close_when_quiet(self) -> None:
+        """Wait until every task has ended, those submitted meanwhile included, and take no more."""
+        while True:
+            while self._is_busy():
+                await self._next_quiet()
+            self._is_open = False
+            if not self._is_busy():
+                return
+            # Another thread submitted just now.
+            self._is_open = True
 
     def _is_busy(self) -> bool:
         return bool(self._group.live or self._handed_over)
