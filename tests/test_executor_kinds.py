@@ -3,10 +3,12 @@
 import concurrent.futures
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from bgtasks import BackgroundExecutor, InvalidFunctionError, InvalidOptionError, NotPicklableError, WorkerDiedError
+from bgtasks.executor._processes import ProcessRunner
 
 
 class Unpicklable(Exception):  # noqa: N818
@@ -78,6 +80,15 @@ def test_a_function_that_runs_is_ended_with_its_process(make):
     assert time.monotonic() - begin < 50
     stats = executor.manager.stats()
     assert (stats["abandoned"], stats["timed_out"]) == (1, 1)
+
+
+def test_a_function_abandoned_before_its_process_began_starts_none():
+    """An interruption that comes first is not forgotten."""
+    runner = ProcessRunner()
+    runner.interrupt()
+    with pytest.raises(WorkerDiedError, match="abandoned before"):
+        runner.run(SimpleNamespace(__qualname__="late"))
+    runner.close()
 
 
 def test_a_process_that_dies_is_replaced(make):

@@ -28,10 +28,13 @@ class ProcessRunner:
         self._lock = threading.Lock()
         self._process: Any = None
         self._pipe: Connection | None = None
+        self._is_interrupted = False
 
     def run(self, call: Call) -> Any:
         """Run the function and return its result or raise its error."""
         with self._lock:
+            if self._is_interrupted:
+                raise errors.WorkerDiedError(f"{call.__qualname__} was abandoned before a process ran it")
             pipe = self._start() if self._pipe is None else self._pipe
         try:
             pipe.send_bytes(payload_of(call))
@@ -45,8 +48,9 @@ class ProcessRunner:
         return unpacked(outcome)
 
     def interrupt(self) -> None:
-        """End the process, and with it the function that runs."""
+        """End the process, and with it the function that runs; there will be no other."""
         with self._lock:
+            self._is_interrupted = True
             if self._process is not None:
                 self._process.terminate()
 
