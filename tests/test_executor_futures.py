@@ -3,12 +3,14 @@
 import asyncio
 import concurrent.futures
 import gc
+import os
+import signal
 import threading
 import weakref
 
 import pytest
 
-from bgtasks import BackgroundExecutor
+from bgtasks import BackgroundExecutor, _registry_py
 from bgtasks.executor import _call
 
 
@@ -51,6 +53,102 @@ def test_a_future_nobody_looked_at_has_its_outcome(make):
     assert weakref.ref(good)() is good
     with pytest.raises(AttributeError, match="'CallFuture' object has no attribute 'missing'"):
         _ = good.missing
+    for refused in (lambda: good.set_result(8), lambda: good.set_exception(error)):
+        with pytest.raises(concurrent.futures.InvalidStateError):
+            refused()
+    assert (good.cancel(), good.result()) == (False, 7)
+
+
+def test_a_future_tells_how_far_its_function_is(make):
+    """repr, running and done say pending, running and finished, and cancel says True only of what is cancelled."""
+    gate = threading.Event()
+    with make(max_concurrency=1) as submit:
+        first = submit(gate.wait)
+        while not first.running():
+            pass
+        second = submit(int)
+        assert "state=running" in repr(first)
+        assert "state=pending" in repr(second)
+        assert (first.cancel(), second.cancel(), second.cancel()) == (False, True, True)
+        assert "state=cancelled" in repr(second)
+        gate.set()
+        first.result()
+        assert not first.running()
+        assert "state=finished" in repr(first)
+
+
+class _Escaped(BaseException):
+    """What a done callback may raise and nobody catches as an Exception."""
+
+
+def _raising(future):
+    raise _Escaped
+
+
+def test_a_callback_that_raises_no_exception_costs_neither_a_thread_nor_the_end(make, caplog):
+    """The worker logs it and goes on; the end of the block is told of the function all the same."""
+    gate = threading.Event()
+    with make(max_concurrency=1) as submit:
+        future = submit(gate.wait, __name__="hears badly")
+        future.add_done_callback(_raising)
+        gate.set()
+        assert submit(int, 7).result(timeout=10) == 7
+    assert future.result() is True
+    assert caplog.text.count("A done callback or hook of background task 'hears badly' raised") == 1
+
+
+def test_a_callback_that_raises_no_exception_reaches_who_cancels(make):
+    """As in concurrent.futures; those that wait, and the end of the block, hear of the cancellation."""
+    gate = threading.Event()
+    with make(max_concurrency=1) as submit:
+        submit(gate.wait)
+        future = submit(int)
+        future.add_done_callback(_raising)
+        with pytest.raises(_Escaped):
+            future.cancel()
+        assert concurrent.futures.wait([future], timeout=10).done == {future}
+        gate.set()
+
+
+def test_a_timeout_whose_callback_raises_no_exception_is_not_the_last(make, caplog):
+    """The thread that watches the timeouts outlives it."""
+    gate = threading.Event()
+    with make() as submit:
+        for _ in range(2):
+            future = submit(gate.wait, __timeout__=0.01, __reraise_on_exit__=False)
+            future.add_done_callback(_raising)
+            assert isinstance(future.exception(timeout=10), TimeoutError)
+        gate.set()
+    assert caplog.text.count("A done callback or hook") == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_the_child_of_a_fork_is_not_held_up_by_a_lock_of_the_parent(make):
+    """Whatever the parent's threads held at that moment, an executor of the child works."""
+    held, gate = threading.Event(), threading.Event()
+
+    def hold():
+        with _call._watching, _registry_py._calls_lock:
+            held.set()
+            gate.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        with make() as submit:
+            os._exit(submit(int, 7).result(timeout=10))
+    gate.set()
+    thread.join()
+    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
+    signal.alarm(20)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def test_waiters_and_callbacks_hear_of_the_end_whenever_they_come(make):
@@ -99,7 +197,7 @@ def test_no_waiter_misses_an_end_that_comes_at_the_same_time(make):
 
 
 def test_a_settled_future_holds_its_outcome_and_nothing_else(make):
-    """Neither function nor arguments nor context are kept by a future that is."""
+    """Neither function nor arguments nor executor are kept by a future that is."""
 
     class Argument:
         pass
@@ -112,3 +210,7 @@ def test_a_settled_future_holds_its_outcome_and_nothing_else(make):
     del argument
     gc.collect()
     assert gone() is None
+    executor = weakref.ref(submit.__self__)
+    del submit
+    gc.collect()
+    assert executor() is None

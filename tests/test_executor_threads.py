@@ -485,6 +485,35 @@ def test_hooks_decide_at_the_exit_what_is_reported_and_raised(make_manager, capl
     assert "KeyError" not in caplog.text
 
 
+def test_without_a_thread_the_submission_is_refused(make, monkeypatch):
+    """What the system gives no thread for is refused by submit, and not run later."""
+    called = []
+    with make() as submit:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", lambda thread: raising(RuntimeError("can't start new thread")))
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                submit(called.append, 1)
+        submit(called.append, 2)
+    assert called == [2]
+
+
+def test_without_a_thread_for_its_timeout_the_function_fails(make, monkeypatch):
+    """Its future says why; the next one has its timeout."""
+    start, gate = threading.Thread.start, Gate()
+    with make() as submit:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                threading.Thread,
+                "start",
+                lambda thread: (
+                    raising(RuntimeError("no more")) if thread.name == "bgtasks-deadlines" else start(thread)
+                ),
+            )
+            assert "no more" in str(submit(int, __timeout__=60, __reraise_on_exit__=False).exception(10))
+        assert isinstance(submit(gate, __timeout__=0.01, __reraise_on_exit__=False).exception(10), TimeoutError)
+        gate.opened.set()
+
+
 # -- with the manager --------------------------------------------------------------------------------------------------
 
 

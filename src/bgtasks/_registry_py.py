@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
+import os
 import threading
 from asyncio import BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
@@ -52,6 +53,16 @@ _in_use: set[LoopRecords] = set()
 # Guards the records of functions: their threads share them. The compiled twin does all this in one go under the GIL.
 # Re-entrant, for the text of an error that goes into the history may submit.
 _calls_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _calls_lock
+    _calls_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # Another thread of the parent may hold it, and there is none in the child to let it go.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @final

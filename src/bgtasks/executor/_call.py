@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures._base import FINISHED, PENDING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from bgtasks.executor._runners import Runner
+    from bgtasks.executor._threads import BackgroundExecutor
     from bgtasks.registry import Record
 
 
@@ -26,6 +28,16 @@ _IS_KNOWN: Final = vars(concurrent.futures.Future()).keys() == _MADE_LATE.keys()
 _watching = threading.RLock()
 
 
+def _renew_lock() -> None:
+    global _watching
+    _watching = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # Another thread of the parent may hold it, and there is none in the child to let it go.
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 class Call:
     """A function with its arguments, from its submission to its end; stands where a task's record has its coroutine.
 
@@ -36,6 +48,7 @@ class Call:
         "__qualname__",
         "args",
         "context",
+        "executor",
         "fn",
         "future",
         "is_running",
@@ -55,6 +68,7 @@ class Call:
 
     def __init__(
         self,
+        executor: BackgroundExecutor,
         fn: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -63,6 +77,7 @@ class Call:
         timeout: float | None,
     ) -> None:
         self.__qualname__ = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+        self.executor = executor
         self.fn = fn
         self.args = args
         self.kwargs = kwargs
@@ -70,6 +85,11 @@ class Call:
         self.next_tick = next_tick
         self.timeout = timeout
         self.is_running = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether the function was let go of."""
+        return self.context is None
 
     def close(self) -> None:
         """Let go of the function and its arguments: they are not needed any more."""
@@ -100,12 +120,16 @@ class CallFuture(concurrent.futures.Future[Any]):
         _result = None
         _exception = None
 
-    def __init__(self, cancel_call: Callable[[Call], bool], call: Call) -> None:
+    def __init__(self, call: Call) -> None:
         if not _IS_KNOWN:
             super().__init__()
             self._is_watched = True
-        self._cancel_call = cancel_call
         self._call: Call | None = call
+
+    def __repr__(self) -> str:
+        if self.running():
+            return f"<{type(self).__name__} at {id(self):#x} state=running>"
+        return super().__repr__()
 
     def __getattr__(self, name: str) -> Any:
         make = _MADE_LATE.get(name)
@@ -119,7 +143,7 @@ class CallFuture(concurrent.futures.Future[Any]):
     def cancel(self, msg: Any = None) -> bool:
         """Cancel the function if it has not started, as ``concurrent.futures.Future.cancel`` does."""
         call = self._call
-        return super().cancel() if call is None else self._cancel_call(call)
+        return super().cancel() if call is None else call.executor._cancel_call(call)
 
     def running(self) -> bool:
         """Return True while the function runs."""
@@ -144,5 +168,8 @@ class CallFuture(concurrent.futures.Future[Any]):
     def settle_cancelled(self) -> None:
         """Become cancelled and wake whoever waits; called once, by whoever settled the record."""
         self._call = None
-        super().cancel()
-        self.set_running_or_notify_cancel()
+        try:
+            super().cancel()
+        finally:
+            # A callback may have raised what is no Exception: whoever waits is to hear of the end all the same.
+            self.set_running_or_notify_cancel()

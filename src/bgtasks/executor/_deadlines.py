@@ -24,13 +24,19 @@ class Deadlines:
         self._is_stopped = False
 
     def add(self, call: Call, timeout: float) -> None:
-        """Watch a call that starts now."""
+        """Watch a call that starts now.
+
+        Raises:
+            RuntimeError: there could be no further thread.
+
+        """
         with self._changed:
-            heapq.heappush(self._heap, (time.monotonic() + timeout, next(self._tickets), call))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="bgtasks-deadlines", daemon=True)
-                self._thread.start()
-            elif self._heap[0][2] is call:
+                thread = threading.Thread(target=self._watch, name="bgtasks-deadlines", daemon=True)
+                thread.start()
+                self._thread = thread
+            heapq.heappush(self._heap, (time.monotonic() + timeout, next(self._tickets), call))
+            if self._heap[0][2] is call:
                 self._changed.notify()
 
     def discard(self) -> None:
@@ -38,7 +44,7 @@ class Deadlines:
         with self._changed:
             self._stale += 1
             if self._stale > 64 and 2 * self._stale > len(self._heap):
-                self._heap = [item for item in self._heap if item[2].is_running]
+                self._heap = [item for item in self._heap if not item[2].is_closed]
                 heapq.heapify(self._heap)
                 self._stale = 0
 

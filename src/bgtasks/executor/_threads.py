@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import inspect
 import logging
 import queue
@@ -138,6 +139,7 @@ class BackgroundExecutor:
             NotPicklableError: ``fn`` or an argument cannot go to another process or interpreter.
             ManagerClosedError: the manager was shut down.
             TaskRejectedError: the manager is at its cap.
+            RuntimeError: the system gives no thread, and the executor has none.
 
         """
         if not self._is_open:
@@ -147,7 +149,7 @@ class BackgroundExecutor:
             _options.check_options(kwargs)
         if __timeout__ is not None:
             _options.check_timeout(__timeout__)
-        call = Call(fn, args, kwargs, copy_context(), __next_tick__, __timeout__)
+        call = Call(self, fn, args, kwargs, copy_context(), __next_tick__, __timeout__)
         if self._pickles:
             from bgtasks.executor._pickled import packed
 
@@ -156,7 +158,7 @@ class BackgroundExecutor:
         if not self.manager._admits_call(self._records, call, name):
             raise errors.TaskRejectedError(self.manager._full_text(name))
         marks = (CANCEL_ON_EXIT if __cancel_on_exit__ else 0) | (RERAISE_ON_EXIT if __reraise_on_exit__ else 0)
-        future = CallFuture(self._cancel_call, call)
+        future = CallFuture(call)
         call.future = future
         call.record = self.manager._enroll_call(self._records, self._group, call, name, __timeout__, marks, future)
         self._live[call] = None
@@ -166,7 +168,12 @@ class BackgroundExecutor:
         self._queue.put(call)
         threads = len(self._threads)
         if threads < self._limit and self._queue.qsize() > threads - len(self._running):
-            self._add_worker()
+            try:
+                self._add_worker()
+            except RuntimeError:
+                # Unless a thread that another submitter started was faster, it will not run.
+                if self._cancel_call(call):
+                    raise
         if self._is_exiting and __cancel_on_exit__:
             future.cancel()
         return future
@@ -174,7 +181,12 @@ class BackgroundExecutor:
     # -- threads ------------------------------------------------------------------------------------------------------
 
     def _add_worker(self) -> None:
-        """Start a thread if more calls wait than threads are idle, and there may be another."""
+        """Start a thread if more calls wait than threads are idle, and there may be another.
+
+        Raises:
+            RuntimeError: there could be none, and no other serves the executor.
+
+        """
         with self._lock:
             count = len(self._threads)
             if count >= self._limit or self._queue.qsize() <= count - len(self._running):
@@ -205,7 +217,11 @@ class BackgroundExecutor:
                     if self._queue.qsize() > len(self._threads) - len(running) and len(self._threads) < self._limit:
                         # Submitted between taking this call and marking it as running, when this thread looked idle.
                         self._add_worker()
-                    is_ours = self._run(call, runner)
+                    try:
+                        is_ours = self._run(call, runner)
+                    except BaseException:
+                        self._log_escaped(call)
+                        is_ours = worker in self._threads
                 running.pop(call, None)
                 # The next one may be long in coming: nothing of this one is to wait for it.
                 del call
@@ -217,14 +233,11 @@ class BackgroundExecutor:
     def _run(self, call: Call, runner: Runner) -> bool:
         """Run a function and settle it; return False if it was abandoned meanwhile, and its thread with it."""
         call.is_running = True
-        if call.timeout is not None:
-            self._deadlines.add(call, call.timeout)
-        result, error = _outcome_of(call, runner)
+        result, error = self._outcome_of(call, runner)
         is_first = call.record.finish_call("completed" if error is None else "failed", error)
-        call.is_running = False
+        call.close()
         if call.timeout is not None:
             self._deadlines.discard()
-        call.close()
         if is_first:
             self._settle(call, result, error)
         elif error is not None and not isinstance(error, errors.WorkerDiedError):
@@ -238,6 +251,19 @@ class BackgroundExecutor:
             )
         return is_first
 
+    def _outcome_of(self, call: Call, runner: Runner) -> tuple[Any, BaseException | None]:
+        """Run a call; return its result and its error."""
+        try:
+            if call.timeout is not None:
+                self._deadlines.add(call, call.timeout)
+            return runner.run(call), None
+        except BaseException as error:
+            return None, error
+
+    def _log_escaped(self, call: Call) -> None:
+        """Log what a done callback or a hook raised that is no Exception: above our threads nobody takes it."""
+        logger.error("A done callback or hook of background task '%s' raised", call.record.name, exc_info=True)
+
     # -- settling -----------------------------------------------------------------------------------------------------
 
     def _settle(self, call: Call, result: Any, error: BaseException | None) -> None:
@@ -249,8 +275,10 @@ class BackgroundExecutor:
         try:
             record.report_call(error)
         finally:
-            future.settle(result, error)
-            self._leave(call)
+            try:
+                future.settle(result, error)
+            finally:
+                self._leave(call)
 
     def _cancel_call(self, call: Call, abandon: bool = False) -> bool:
         """Cancel a call that waits; abandon one that runs if that is wanted. Return whether its future is cancelled."""
@@ -260,12 +288,15 @@ class BackgroundExecutor:
         elif abandon and record.finish_call("abandoned"):
             self._abandon(call)
         else:
-            return future.cancelled()
+            # Whoever was first may not have come to the future yet.
+            return record.outcome in ("cancelled", "abandoned")
         try:
             record.report_call()
         finally:
-            future.settle_cancelled()
-            self._leave(call)
+            try:
+                future.settle_cancelled()
+            finally:
+                self._leave(call)
         return True
 
     def _expire(self, call: Call) -> None:
@@ -274,9 +305,12 @@ class BackgroundExecutor:
             return
         self._abandon(call)
         try:
-            self.manager._warn_of_timeout(call.record)
-        finally:
-            self._settle(call, None, TimeoutError(f"timed out after {call.timeout} seconds"))
+            try:
+                self.manager._warn_of_timeout(call.record)
+            finally:
+                self._settle(call, None, TimeoutError(f"timed out after {call.timeout} seconds"))
+        except BaseException:
+            self._log_escaped(call)
 
     def _abandon(self, call: Call) -> None:
         """Leave a thread to the function it runs, and start another if one is wanted."""
@@ -284,7 +318,9 @@ class BackgroundExecutor:
             self._threads.discard(call.worker)
             self._running.pop(call, None)
         call.runner.interrupt()
-        self._add_worker()
+        # Where there is none to be had, the next submission tries again.
+        with contextlib.suppress(RuntimeError):
+            self._add_worker()
 
     def _leave(self, call: Call) -> None:
         del self._live[call]
@@ -396,11 +432,3 @@ def _check_function(fn: Callable[..., Any]) -> None:
         is_async = bool(code.co_flags & _ASYNC_FUNCTION)
     if is_async:
         raise errors.InvalidFunctionError(wants_a_loop(errors.describe(fn)))
-
-
-def _outcome_of(call: Call, runner: Runner) -> tuple[Any, BaseException | None]:
-    """Run a call; return its result and its error."""
-    try:
-        return runner.run(call), None
-    except BaseException as error:
-        return None, error
