@@ -272,6 +272,44 @@ async def test_pattern_parallel_fetching(framework):
     assert found == {"users": "all the users", "products": "all the products"}
 
 
+async def test_best_practices(framework, caplog):
+    """A task without a name has the general one, its result can be awaited, and it can handle its own errors."""
+    BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
+    log = logging.getLogger("shop")
+    reported = []
+
+    async def send_email(user):
+        return f"to {user}"
+
+    async def do_something_risky():
+        raise ConnectionError("no service")
+
+    async def report_error(error):
+        reported.append(str(error))
+
+    async def robust_background_work():
+        try:
+            await do_something_risky()
+        except Exception as error:
+            log.error("Background work failed: %s", error)
+            await report_error(error)
+
+    async with BackgroundTaskManager() as task_manager:
+        task_manager.create_task(send_email("ada"), name="send_welcome_email")
+        task = task_manager.create_task(send_email("ada"))
+        assert [info["name"] for info in task_manager.get_task_info()] in (
+            ["send_welcome_email", "background_task"],
+            [],  # both have ended where every task starts at once
+        )
+        assert await task == "to ada"
+        await task_manager.create_task(robust_background_work())
+        assert task_manager.stats()["failed"] == 0
+        stats = await task_manager.shutdown(timeout=30.0)
+    assert stats["status"] == "completed"
+    assert reported == ["no service"]
+    assert "Background work failed: no service" in caplog.text
+
+
 # -- alone ----------------------------------------------------------------------------------------------------------
 
 

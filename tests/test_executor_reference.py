@@ -25,6 +25,48 @@ def executor(config):
         yield submit
 
 
+def test_usage_of_the_sync_executor():
+    """The program of the usage guide."""
+
+    def sample_task(x: int) -> int:
+        return x * 2
+
+    config = RunnableConfig(max_concurrency=5)
+
+    with BackgroundExecutor(config) as submit:
+        # Submit task with default settings
+        future = submit(sample_task, 10)
+        result = future.result()  # Returns 20
+        assert result == 20
+
+        # Submit task with cancellation on exit
+        future = submit(sample_task, 15, __cancel_on_exit__=True, __reraise_on_exit__=False)
+    assert future.cancelled() or future.result() == 30
+
+
+def test_usage_of_the_async_executor():
+    """The program of the usage guide, with its own loop."""
+
+    async def async_task(x: int) -> int:
+        await asyncio.sleep(1)
+        return x * 2
+
+    async def main():
+        config = RunnableConfig(max_concurrency=5)
+
+        async with AsyncBackgroundExecutor(config) as submit:
+            # Submit async task
+            task = submit(async_task, 10)
+            result = await task  # Returns 20
+            assert result == 20
+
+            # Submit with next tick delay
+            task = submit(async_task, 15, __next_tick__=True, __name__="delayed_task")
+        assert (task.get_name(), task.result()) == ("delayed_task", 30)
+
+    asyncio.run(main())
+
+
 def test_sync_executor_basic():
     """Test basic synchronous execution."""
 
@@ -144,11 +186,24 @@ def test_executor_cleanup():
     assert tasks_completed == [True]
 
 
-def test_executor_performance(executor):
-    """Run a batch through the executor of the fixture, without the timing."""
+@pytest.mark.benchmark
+def test_executor_performance(benchmark):
+    """Benchmark executor performance."""
 
     def quick_task():
         return sum(range(1000))
 
-    results = [future.result() for future in [executor(quick_task) for _ in range(100)]]
+    config = RunnableConfig()
+
+    def run_batch():
+        with BackgroundExecutor(config) as submit:
+            futures = [submit(quick_task) for _ in range(100)]
+            return [f.result() for f in futures]
+
+    results = benchmark(run_batch)
     assert len(results) == 100
+
+
+def test_the_executor_of_a_fixture(executor):
+    """What the fixture yields is submit, in its block."""
+    assert executor(sum, [1, 2]).result() == 3
