@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import threading
 
 import pytest
 from requirements import need
 from work import forever
 
-from bgtasks import BackgroundTaskManager, InvalidOptionError, ManagerClosedError, NoManagerError
+from bgtasks import BackgroundExecutor, BackgroundTaskManager, InvalidOptionError, ManagerClosedError, NoManagerError
 
 starlette = need("starlette")
 fastapi = need("fastapi")
@@ -83,6 +84,23 @@ def test_what_did_not_finish_is_named(inner, caplog):
     with TestClient(app):
         pass
     assert "Shutdown cancelled 1 of 1 background tasks: service (1)" in caplog.text
+
+
+def test_functions_of_an_executor_do_not_take_the_threads_of_the_framework():
+    """A thousand functions that hang in an executor keep no sync endpoint from answering."""
+    gate = threading.Event()
+
+    def endpoint(request):
+        return PlainTextResponse(threading.current_thread().name)
+
+    app = Starlette(routes=[Route("/", endpoint)], lifespan=lifespan())
+    with TestClient(app) as client, BackgroundExecutor(max_concurrency=50, manager=app.state.task_manager) as submit:
+        futures = [submit(gate.wait, 30) for _ in range(1000)]
+        names = {client.get("/").text for _ in range(100)}
+        assert not any(future.done() for future in futures)
+        gate.set()
+    assert not any(name.startswith("bgtasks") for name in names)
+    assert all(future.result() for future in futures)
 
 
 def test_mounted_applications_and_websockets_find_the_manager():
