@@ -159,3 +159,13 @@ def test_every_error_has_one_base():
     from bgtasks import errors
 
     assert all(issubclass(getattr(errors, name), BgtasksError) for name in errors.__all__)
+
+
+def test_every_error_can_be_imported_from_the_package(bgtasks_module):
+    """What a caller may have to catch is public, and in the tree that errors.py shows."""
+    from bgtasks import errors
+
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    defined = {value.__name__ for value in classes if value.__module__ == errors.__name__}
+    assert defined == set(errors.__all__) <= set(bgtasks_module.__all__)
+    assert all(f" {name} " in errors.__doc__ for name in defined - {"BgtasksError"})
