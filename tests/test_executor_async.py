@@ -616,9 +616,15 @@ def test_a_config_or_manager_of_another_kind_is_refused():
 
 async def test_what_cannot_be_run_is_refused(make):
     """The message says what to do, and names the other class where that one would do."""
+
+    async def generator():
+        yield
+
     async with make() as submit:
         with pytest.raises(InvalidFunctionError, match="a function is needed"):
             submit(42)
+        with pytest.raises(InvalidFunctionError, match="until somebody iterates over it"):
+            submit(generator)
         coro = value()
         with pytest.raises(InvalidFunctionError, match="not the result of a call"):
             submit(coro)

@@ -600,6 +600,9 @@ def test_what_cannot_be_run_is_refused(make):
     async def coroutine():
         pass
 
+    async def generator():
+        yield
+
     class Callable:
         async def __call__(self):
             pass
@@ -607,6 +610,9 @@ def test_what_cannot_be_run_is_refused(make):
     with make() as submit:
         with pytest.raises(InvalidFunctionError, match="a function is needed"):
             submit(42)
+        for function in (generator, functools.partial(generator)):
+            with pytest.raises(InvalidFunctionError, match="until somebody iterates over it"):
+                submit(function)
         for function in (coroutine, functools.partial(coroutine)):
             with pytest.raises(InvalidFunctionError, match="AsyncBackgroundExecutor runs coroutine functions"):
                 submit(function)

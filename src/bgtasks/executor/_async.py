@@ -354,6 +354,8 @@ def _coroutine_of(fn: Callable[..., Any], value: Any) -> Any:
         coro: Any = _wait_for(value)
         coro.__qualname__ = getattr(fn, "__qualname__", type(fn).__qualname__)
         return coro
+    if inspect.isasyncgen(value):
+        raise _options.async_generator(fn)
     raise errors.InvalidFunctionError(
         f"{errors.describe(fn)} is no coroutine function: it ran at once and returned {errors.describe(value)}. "
         "AsyncBackgroundExecutor runs coroutine functions; BackgroundExecutor runs this one, in a thread"

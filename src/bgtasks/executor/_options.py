@@ -77,6 +77,14 @@ def not_callable(value: object) -> errors.InvalidFunctionError:
     )
 
 
+def async_generator(fn: object) -> errors.InvalidFunctionError:
+    """Return the error for a function that gives an asynchronous generator, which neither executor runs."""
+    return errors.InvalidFunctionError(
+        f"{errors.describe(fn)} gives an asynchronous generator, which does nothing until somebody iterates over it: "
+        "submit a coroutine function that does, to AsyncBackgroundExecutor"
+    )
+
+
 class Failures(dict[int, Failed]):
     """What failed and may be re-raised at the exit: the order of submission -> its future.
 

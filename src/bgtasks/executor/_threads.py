@@ -431,4 +431,6 @@ def _check_function(fn: Callable[..., Any]) -> None:
     else:
         is_async = bool(code.co_flags & _ASYNC_FUNCTION)
     if is_async:
+        if inspect.isasyncgenfunction(fn):
+            raise _options.async_generator(fn)
         raise errors.InvalidFunctionError(wants_a_loop(errors.describe(fn)))
