@@ -71,6 +71,8 @@ class AsyncBackgroundExecutor:
         self._is_open = False
         self._is_exiting = False
         self._is_settling = False
+        # Something was submitted with __cancel_on_exit__: to find it takes a look at all that the manager has.
+        self._has_to_cancel = False
         self._failures: _options.Failures[asyncio.Future[Any] | concurrent.futures.Future[Any]] = _options.Failures(
             self._decides_late
         )
@@ -130,7 +132,10 @@ class AsyncBackgroundExecutor:
             coro = _coroutine_of(fn, coro)
         if __name__ is None:
             __name__ = coro.__qualname__
-        marks = (CANCEL_ON_EXIT if __cancel_on_exit__ else 0) | (RERAISE_ON_EXIT if __reraise_on_exit__ else 0)
+        marks = RERAISE_ON_EXIT if __reraise_on_exit__ else 0
+        if __cancel_on_exit__:
+            marks |= CANCEL_ON_EXIT
+            self._has_to_cancel = True
         if _get_running_loop() is not self._loop:
             return self._hand_over(coro, __name__, __timeout__, marks)  # type: ignore[return-value]
         task: asyncio.Task[Result] | None = self._create_task(
@@ -271,7 +276,8 @@ class AsyncBackgroundExecutor:
         """Cancel what asked for it, wait for the rest, raise the first failure unless the block raised."""
         self._is_exiting = True
         try:
-            self._cancel(CANCEL_ON_EXIT)
+            if self._has_to_cancel:
+                self._cancel(CANCEL_ON_EXIT)
             await self._close_when_quiet()
         except asyncio.CancelledError:
             await self._settle()
