@@ -77,6 +77,28 @@ def test_a_future_tells_how_far_its_function_is(make):
         assert "state=finished" in repr(first)
 
 
+def test_a_cancellation_that_comes_while_the_outcome_is_set_is_too_late(make, monkeypatch):
+    """Between the end of the function and that of its future cancel says False, and the outcome stays."""
+    answers = []
+
+    class Moment:
+        def __enter__(self):
+            if not answers:
+                answers.append(None)
+                answers.append(future.cancel())
+
+        def __exit__(self, *error):
+            pass
+
+    gate = threading.Event()
+    with make() as submit:
+        future = submit(gate.wait)
+        monkeypatch.setattr(_call, "_watching", Moment())
+        gate.set()
+    assert answers == [None, False]
+    assert future.result(timeout=10) is True
+
+
 class _Escaped(BaseException):
     """What a done callback may raise and nobody catches as an Exception."""
 

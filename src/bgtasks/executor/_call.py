@@ -148,28 +148,32 @@ class CallFuture(concurrent.futures.Future[Any]):
     def running(self) -> bool:
         """Return True while the function runs."""
         call = self._call
-        return call is not None and call.is_running
+        return call is not None and call.is_running and not self.done()
 
     def settle(self, result: Any, error: BaseException | None) -> None:
         """Set the outcome; called once, by whoever settled the record."""
-        self._call = None
+        # The call goes last: until the outcome is set a canceller has to hear from the record that it is too late.
         with _watching:
             if not self._is_watched:
                 # Nobody waits: to wait is to ask for the lock first.
                 self._result = result
                 self._exception = error
                 self._state = FINISHED
+                self._call = None
                 return
-        if error is None:
-            self.set_result(result)
-        else:
-            self.set_exception(error)
+        try:
+            if error is None:
+                self.set_result(result)
+            else:
+                self.set_exception(error)
+        finally:
+            self._call = None
 
     def settle_cancelled(self) -> None:
         """Become cancelled and wake whoever waits; called once, by whoever settled the record."""
-        self._call = None
         try:
             super().cancel()
         finally:
             # A callback may have raised what is no Exception: whoever waits is to hear of the end all the same.
             self.set_running_or_notify_cancel()
+            self._call = None
