@@ -23,7 +23,7 @@ STANDS_FOR = {
     "injection": "injectq",
     "kafka": "confluent_kafka",
     "langgraph": "langgraph.pregel",
-    "otlp": "opentelemetry",
+    "otlp": "opentelemetry.exporter.otlp.proto.http",
     "rabbitmq": "aio_pika",
     "testclient": "httpx2",
 }
