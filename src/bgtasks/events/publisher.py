@@ -208,10 +208,11 @@ class BasePublisher(ABC):
         return self._ring.emit(event)
 
     def _emit_encoded(self, event: Any) -> bool:
-        payload = self._encoded(event)
+        payload = self.encoded(event)
         return payload is not None and self._ring.emit(payload)
 
-    def _encoded(self, event: Any) -> bytes | None:
+    def encoded(self, event: Any) -> bytes | None:
+        """Return an event encoded as it is now, for ``emit``; None where that fails, which is counted as refused."""
         try:
             return self._encoder.encode(event)
         except EncodeError as error:
@@ -235,7 +236,7 @@ class BasePublisher(ABC):
             await self._flusher.room.wait_until(self._ring.has_room, None)
         if not durable:
             return self.emit(event)
-        payload = self._encoded(event)
+        payload = self.encoded(event)
         before = self._dropped()
         if payload is None or not self._ring.emit(payload):
             return False

@@ -1,7 +1,8 @@
 """Puts our manager into the place of agentflow's and 10xGraph's own (extras ``agentflow``, ``tenxgraph``).
 
 After ``install()`` every ``StateGraph`` builds one of ours, and whatever names the framework's
-``BackgroundTaskManager`` means ours. The program stays as it is.
+``BackgroundTaskManager`` means ours. The program stays as it is. ``publisher()`` has a graph publish its events through
+``bgtasks.events``.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from types import ModuleType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bgtasks import errors
 from bgtasks.integrations._agentflow_manager import FrameworkManager
 from bgtasks.integrations._agentflow_metrics import Totals
+from bgtasks.integrations._agentflow_publisher import FrameworkPublisher, publisher_of, straight
 from bgtasks.manager import BackgroundTaskManager, checked_wait
 
-__all__ = ["install", "uninstall"]
+if TYPE_CHECKING:
+    from bgtasks.events import BasePublisher
+
+__all__ = ["install", "publisher", "uninstall"]
 
 # The packages and the extras that bring them; 10xGraph is the newer name of agentflow.
 FRAMEWORKS: Final = ("tenxgraph", "agentflow")
@@ -95,6 +100,41 @@ def uninstall(*frameworks: str) -> None:
                 installation.undo.close()
 
 
+def publisher(ours: BasePublisher, framework: str | None = None) -> Any:
+    """Return a publisher for ``StateGraph(publisher=...)`` whose events go into one of ours.
+
+    It is an instance of the framework's own ``BasePublisher``. Each event is encoded when it passes, since the
+    frameworks go on changing it, and gets the time of that moment where it carries that of the framework's import. With
+    ``install()`` this happens inside ``publish_event``, without a task for each event, and the manager of the graph
+    flushes the publisher before it cancels tasks; without, the framework starts a task an event, as ever.
+
+    Its ``close`` closes ours. ``sync_close`` does, too, and returns when that is done; where a loop runs in this thread
+    it cannot wait: the loop closes ours after the call.
+
+    Args:
+        ours: where the events go: a publisher of ``bgtasks.events`` that takes bytes.
+        framework: ``"agentflow"`` or ``"tenxgraph"``; by default the one that is installed or, of two, imported.
+
+    Raises:
+        InvalidOptionError: ``ours`` is no such publisher, another framework was named, or two are in question.
+        MissingExtraError: the framework is not installed.
+
+    Example:
+        >>> graph = StateGraph(publisher=agentflow.publisher(RedisPublisher("redis://localhost:6379/0")))
+
+    """
+    name = _package_of(_manager_module(_the_one() if framework is None else _checked((framework,))[0]))
+    return publisher_of(name, ours)
+
+
+def _the_one() -> str:
+    found = _found()
+    imported = [name for name in found if name in sys.modules] if len(found) > 1 else found
+    if len(imported) == 1:
+        return imported[0]
+    raise errors.InvalidOptionError(f"{' and '.join(found)} are installed: say which one, framework={found[0]!r}")
+
+
 def _checked(frameworks: tuple[str, ...]) -> tuple[str, ...]:
     for name in frameworks:
         if name not in FRAMEWORKS:
@@ -147,12 +187,17 @@ def _install(name: str, module: ModuleType, drain_timeout: float) -> _Installati
         },
     )
     graphs = importlib.import_module(f"{name}.core.graph")
+    publishers = importlib.import_module(f"{name}.runtime.publisher")
     with contextlib.ExitStack() as undo:
         undo.callback(_replace, ours, original)
         _replace(original, ours)
+        by_task = publishers.publish_event
+        by_ring = straight(by_task, importlib.import_module(f"{name}.utils.injection").fresh)
+        undo.callback(_rename, by_ring, by_task)
+        _rename(by_task, by_ring)
         undo.callback(totals.detach)
         totals.attach()
-        undo.enter_context(_hooked(graphs, original, ours))
+        undo.enter_context(_hooked(graphs, publishers, original, ours))
         return _Installation(module, drain_timeout, undo.pop_all())
 
 
@@ -160,13 +205,7 @@ def _replace(old: type, new: type) -> None:
     """Have every module, ``Inject`` default and container that names one class mean the other."""
     import injectq
 
-    for module in list(sys.modules.values()):
-        # A lazy module is not to be loaded by a look at it, and what else programs put there is none of ours.
-        if issubclass(type(module), ModuleType):
-            namespace = object.__getattribute__(module, "__dict__")
-            for name, value in list(namespace.items()):
-                if value is old:
-                    namespace[name] = new
+    _rename(old, new)
     for thing in gc.get_objects():
         # By type(), never isinstance: that would resolve the default.
         kind = type(thing)
@@ -177,24 +216,41 @@ def _replace(old: type, new: type) -> None:
             _bind(thing, new, thing.get(old))
 
 
-def _bind(container: Any, kind: type, manager: object) -> None:
+def _rename(old: object, new: object) -> None:
+    """Have every module that names one thing mean the other."""
+    for module in list(sys.modules.values()):
+        # A lazy module is not to be loaded by a look at it, and what else programs put there is none of ours.
+        if issubclass(type(module), ModuleType):
+            namespace = object.__getattribute__(module, "__dict__")
+            for name, value in list(namespace.items()):
+                if value is old:
+                    namespace[name] = new
+
+
+def _bind(container: Any, kind: type, thing: object) -> None:
     from injectq import ScopeType
 
-    # InjectQ's singleton scope would go on giving the manager of the first graph after the second one bound its own.
-    container.bind(kind, manager, scope=ScopeType.TRANSIENT, allow_concrete=False)
+    # InjectQ's singleton scope would go on giving what the first graph bound after the second one did.
+    container.bind(kind, thing, scope=ScopeType.TRANSIENT, allow_concrete=False)
 
 
 @contextlib.contextmanager
-def _hooked(graphs: ModuleType, original: type, ours: type) -> Any:
-    """Have graphs bind their manager under both classes and hand it to the nodes that ask for it."""
+def _hooked(graphs: ModuleType, publishers: ModuleType, original: type, ours: type[FrameworkManager]) -> Any:
+    """Have graphs bind their manager under both classes, and hand it to their publisher and the nodes that ask."""
     from bgtasks.integrations._agentflow_nodes import give_manager
 
     kinds = (ours, original, BackgroundTaskManager)
 
     def after_init(graph: Any) -> None:
-        if isinstance(graph._task_manager, ours):
+        manager = graph._task_manager
+        if isinstance(manager, ours):
             for kind in (ours, original):
-                _bind(graph._container, kind, graph._task_manager)
+                _bind(graph._container, kind, manager)
+            if graph._publisher is not None:
+                _bind(graph._container, publishers.BasePublisher, graph._publisher)
+            if isinstance(graph._publisher, FrameworkPublisher):
+                # It ends with this graph anyway: aclose() closes the publisher that its graph was made with.
+                graph._publisher.ours.attach(manager)
 
     def after_compile(graph: Any) -> None:
         if isinstance(graph._task_manager, ours):
