@@ -199,17 +199,31 @@ class PickyPublisher(RedisPublisher):
             raise Reject(bad, "a number nobody likes")
 
 
-async def test_one_in_a_thousand_refused_while_connections_die(redis_of_its_own, tmp_path):
-    """Refusals and retries in one batch: each event is in Redis or in the dead letters, once."""
+class WithBadEvents:
+    """Emits, before one in a thousand events, another one that has no JSON."""
+
+    def __init__(self, publisher):
+        self.publisher = publisher
+
+    def emit(self, event):
+        """Emit."""
+        if event["number"] % 1000 == 250:
+            assert self.publisher.emit({"number": object()})
+        return self.publisher.emit(event)
+
+
+async def test_one_in_a_thousand_refused_and_one_without_json_while_connections_die(redis_of_its_own, tmp_path):
+    """Bad events and retries in one batch: each event is in Redis or in the dead letters, once."""
     publisher = PickyPublisher(redis_of_its_own.url, key="events", dead_letters=tmp_path / "dead.jsonl")
     async with alongside(kill_clients(redis_of_its_own.url, 0.05)):
-        await emit_numbers(publisher, COUNT)
+        await emit_numbers(WithBadEvents(publisher), COUNT)
     await publisher.close(PATIENCE)
     stats = publisher.stats()
-    assert (stats["delivered"], stats["dropped"]) == (COUNT - COUNT // 1000, {"rejected": COUNT // 1000})
+    bad = COUNT // 1000
+    assert (stats["delivered"], stats["dropped"]) == (COUNT - bad, {"rejected": bad, "encode": bad})
     numbers = numbers_in(in_redis(redis_of_its_own.url, "events"))
     assert numbers == [number for number in range(COUNT) if number % 1000 != 500]
-    assert len((tmp_path / "dead.jsonl").read_text().splitlines()) == COUNT // 1000
+    assert len((tmp_path / "dead.jsonl").read_text().splitlines()) == 2 * bad
 
 
 @contextlib.asynccontextmanager
