@@ -38,3 +38,25 @@ def test_an_example_publishes(request, sink, package, fixture, said):
     assert said in done.stdout
     assert "events delivered" in done.stdout
     assert f"python examples/publish_to_{sink}.py" in program.read_text()
+
+
+@pytest.mark.parametrize(
+    ("sinks", "file", "said"),
+    [
+        ("sqlite", "orders.db", "10,000 of 10,000 events delivered, 0 dropped\nGhent: 3,334 orders in the table"),
+        ("several", "orders.jsonl", "10 events for two publishers: 20 delivered, 0 dropped\n10 lines in the file"),
+    ],
+)
+def test_an_example_without_a_server_publishes(tmp_path, sinks, file, said):
+    """The program ends well, and everything is in the file."""
+    program = EXAMPLES / f"publish_to_{sinks}.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-X", "dev", program, tmp_path / file],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert f"python examples/publish_to_{sinks}.py" in program.read_text()

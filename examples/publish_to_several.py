@@ -1,0 +1,35 @@
+"""Publishes events into a file of JSON lines and onto the console, each with a queue of its own.
+
+No server is needed::
+
+    pip install "bgtasks-registry[events]"
+    python examples/publish_to_several.py orders.jsonl
+
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from bgtasks.events.sinks.console import ConsolePublisher
+from bgtasks.events.sinks.fanout import FanoutPublisher
+from bgtasks.events.sinks.jsonl import JsonlPublisher
+
+EVENTS = 10
+
+
+async def main(path: str) -> None:
+    """Publish."""
+    publisher = FanoutPublisher([JsonlPublisher(path), ConsolePublisher()])
+    for number in range(EVENTS):
+        publisher.emit({"event": "order_paid", "order": number})
+    report = await publisher.close()
+    print(f"{EVENTS:,} events for two publishers: {report['delivered']:,} delivered, {report['dropped']:,} dropped")
+
+
+if __name__ == "__main__":
+    path = sys.argv[1] if len(sys.argv) > 1 else "orders.jsonl"
+    asyncio.run(main(path))
+    print(f"{len(Path(path).read_bytes().splitlines()):,} lines in the file")
