@@ -16,7 +16,7 @@ LAYERS = [
     {"ring", "spool"},
     {"_dead_letters", "_drops", "_waker"},
     {"_delivery"},
-    {"_store"},
+    {"_store", "_writers"},
     {"_flusher"},
     {"publisher"},
     {"workers"},

@@ -1,4 +1,4 @@
-"""Writes one batch after another to the sink until each event of it is delivered or dropped."""
+"""Writes batches to the sink until each event of them is delivered or dropped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from bgtasks._bell import Bell
 from bgtasks.errors import text_of
 from bgtasks.events._dead_letters import DeadLetters
 from bgtasks.events.errors import Reject, Retry
@@ -39,31 +40,46 @@ class Sink(Protocol):
         """Disconnect."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Batch:
     """A batch on its way; what is settled leaves it, so that a later flusher can go on where one was cancelled.
 
     ``parts`` are what is still to be written, the next one last: (id, payloads). ``retried_since`` is the time of the
-    first failed try, on the monotonic clock.
+    first failed try, on the monotonic clock. ``place`` is how many events had left the queue before it, and ``since`` a
+    point on the loop's clock that none of its events was emitted before; both only where batches overtake each other.
     """
 
     batch_id: str
     parts: list[tuple[str, Sequence[Any]]]
     tries: int = 0
     retried_since: float | None = field(default=None)
+    place: int = 0
+    since: float = 0.0
 
     @classmethod
-    def of(cls, batch_id: str, payloads: Sequence[Any]) -> Batch:
+    def of(cls, batch_id: str, payloads: Sequence[Any], place: int = 0, since: float = 0.0) -> Batch:
         """Return a new batch of one part."""
-        return cls(batch_id, [(batch_id, payloads)])
+        return cls(batch_id, [(batch_id, payloads)], place=place, since=since)
 
     def events(self) -> int:
         """Return how many events are not settled yet."""
         return sum(len(payloads) for _, payloads in self.parts)
 
 
+class _Client:
+    """What the sink opened, and how many writes are using it."""
+
+    __slots__ = ("users",)
+
+    def __init__(self) -> None:
+        self.users = 0
+
+
 class Delivery:
     """Drives a sink: opens it, writes, retries, and finds the events that it will never take.
+
+    Several batches may be delivered at once. A write that breaks the client has it closed when no other write uses it;
+    those that come meanwhile wait, and open it anew.
 
     Retries follow exponential back-off with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture
     Blog, 2015): a random part of a delay that doubles from 50 ms to 30 s. A ``Retry(after=...)`` is waited out as it
@@ -77,8 +93,7 @@ class Delivery:
 
     """
 
-    _opened: bool
-    _opening: asyncio.Lock
+    _client: _Client | None
 
     def __init__(self, sink: Sink, name: str, retry_for: float | None, dead_letters: DeadLetters) -> None:
         self._sink = sink
@@ -90,7 +105,7 @@ class Delivery:
         self.failing = False
         self.last_error: str | None = None
 
-    async def open(self) -> None:
+    async def open(self) -> _Client:
         """Open the sink unless it is open.
 
         Raises:
@@ -99,15 +114,16 @@ class Delivery:
         """
         # The flusher and ``start`` may both be the first.
         async with self._opening:
-            if not self._opened:
+            if self._client is None:
                 await self._sink.open()
-                self._opened = True
+                self._client = _Client()
+            return self._client
 
     async def release(self) -> None:
-        """Close the sink's client if it is open; what goes wrong with that is logged."""
-        if not self._opened:
+        """Close the sink's client if it is open, in use or not; what goes wrong with that is logged."""
+        if self._client is None:
             return
-        self._opened = False
+        self._client = None
         try:
             async with asyncio.timeout(RELEASE_TIMEOUT):
                 await self._sink.release()
@@ -116,8 +132,12 @@ class Delivery:
 
     def forget(self) -> None:
         """Treat the sink as one that was never opened: its client belongs to another process or to a closed loop."""
-        self._opened = False
+        self._client = None
+        # Held while the sink is opened, and while its client waits to be closed.
         self._opening = asyncio.Lock()
+        # Rings when nobody uses the client any more.
+        self._unused = Bell()
+        self._under_way: set[Batch] = set()
 
     async def deliver(self, batch: Batch, settle: Settle) -> None:
         """Write a batch until every event of it is settled.
@@ -130,11 +150,15 @@ class Delivery:
             asyncio.CancelledError: from outside; what is left in the batch is to be delivered again.
 
         """
-        while batch.parts:
-            await self._dead_letters.wait_written()
-            delay = await self.attempt(batch, settle)
-            if delay is not None:
-                await asyncio.sleep(delay)
+        self._under_way.add(batch)
+        try:
+            while batch.parts:
+                await self._dead_letters.wait_written()
+                delay = await self.attempt(batch, settle)
+                if delay is not None:
+                    await asyncio.sleep(delay)
+        finally:
+            self._under_way.discard(batch)
 
     async def attempt(self, batch: Batch, settle: Settle) -> float | None:
         """Try to write the next part of a batch.
@@ -144,27 +168,48 @@ class Delivery:
 
         """
         part_id, payloads = batch.parts[-1]
+        client: _Client | None = None
         try:
-            await self.open()
-            await self._sink.write(payloads, part_id)
+            client = await self.open()
+            await self._write(client, payloads, part_id)
         except Reject as error:
             self._refused(batch, error, settle)
         except Retry as error:
             return self._failed(batch, error, error.after, settle)
         except Exception as error:
+            delay = self._failed(batch, error, None, settle)
             # Whatever broke may have broken the connection.
-            await self.release()
-            return self._failed(batch, error, None, settle)
+            await self._let_go(client)
+            return delay
         else:
             batch.parts.pop()
             settle(len(payloads), "delivered")
             self._succeeded(batch)
         return None
 
+    async def _write(self, client: _Client, payloads: Sequence[Any], part_id: str) -> None:
+        client.users += 1
+        try:
+            await self._sink.write(payloads, part_id)
+        finally:
+            client.users -= 1
+            if not client.users and self._unused:
+                self._unused.ring()
+
+    async def _let_go(self, client: _Client | None) -> None:
+        """Close a client once no write uses it, unless that was done."""
+        async with self._opening:
+            if client is not None and client is self._client:
+                if client.users:
+                    await self._unused.wait_until(lambda: not client.users, None)
+                await self.release()
+
     def _succeeded(self, batch: Batch) -> None:
         batch.tries = 0
         batch.retried_since = None
         if self.failing:
+            if any(other.tries for other in self._under_way):
+                return
             self.failing = False
             logger.info("Publisher %r writes again", self._name)
         self.last_error = None

@@ -24,6 +24,7 @@ from bgtasks.events._drops import DropReporter
 from bgtasks.events._guard import at_work
 from bgtasks.events._store import Store
 from bgtasks.events._waker import Waker
+from bgtasks.events._writers import Writers
 from bgtasks.events.encoding import Encoder
 from bgtasks.events.errors import EncodeError
 from bgtasks.events.ring import Ring
@@ -59,12 +60,13 @@ class TaskManager(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """When a batch goes: at so many events, so many bytes or so many seconds, whichever is first."""
+    """When a batch goes: at so many events, so many bytes or so many seconds, whichever is first; how many at once."""
 
     events: int
     volume: int
     linger: float
     event_volume: int
+    inflight: int
 
 
 class Flusher:
@@ -138,7 +140,27 @@ class Flusher:
     @property
     def since(self) -> float | None:
         """A point on the loop's clock that no queued event was emitted before; None while it does not run."""
-        return None if self._waker is None else self._waker.since
+        waker, oldest = self._waker, self._oldest()
+        if waker is None or oldest is None:
+            return None if waker is None else waker.since
+        return min(waker.since, oldest.since)
+
+    def in_order(self, count: int) -> int:
+        """Return how many of the first ``count`` events to leave are the first that came, none of them overtaken.
+
+        Args:
+            count: the ring's ``finished`` or ``left``, read before this call.
+
+        """
+        oldest = self._oldest()
+        return count if oldest is None else min(count, oldest.place)
+
+    def _oldest(self) -> Batch | None:
+        """Return the batch that later ones may have overtaken, None if none can; from any thread."""
+        if self._limits.inflight > 1:
+            with suppress(IndexError):
+                return self._pending[0]
+        return None
 
     def wake(self) -> None:
         """Take a call of the ring, from any thread: pass it on, or start on the loop of this thread."""
@@ -211,6 +233,8 @@ class Flusher:
             # Cancelled by others; a stopped one has no waker any more.
             self._waker = None
             self._ask_again()
+            # Whoever waits for the books starts the next one: another event may never come.
+            self.on_progress()
 
     def hurry(self, urgent: bool) -> None:
         """Have batches go at once, or linger again; from any thread."""
@@ -240,15 +264,18 @@ class Flusher:
     async def _run(self, waker: Waker) -> None:
         at_work.set(self._ring)
         courier = None if self.store is None else asyncio.create_task(self._forward(waker))
+        writers = Writers(self._delivery, self._limits.inflight, self._name)
         try:
-            await self._flush_for_ever(waker)
+            await self._flush_for_ever(waker, writers)
         except asyncio.CancelledError:
+            await writers.stop()
             # A call in flight may have left the connection in the middle of an answer.
             await self._delivery.release()
             if waker is self._waker and not self._stopped:
-                await self._flush_once_more(waker)
+                await self._flush_once_more(waker, writers)
             raise
         finally:
+            await writers.stop()
             if courier is not None:
                 courier.cancel()
                 await asyncio.wait((courier,))
@@ -256,14 +283,14 @@ class Flusher:
                 await self.store.stop_passing()
             await self._delivery.release()
 
-    async def _flush_for_ever(self, waker: Waker) -> None:
+    async def _flush_for_ever(self, waker: Waker, writers: Writers) -> None:
         # One that was given up, because a write swallowed its cancellation, ends when that returns.
         resumed = time.perf_counter()
         while waker is self._waker:
             try:
-                if not self._pending:
+                if self._waiting_for(writers) is None:
                     await waker.wait()
-                await self._flush_batch(waker)
+                await self._flush(waker, writers)
             except Exception:
                 # A bug of ours, or of a hook: the pipe goes on.
                 logger.exception("The flusher of publisher %r failed and goes on", self._name)
@@ -274,11 +301,13 @@ class Flusher:
                 await asyncio.sleep(0)
                 resumed = time.perf_counter()
 
-    async def _flush_once_more(self, waker: Waker) -> None:
+    async def _flush_once_more(self, waker: Waker, writers: Writers) -> None:
         try:
             async with asyncio.timeout(LAST_FLUSH):
                 while self._pending or len(self._ring):
-                    await self._flush_batch(waker)
+                    await self._flush(waker, writers)
+                    if not len(self._ring):
+                        await writers.wait_idle()
         except TimeoutError:
             logger.warning(
                 "The loop of publisher %r ends with %d events in the queue; close the publisher first",
@@ -295,6 +324,12 @@ class Flusher:
                 logger.exception("The spool of publisher %r failed and goes on", self._name)
                 await asyncio.sleep(DELAY_AFTER_BUG)
 
+    async def _flush(self, waker: Waker, writers: Writers) -> None:
+        if self._limits.inflight == 1:
+            await self._flush_batch(waker)
+        else:
+            await self._hand_out(waker, writers)
+
     async def _flush_batch(self, waker: Waker) -> None:
         """Deliver what is pending or, if nothing is, the next batch of the ring."""
         await self._dead_letters.wait_written()
@@ -310,6 +345,28 @@ class Flusher:
         # Also where nothing came of the events, because none could be encoded.
         self.on_progress()
 
+    async def _hand_out(self, waker: Waker, writers: Writers) -> None:
+        """Start what is pending or, if nothing is, the next batch of the ring, as far as writers are free."""
+        await writers.wait_free()
+        await self._dead_letters.wait_written()
+        if self._waiting_for(writers) is None:
+            self._take(waker)
+        while waker is self._waker and (batch := self._waiting_for(writers)) is not None:
+            writers.start(batch, partial(self._settle_part, waker, batch))
+            await writers.wait_free()
+        # Also where nothing came of the events, because none could be encoded.
+        self.on_progress()
+
+    def _waiting_for(self, writers: Writers) -> Batch | None:
+        """Return the oldest batch that is in no writer's hands."""
+        return next((batch for batch in self._pending if batch not in writers), None)
+
+    def _settle_part(self, waker: Waker, batch: Batch, number: int, outcome: str) -> None:
+        self._settle(waker, number, outcome)
+        if not batch.parts and batch in self._pending:
+            self._pending.remove(batch)
+        self.on_progress()
+
     def _forget_settled(self) -> None:
         while self._pending and not self._pending[0].parts:
             self._pending.popleft()
@@ -317,7 +374,8 @@ class Flusher:
     def _take(self, waker: Waker) -> None:
         limits = self._limits
         for _ in range(1 if self.store is None else SPOOLED_AT_ONCE):
-            at = waker.now
+            at, since = waker.now, waker.since
+            place = 0 if limits.inflight == 1 else self._taken()
             events = self._ring.take(limits.events, limits.volume)
             if not events:
                 break
@@ -325,11 +383,16 @@ class Flusher:
                 waker.emptied(at)
             if self.room:
                 self.room.ring(len(events))
-            self._encode(events)
+            self._encode(events, place, since)
             if len(events) < limits.events:
                 break
 
-    def _encode(self, events: list[Any]) -> None:
+    def _taken(self) -> int:
+        """Count the events that have left the queue."""
+        books = self._ring.books()
+        return books["accepted"] - books["queue_events"] + books["in_flight"]
+
+    def _encode(self, events: list[Any], place: int = 0, since: float = 0.0) -> None:
         payloads, volume, failed = self._encoder.encode_batch(events)
         if payloads and type(events[0]) is not bytes:
             self._ring.measured(volume // len(payloads))
@@ -339,7 +402,7 @@ class Flusher:
             if too_large:
                 payloads = [payload for payload in payloads if len(payload) <= self._limits.event_volume]
         for batch in self._batches(payloads, volume):
-            self._pending.append(Batch.of(f"{self._publisher_id}-{next(self._numbers)}", batch))
+            self._pending.append(Batch.of(f"{self._publisher_id}-{next(self._numbers)}", batch, place, since))
         if failed:
             error = failed[0][1]
             self._drops.last_error = self._delivery.last_error = text_of(error)

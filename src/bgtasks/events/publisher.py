@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 from bgtasks.errors import InvalidOptionError, describe, text_of
 from bgtasks.events import _process
@@ -50,6 +50,8 @@ class BasePublisher(ABC):
         batch: how many events go to the sink at once.
         batch_bytes: how many bytes go at once.
         linger: seconds an event waits for others before a batch goes that is not full.
+        inflight: how many batches are written at once. More than 1 gives up the order of events, holds so many batches
+            in memory beside the queue, and excludes a spool.
         overflow: what a full queue does: ``"drop_newest"`` refuses the new event, ``"drop_oldest"`` gives up the
             oldest, ``"block"`` has ``publish`` wait for room (``emit``, which cannot wait, refuses), ``"spool"`` writes
             to the spool only what the sink does not take at once.
@@ -80,6 +82,9 @@ class BasePublisher(ABC):
 
     """
 
+    # How many calls of ``write`` may run at once, None for any number; 1 for a sink with one connection or one thread.
+    max_inflight: ClassVar[int | None] = None
+
     def __init__(
         self,
         *,
@@ -89,6 +94,7 @@ class BasePublisher(ABC):
         batch: int = 500,
         batch_bytes: int = 1 << 20,
         linger: float = 0.02,
+        inflight: int = 1,
         overflow: Overflow = "drop_newest",
         retry_for: float = 60.0,
         spool: str | os.PathLike[str] | Spool | None = None,
@@ -104,12 +110,23 @@ class BasePublisher(ABC):
             max_event_bytes=max_event_bytes,
             batch=batch,
             batch_bytes=batch_bytes,
+            inflight=inflight,
         )
         _check_seconds(linger=linger, retry_for=retry_for)
         if overflow not in OVERFLOWS:
             raise InvalidOptionError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {describe(overflow)}")
         if overflow == "spool" and spool is None:
             raise InvalidOptionError("overflow='spool' needs spool=PATH")
+        if inflight > 1 and spool is not None:
+            raise InvalidOptionError(
+                "inflight must be 1 with a spool, which sends its batches one by one to keep their order; "
+                "leave out inflight, or spool"
+            )
+        if self.max_inflight is not None and inflight > self.max_inflight:
+            raise InvalidOptionError(
+                f"inflight must be at most {self.max_inflight} for {type(self).__name__}, whose write cannot run more "
+                f"often at once; got {inflight}"
+            )
         if encode not in ("flush", "now"):
             raise InvalidOptionError(f"encode must be 'flush' or 'now'; got {describe(encode)}")
         self.name = type(self).__name__ if name is None else name
@@ -126,7 +143,11 @@ class BasePublisher(ABC):
         self._delivery = Delivery(self, self.name, retry_for if spool is None else None, self._dead_letters)
         # A queue smaller than a batch would be full before the flusher is woken.
         limits = BatchLimits(
-            min(batch, max(max_events // 2, 1)), min(batch_bytes, max(max_bytes // 2, 1)), linger, max_event_bytes
+            min(batch, max(max_events // 2, 1)),
+            min(batch_bytes, max(max_bytes // 2, 1)),
+            linger,
+            max_event_bytes,
+            inflight,
         )
         self._flusher = Flusher(
             self.name,
@@ -165,14 +186,15 @@ class BasePublisher(ABC):
         """Connect to the sink, before the first ``write``; what it raises counts as a failed ``write``.
 
         It is called again after a fork, on another loop, and when a ``write`` failed other than by ``Retry`` or
-        ``Reject``.
+        ``Reject``; then not before the other calls of ``write`` have ended.
         """
 
     @abstractmethod
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
         """Write a batch to the sink; return when it has it.
 
-        One call runs at a time. A batch that is written again has the same bytes and the same id.
+        One call runs at a time, or up to ``inflight``. A batch that is written again has the same bytes and the same
+        id. Have every call end, by a timeout if need be: a client that broke is closed when no call uses it.
 
         Args:
             batch: encoded events, at least one.
@@ -241,8 +263,15 @@ class BasePublisher(ABC):
         if payload is None or not self._ring.emit(payload):
             return False
         place = self._ring.accepted - self._recovered()
-        await self._flusher.progress.wait_until(lambda: self._ring.left - self._recovered() >= place, None)
+        await self._flusher.progress.wait_until(lambda: self._reached(self._ring.left, place), None)
         return self._dropped() == before
+
+    def _reached(self, count: int, place: int) -> bool:
+        """Say whether the events up to a place are among ``count`` that left; if not, have the flusher go on."""
+        if self._flusher.in_order(count) - self._recovered() >= place:
+            return True
+        self._flusher.ensure_running()
+        return False
 
     def _recovered(self) -> int:
         """Count what the spool brought along. It stands before all else, so who waits for a place does not count it."""
@@ -302,9 +331,7 @@ class BasePublisher(ABC):
             self._flusher.ensure_running()
             self._hurry(1)
             try:
-                await self._flusher.progress.wait_until(
-                    lambda: self._ring.finished - self._recovered() >= target, deadline
-                )
+                await self._flusher.progress.wait_until(lambda: self._reached(self._ring.finished, target), deadline)
             finally:
                 self._hurry(-1)
         return self._report(begun, before["delivered"], sum(before["dropped"].values()))

@@ -52,6 +52,9 @@ class WorkerPublisher(BasePublisher):
 
     """
 
+    # ``workers`` is what runs at once here; what was called is known of one batch.
+    max_inflight = 1
+
     def __init__(self, publisher: PublishesOne, *, workers: int = WORKERS, **options: Any) -> None:
         if not isinstance(publisher, PublishesOne):
             raise InvalidOptionError(f"a publisher with an async publish(event) is needed; got {describe(publisher)}")

@@ -27,6 +27,9 @@ class ConsolePublisher(BasePublisher):
 
     """
 
+    # One thread.
+    max_inflight = 1
+
     def __init__(self, stream: TextIO | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._stream = stream

@@ -34,6 +34,9 @@ class FanoutPublisher(BasePublisher):
 
     """
 
+    # It only hands over: what takes time are the children.
+    max_inflight = 1
+
     def __init__(self, children: Sequence[BasePublisher], **options: Any) -> None:
         for child in children:
             if not isinstance(child, BasePublisher) or isinstance(child, WorkerPublisher):

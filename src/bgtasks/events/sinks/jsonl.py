@@ -42,6 +42,9 @@ class JsonlPublisher(BasePublisher):
 
     """
 
+    # One thread; and only the id of the last batch is known, for one that is written again.
+    max_inflight = 1
+
     def __init__(
         self,
         path: str | os.PathLike[str],

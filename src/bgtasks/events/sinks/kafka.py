@@ -50,6 +50,9 @@ class KafkaPublisher(BasePublisher):
 
     """
 
+    # The producer's thread sends one batch after another, and knows what is unsent of the last one.
+    max_inflight = 1
+
     def __init__(
         self,
         servers: str = "localhost:9092",

@@ -55,6 +55,9 @@ class NatsPublisher(BasePublisher):
 
     """
 
+    # One connection, which knows the answers to one batch.
+    max_inflight = 1
+
     def __init__(
         self,
         servers: str | Sequence[str] = "nats://localhost:4222",

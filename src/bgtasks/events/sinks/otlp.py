@@ -50,6 +50,9 @@ class OtlpPublisher(BasePublisher):
 
     """
 
+    # One thread.
+    max_inflight = 1
+
     def __init__(
         self,
         endpoint: str | None = None,

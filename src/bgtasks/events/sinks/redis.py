@@ -80,6 +80,9 @@ class RedisPublisher(BasePublisher):
 
     """
 
+    # On one connection, whose answers come in order.
+    max_inflight = 1
+
     def __init__(
         self,
         url: str = "redis://localhost:6379/0",

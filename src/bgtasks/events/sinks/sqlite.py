@@ -80,6 +80,9 @@ class SqlitePublisher(BasePublisher):
 
     """
 
+    # One thread.
+    max_inflight = 1
+
     def __init__(
         self,
         path: str | os.PathLike[str],
