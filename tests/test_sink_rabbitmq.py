@@ -60,12 +60,13 @@ async def test_envelopes_hold_the_events_of_a_batch_as_lines(rabbit_server, name
 
 
 @pytest.mark.loops("uvloop")
-async def test_nothing_is_lost_while_the_connection_breaks(rabbit_server, name):
+@pytest.mark.parametrize("inflight", [1, 4])
+async def test_nothing_is_lost_while_the_connection_breaks(rabbit_server, name, inflight):
     """What arrives twice has the same id, so that its reader can tell."""
     queue = await make_queue(rabbit_server.url, name)
     async with CuttingProxy(rabbit_server.port) as proxy:
         url = rabbit_server.url.replace(str(rabbit_server.port), str(proxy.port))
-        publisher = RabbitMQPublisher(url, routing_key=queue, batch=20)
+        publisher = RabbitMQPublisher(url, routing_key=queue, batch=20, inflight=inflight)
         cutting = asyncio.create_task(proxy.cut_again_and_again(0.2))
         await emit_numbers(publisher, 1000, rate=1000)
         cutting.cancel()
