@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -54,6 +55,8 @@ def ours_in(name: str, twin: str, **options: Any) -> Iterator[None]:
     """Install our manager, on the twin, into a framework for the length of the block."""
     from bgtasks.integrations import agentflow
 
+    # install() finds the framework's default values through the cycle collector, which was told to pass over them.
+    gc.unfreeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agentflow, "FrameworkManager", framework_manager_module(twin).FrameworkManager)
         patch.setattr(agentflow, "BackgroundTaskManager", manager_module(twin).BackgroundTaskManager)
