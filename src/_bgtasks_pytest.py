@@ -54,7 +54,20 @@ def mode_of(item: pytest.Item) -> str:
             raise pytest.UsageError(f"{item.nodeid}: the marker {NAME} takes one of: {', '.join(MODES)}")
         return str(marker.args[0])
     mode: str = item.config.getini(NAME)
-    return mode or ("error" if "task_manager" in getattr(item, "fixturenames", ()) else "off")
+    return mode or ("error" if _has_our_fixture(item) else "off")
+
+
+def _has_our_fixture(item: pytest.Item) -> bool:
+    """Say whether a test gets our ``task_manager``, and not, or not only, a fixture of its own by that name."""
+    info = getattr(item, "_fixtureinfo", None)
+    if info is None:
+        return False
+    for definition in reversed(info.name2fixturedefs.get("task_manager", ())):
+        if definition.func.__module__ == __name__:
+            return True
+        if "task_manager" not in definition.argnames:
+            return False
+    return False
 
 
 def _watch(config: pytest.Config) -> None:

@@ -375,6 +375,43 @@ def test_nothing_was_imported(request):
     result.assert_outcomes(passed=1)
 
 
+def test_a_suites_own_fixture_by_the_same_name_asks_for_nothing(run_suite, mark):
+    """A manager of the suite's own may have failures, unless it is ours that the fixture passes on."""
+    result = run_suite(f"""
+@pytest.fixture
+def task_manager():
+    return BackgroundTaskManager()
+
+class TestOurs:
+    @pytest.fixture
+    def task_manager(self, request):
+        return BackgroundTaskManager()
+
+    {mark}
+    async def test_own(self, task_manager):
+        task_manager.create_task(failing())
+        await asyncio.sleep(0.01)
+
+{mark}
+async def test_own(task_manager, request):
+    task_manager.create_task(failing())
+    await asyncio.sleep(0.01)
+    assert not request.config.pluginmanager.has_plugin("bgtasks-watch")
+""")
+    result.assert_outcomes(passed=2)
+    result = run_suite(f"""
+@pytest.fixture
+def task_manager(task_manager):
+    return task_manager
+
+{mark}
+async def test_passed_on(task_manager):
+    task_manager.create_task(failing())
+    await asyncio.sleep(0.01)
+""")
+    result.assert_outcomes(failed=1)
+
+
 def test_it_leaves_no_trace(run_suite, pytester):
     """After a watched run the classes are as they were."""
     pytester.makeconftest("""
