@@ -62,3 +62,8 @@ async def until(condition: Any, timeout: float = 20.0) -> None:
     async with asyncio.timeout(timeout):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+async def has_failed(publisher: Any) -> None:
+    """Wait until a write has failed and not come right: a server's answer may take longer than a deadline to test."""
+    await until(lambda: publisher.stats()["last_error"])

@@ -32,6 +32,10 @@ async def forever():
 async def failing():
     await asyncio.sleep(0)
     raise ValueError("in the background")
+
+async def a_few_iterations():
+    for _ in range(5):
+        await asyncio.sleep(0)
 """
 
 
@@ -186,7 +190,7 @@ def test_a_background_exception_fails_the_test_that_started_the_task(run_suite, 
 {mark}
 async def test_breaks(task_manager):
     task_manager.create_task(failing(), name="mailer")
-    await asyncio.sleep(0.01)
+    await a_few_iterations()
 
 {mark}
 async def test_next(task_manager):
@@ -241,7 +245,7 @@ async def failing_at_once():
 async def test_fires(task_manager):
     task_manager.fire(failing(), name="first")
     task_manager.fire(failing_at_once(), name="second")
-    await asyncio.sleep(0.01)
+    await a_few_iterations()
 """)
     result.assert_outcomes(failed=1)
     text = result.stdout.str()
@@ -255,7 +259,7 @@ def test_a_failing_test_keeps_its_own_failure(run_suite, mark):
 {mark}
 async def test_fails(task_manager):
     task_manager.create_task(failing(), name="mailer")
-    await asyncio.sleep(0.01)
+    await a_few_iterations()
     assert 1 == 2
 """)
     result.assert_outcomes(failed=1)
@@ -278,7 +282,7 @@ async def test_leaves():
 
 async def test_next():
     test_leaves.gate.set()
-    await asyncio.sleep(0.01)
+    await a_few_iterations()
 """)
     result.assert_outcomes(passed=2, errors=1, warnings=1)
     result.stdout.fnmatch_lines(["*left by test_suite.py::test_leaves, failed: ValueError: late*"])
@@ -293,7 +297,7 @@ async def test_leaves():
     manager = BackgroundTaskManager()
     manager.create_task(forever(), name="watcher")
     manager.create_task(failing(), name="mailer")
-    await asyncio.sleep(0.01)
+    await a_few_iterations()
 """
 
 
@@ -324,7 +328,7 @@ def test_the_marker_goes_before_the_option_and_the_fixture(run_suite):
 async def test_excepted(task_manager):
     task_manager.create_task(forever())
     task_manager.create_task(failing())
-    await asyncio.sleep(0.01)
+    await a_few_iterations()
 
 @pytest.mark.asyncio
 @pytest.mark.bgtasks_leaks("warn")
@@ -390,12 +394,12 @@ class TestOurs:
     {mark}
     async def test_own(self, task_manager):
         task_manager.create_task(failing())
-        await asyncio.sleep(0.01)
+        await a_few_iterations()
 
 {mark}
 async def test_own(task_manager, request):
     task_manager.create_task(failing())
-    await asyncio.sleep(0.01)
+    await a_few_iterations()
     assert not request.config.pluginmanager.has_plugin("bgtasks-watch")
 """)
     result.assert_outcomes(passed=2)
@@ -407,7 +411,7 @@ def task_manager(task_manager):
 {mark}
 async def test_passed_on(task_manager):
     task_manager.create_task(failing())
-    await asyncio.sleep(0.01)
+    await a_few_iterations()
 """)
     result.assert_outcomes(failed=1)
 

@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 from arrivals import arrived, emit_numbers, in_kafka, numbers_in
+from event_tools import has_failed
 from requirements import need
 from servers import free_port
 
@@ -80,7 +81,8 @@ async def test_no_broker_answers(topic):
         await publisher.start()
     publisher.emit({"number": 0})
     async with asyncio.timeout(30):
-        report = await publisher.close(1)
+        await has_failed(publisher)
+        report = await publisher.close(0.1)
     assert (report["status"], report["dropped"]) == ("deadline", 1)
     assert address in report["last_error"]
 

@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 from arrivals import arrived, emit_numbers, in_jetstream, numbers_in
+from event_tools import has_failed
 from requirements import need
 from servers import NatsServer, free_port
 
@@ -129,7 +130,8 @@ async def test_a_full_stream_is_tried_again(nats_server, name):
     await make_stream(nats_server, name, max_msgs=10, discard="new")
     publisher = NatsPublisher(nats_server.url, subject=name)
     await emit_numbers(publisher, 15)
-    report = await publisher.flush(0.5)
+    await has_failed(publisher)
+    report = await publisher.flush(0.01)
     assert "maximum messages exceeded" in report["last_error"]
     client = await nats.connect(nats_server.url)
     await client.jetstream().purge_stream(name)
@@ -148,7 +150,8 @@ async def test_no_stream_takes_the_subject(nats_server, name):
     with pytest.raises(SinkError, match=f"no stream takes the subject '{name}'"):
         await publisher.start()
     publisher.emit({"number": 0})
-    assert "no stream takes" in (await publisher.flush(0.2))["last_error"]
+    await has_failed(publisher)
+    assert "no stream takes" in (await publisher.flush(0.01))["last_error"]
     await make_stream(nats_server, name)
     assert (await publisher.close(30))["delivered"] == 1
 
@@ -158,7 +161,8 @@ async def test_nobody_listens(name):
     port = free_port()
     publisher = NatsPublisher(f"nats://someone:secret@127.0.0.1:{port}", subject=name)
     publisher.emit({"number": 0})
-    report = await publisher.close(0.5)
+    await has_failed(publisher)
+    report = await publisher.close(0.1)
     assert (report["status"], report["dropped"]) == ("deadline", 1)
     assert f"127.0.0.1:{port}" in report["last_error"]
     assert "secret" not in report["last_error"]
@@ -169,7 +173,8 @@ async def test_a_wrong_token(start_server, name):
     server = start_server(NatsServer, token="right")
     publisher = NatsPublisher(server.url.replace("right", "wrong"), subject=name)
     publisher.emit({"number": 0})
-    report = await publisher.close(0.5)
+    await has_failed(publisher)
+    report = await publisher.close(0.1)
     assert "Authorization Violation" in report["last_error"]
     assert "wrong" not in report["last_error"]
 

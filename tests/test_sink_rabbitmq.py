@@ -8,6 +8,7 @@ import uuid
 import pytest
 from arrivals import arrived, emit_numbers, in_rabbitmq, numbers_in
 from cutting_proxy import CuttingProxy
+from event_tools import has_failed
 from requirements import need
 from servers import free_port
 
@@ -83,7 +84,8 @@ async def test_a_queue_that_is_missing(rabbit_server, name):
     """A message that no queue takes is not delivered; the queue made, it is."""
     publisher = RabbitMQPublisher(rabbit_server.url, routing_key=name)
     publisher.emit({"number": 0})
-    report = await publisher.flush(0.5)
+    await has_failed(publisher)
+    report = await publisher.flush(0.01)
     assert "1 of 1 messages were not confirmed" in report["last_error"]
     await make_queue(rabbit_server.url, name)
     assert (await publisher.close(30))["delivered"] == 1
@@ -101,7 +103,8 @@ async def test_a_wrong_password(rabbit_server, name):
     """The report names the server, not the password."""
     publisher = RabbitMQPublisher(rabbit_server.url.replace("guest@", "wrong@"), routing_key=name)
     publisher.emit({"number": 0})
-    report = await publisher.close(1.5)
+    await has_failed(publisher)
+    report = await publisher.close(0.1)
     assert f"RabbitMQ at 127.0.0.1:{rabbit_server.port}: " in report["last_error"]
     assert "wrong" not in report["last_error"]
 
@@ -111,7 +114,8 @@ async def test_nobody_listens(name):
     port = free_port()
     publisher = RabbitMQPublisher(f"amqp://guest:guest@127.0.0.1:{port}/", routing_key=name)
     publisher.emit({"number": 0})
-    report = await publisher.close(0.5)
+    await has_failed(publisher)
+    report = await publisher.close(0.1)
     assert (report["status"], report["dropped"]) == ("deadline", 1)
     assert f"RabbitMQ at 127.0.0.1:{port}: " in report["last_error"]
 

@@ -8,6 +8,7 @@ import uuid
 
 import pytest
 from arrivals import arrived, emit_numbers, in_redis, numbers_in
+from event_tools import has_failed
 from requirements import need
 from servers import RedisServer, free_port
 
@@ -215,7 +216,8 @@ async def test_nobody_listens(key, caplog):
     with pytest.raises(SinkError, match=rf"Redis at 127\.0\.0\.1:{port}: .*{port}"):
         await publisher.start()
     publisher.emit({"event": "lost"})
-    report = await publisher.close(0.3)
+    await has_failed(publisher)
+    report = await publisher.close(0.1)
     assert (report["status"], report["dropped"]) == ("deadline", 1)
     assert f"127.0.0.1:{port}" in report["last_error"]
 
@@ -225,7 +227,8 @@ async def test_a_wrong_password(start_server, key):
     server = start_server(RedisServer, password="right")
     publisher = RedisPublisher(server.url.replace("right", "wrong"), key=key)
     publisher.emit({"event": "lost"})
-    report = await publisher.close(0.3)
+    await has_failed(publisher)
+    report = await publisher.close(0.1)
     assert f"Redis at 127.0.0.1:{server.port}: " in report["last_error"]
     assert "password" in report["last_error"]
     assert "wrong" not in report["last_error"]
@@ -269,7 +272,8 @@ async def test_a_server_without_memory_is_tried_again(start_server, key, caplog)
         await publisher.flush()
         client.config_set("maxmemory", 1)
         await emit_numbers(publisher, 5)
-        report = await publisher.flush(0.3)
+        await has_failed(publisher)
+        report = await publisher.flush(0.01)
         assert "OOM" in report["last_error"] or "maxmemory" in report["last_error"]
         connections = client.info("stats")["total_connections_received"]
         client.config_set("maxmemory", 0)

@@ -12,6 +12,7 @@ import textwrap
 
 import pytest
 from disks import fill_disk, small_disk
+from event_tools import has_failed
 
 from bgtasks.errors import InvalidOptionError
 from bgtasks.events.errors import Reject, SinkError
@@ -131,7 +132,8 @@ async def test_a_path_that_cannot_be_opened_is_named(tmp_path):
             pass
     publisher = SqlitePublisher(tmp_path / "missing" / "events.db", linger=0.001)
     publisher.emit(b"1")
-    report = await publisher.close(0.5)
+    await has_failed(publisher)
+    report = await publisher.close(0.1)
     assert "missing/events.db" in report["last_error"]
     assert report["dropped"] == 1
 
@@ -153,7 +155,8 @@ async def test_a_full_disk_delays_events_and_loses_none(tmp_path):
         filler = fill_disk(disk)
         for number in range(1, 3001):
             assert publisher.emit(b'"%d %s"' % (number, b"x" * 200))
-        report = await publisher.flush(0.5)
+        await has_failed(publisher)
+        report = await publisher.flush(0.01)
         assert "full" in report["last_error"]
         filler.unlink()
         assert (await publisher.close(30))["dropped"] == 0

@@ -55,7 +55,8 @@ class TrackedTask(asyncio.Task[Any]):
         there could settle the record. So that one is entered now, up to a pause before the user's coroutine.
         """
         wrapper: Any = _get_wrapper(self)
-        if type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED:
+        is_fresh = type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED
+        if is_fresh and not self.done():
             self._record.paused = True
             wrapper.send(None)
         return _cancel(self, msg=msg)

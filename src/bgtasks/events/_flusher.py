@@ -36,6 +36,8 @@ logger = logging.getLogger("bgtasks.events")
 # What a flusher that is cancelled by others (a loop that ends, cancel_all) may take to empty its ring, in seconds.
 LAST_FLUSH: Final = 1.0
 DELAY_AFTER_BUG: Final = 1.0
+# One that others cancelled on a loop that goes on is back for what is left after so many seconds.
+ABSENCE: Final = 0.1
 # The flusher has the loop for so many seconds at a time, or for one batch.
 SLICE: Final = 0.001
 DELAY_AFTER_SPOOL_ERROR: Final = 0.1
@@ -194,8 +196,15 @@ class Flusher:
             return False
         return loop.is_running() or asyncio._get_running_loop() is None
 
+    def _is_needed(self) -> bool:
+        return bool(self._pending or len(self._ring))
+
+    def _come_back(self) -> None:
+        if self._is_needed():
+            self.ensure_running()
+
     def _ask_again(self) -> None:
-        if self._pending or len(self._ring):
+        if self._is_needed():
             _waiting.add(self)
         while self._ring.arm(len(self._ring) + 1, 0):
             # Another thread emitted in between.
@@ -233,6 +242,10 @@ class Flusher:
             # Cancelled by others; a stopped one has no waker any more.
             self._waker = None
             self._ask_again()
+            if self._is_needed():
+                # The ring did not call for an event that came after the end of the task and before this. A loop that
+                # ends never gets there.
+                task.get_loop().call_later(ABSENCE, self._come_back, context=Context())
             # Whoever waits for the books starts the next one: another event may never come.
             self.on_progress()
 
@@ -304,7 +317,7 @@ class Flusher:
     async def _flush_once_more(self, waker: Waker, writers: Writers) -> None:
         try:
             async with asyncio.timeout(LAST_FLUSH):
-                while self._pending or len(self._ring):
+                while self._is_needed():
                     await self._flush(waker, writers)
                     if not len(self._ring):
                         await writers.wait_idle()

@@ -10,10 +10,11 @@ import logging
 from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from types import CoroutineType, TracebackType
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from bgtasks import errors
 from bgtasks.executor import _options
+from bgtasks.executor._rules import Rules
 from bgtasks.executor._submit import AsyncSubmit
 from bgtasks.manager import BackgroundTaskManager, _copy_outcome
 from bgtasks.registry import CANCEL_ON_EXIT, RERAISE_ON_EXIT, Record
@@ -24,7 +25,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-class AsyncBackgroundExecutor:
+class AsyncBackgroundExecutor(Rules):
     """Runs coroutine functions in the background of an ``async with`` block and waits for them at its end.
 
     The block gets ``submit``. At its end what was submitted with ``__cancel_on_exit__`` is cancelled and all else
@@ -51,11 +52,6 @@ class AsyncBackgroundExecutor:
 
     """
 
-    # For an executor that takes the place of one with other rules: 0 means no limit; and whether a failure is raised is
-    # decided at the exit, so that all of them are kept until then.
-    _zero_is_no_limit: ClassVar[bool] = False
-    _decides_late: ClassVar[bool] = False
-
     def __init__(
         self,
         config: Mapping[str, Any] | None = None,
@@ -63,6 +59,7 @@ class AsyncBackgroundExecutor:
         max_concurrency: int | None = None,
         manager: BackgroundTaskManager | None = None,
     ) -> None:
+        super().__init__()
         self._limit = _options.limit_of(config, max_concurrency, self._zero_is_no_limit)
         self.manager = _options.manager_for(manager)
         self._group = self.manager._make_group(self, self._limit or 0)
@@ -73,9 +70,6 @@ class AsyncBackgroundExecutor:
         self._is_settling = False
         # Something was submitted with __cancel_on_exit__: to find it takes a look at all that the manager has.
         self._has_to_cancel = False
-        self._failures: _options.Failures[asyncio.Future[Any] | concurrent.futures.Future[Any]] = _options.Failures(
-            self._decides_late
-        )
         self._quiet: asyncio.Future[None] | None = None
         # What other threads handed over: not started yet, or not settled.
         self._handed_over: set[concurrent.futures.Future[Any]] = set()
@@ -243,22 +237,12 @@ class AsyncBackgroundExecutor:
         """Keep a failed task for the exit; say whether the manager is to report it."""
         if record.marks & RERAISE_ON_EXIT:
             self._failures.keep(record.task_id, record.task)
-        return self._reports(error)
+        return super()._takes_failure(record, error)
 
     def _on_quiet(self) -> None:
         """Hear that no task may be left."""
         if self._quiet is not None and not self._quiet.done() and not self._quiet.get_loop().is_closed():
             self._quiet.set_result(None)
-
-    # -- what an executor that takes the place of another may change ---------------------------------------------------
-
-    def _reports(self, error: BaseException) -> bool:
-        """Say whether a failure goes to the log and to the manager's ``on_error``."""
-        return True
-
-    def _reraises(self, future: asyncio.Future[Any] | concurrent.futures.Future[Any]) -> bool:
-        """Say, at the exit, whether the failure of this future is raised."""
-        return True
 
     # -- the block -----------------------------------------------------------------------------------------------------
 
@@ -284,20 +268,7 @@ class AsyncBackgroundExecutor:
             raise
         finally:
             self._is_open = False
-        failures = self._failures.in_order()
-        self._failures.clear()
-        if kind is not None:
-            return
-        try:
-            for future in failures:
-                if self._reraises(future):
-                    failure = future.exception()
-                    assert failure is not None, "it failed"
-                    raise failure
-        finally:
-            # The traceback of what is raised keeps this frame: the frame must not keep what failed.
-            failures.clear()
-            future = failure = None  # type: ignore[assignment]
+        self._end_block(kind)
 
     async def _close_when_quiet(self) -> None:
         """Wait until every task has ended, those submitted meanwhile included, and take no more."""

@@ -11,17 +11,18 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from types import TracebackType
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from bgtasks import errors
 from bgtasks.executor import _options
 from bgtasks.executor._call import Call, CallFuture
 from bgtasks.executor._deadlines import Deadlines
 from bgtasks.executor._host import Host
+from bgtasks.executor._rules import Rules
 from bgtasks.executor._runners import Kind, Runner, default_concurrency, runners_of, wants_a_loop
 from bgtasks.executor._submit import Submit
 from bgtasks.manager import BackgroundTaskManager
-from bgtasks.registry import CANCEL_ON_EXIT, RERAISE_ON_EXIT, Record
+from bgtasks.registry import CANCEL_ON_EXIT, RERAISE_ON_EXIT
 
 logger = logging.getLogger("bgtasks")
 
@@ -31,7 +32,7 @@ Result = TypeVar("Result")
 _ASYNC_FUNCTION = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-class BackgroundExecutor:
+class BackgroundExecutor(Rules):
     """Runs functions in the background of a ``with`` block, in threads, and waits for them at its end.
 
     The block gets ``submit``. At its end what was submitted with ``__cancel_on_exit__`` is cancelled and all else
@@ -65,11 +66,6 @@ class BackgroundExecutor:
 
     """
 
-    # For an executor that takes the place of one with other rules: 0 means no limit; and whether a failure is raised is
-    # decided at the exit, so that all of them are kept until then.
-    _zero_is_no_limit: ClassVar[bool] = False
-    _decides_late: ClassVar[bool] = False
-
     def __init__(
         self,
         config: Mapping[str, Any] | None = None,
@@ -79,6 +75,7 @@ class BackgroundExecutor:
         abandon_running: bool = True,
         kind: Kind = "threads",
     ) -> None:
+        super().__init__()
         self._make_runner = runners_of(kind)
         self._pickles = kind != "threads"
         limit = _options.limit_of(config, max_concurrency, self._zero_is_no_limit)
@@ -95,7 +92,6 @@ class BackgroundExecutor:
         # operation each, and look at them afterwards: of two that race at least one sees what the other did.
         self._live: dict[Call, None] = {}
         self._running: dict[Call, None] = {}
-        self._failures: _options.Failures[concurrent.futures.Future[Any]] = _options.Failures(self._decides_late)
         self._quiet = threading.Event()
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         # Guards what is rare: starting and leaving threads, and failures. Re-entrant, for a finaliser may submit.
@@ -329,22 +325,8 @@ class BackgroundExecutor:
 
     # -- what the manager and the registry tell -----------------------------------------------------------------------
 
-    def _takes_failure(self, record: Record, error: BaseException) -> bool:
-        """Say whether the manager is to report a failure."""
-        return self._reports(error)
-
     def _on_quiet(self) -> None:
         """Hear that the last record is gone; the exit waits until the futures are settled, too."""
-
-    # -- what an executor that takes the place of another may change --------------------------------------------------
-
-    def _reports(self, error: BaseException) -> bool:
-        """Say whether a failure goes to the log and to the manager's ``on_error``."""
-        return True
-
-    def _reraises(self, future: concurrent.futures.Future[Any]) -> bool:
-        """Say, at the exit, whether the failure of this future is raised."""
-        return True
 
     # -- the block ----------------------------------------------------------------------------------------------------
 
@@ -371,20 +353,7 @@ class BackgroundExecutor:
             raise
         finally:
             self._end_threads()
-        failures = self._failures.in_order()
-        self._failures.clear()
-        if kind is not None:
-            return
-        try:
-            for future in failures:
-                if self._reraises(future):
-                    failure = future.exception()
-                    assert failure is not None, "it failed"
-                    raise failure
-        finally:
-            # The traceback of what is raised keeps this frame: the frame must not keep what failed.
-            failures.clear()
-            future = failure = None  # type: ignore[assignment]
+        self._end_block(kind)
 
     def _cancel_live(self, marks: int, abandon: bool) -> None:
         """Cancel the calls that have these marks: first those that wait, lest they start where others are abandoned."""

@@ -77,6 +77,13 @@ class _Rules:
 
     _was_given_manager: bool
 
+    def _chosen(self, manager: BackgroundTaskManager | None) -> BackgroundTaskManager | None:
+        """Return the manager that the run gets: the one given, or else that of ``install``, which may be none."""
+        _load()
+        manager = _manager if manager is None else manager
+        self._was_given_manager = manager is not None
+        return manager
+
     def _reports(self, error: BaseException) -> bool:
         """Report nothing by ourselves: the run hands its failures to its caller, to a handler, or to a waiting node.
 
@@ -111,10 +118,7 @@ class BackgroundExecutor(_Rules, executor.BackgroundExecutor):
     """
 
     def __init__(self, config: Mapping[str, Any], *, manager: BackgroundTaskManager | None = None) -> None:
-        _load()
-        manager = _manager if manager is None else manager
-        self._was_given_manager = manager is not None
-        super().__init__(config, manager=manager, abandon_running=False)
+        super().__init__(config, manager=self._chosen(manager), abandon_running=False)
 
     def submit(
         self, fn: Callable[..., Any], /, *args: Any, __name__: str | None = None, **options: Any
@@ -145,10 +149,7 @@ class AsyncBackgroundExecutor(_Rules, executor.AsyncBackgroundExecutor):
     """
 
     def __init__(self, config: Mapping[str, Any], *, manager: BackgroundTaskManager | None = None) -> None:
-        _load()
-        manager = _manager if manager is None else manager
-        self._was_given_manager = manager is not None
-        super().__init__(config, manager=manager)
+        super().__init__(config, manager=self._chosen(manager))
 
 
 OURS: Final[tuple[type, type]] = (BackgroundExecutor, AsyncBackgroundExecutor)

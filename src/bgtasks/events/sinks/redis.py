@@ -50,7 +50,7 @@ class RedisPublisher(BasePublisher):
 
     A batch is one command, ``EVALSHA``, which Redis runs as a whole. The script notes the id of the batch in a key
     beside the target, so a batch that is sent again because its answer was lost is not written again. Where scripts
-    are not allowed, a transaction does the same, at about a fifth of the speed.
+    are not allowed, a transaction does the same, more slowly.
 
     Args:
         url: ``redis://[[user]:password@]host[:port][/db]``, ``rediss://`` for TLS, ``unix://`` for a socket.
