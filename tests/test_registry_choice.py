@@ -67,6 +67,24 @@ def test_python_takes_the_twin():
     assert run(SHOW, BGTASKS_IMPLEMENTATION="python").stdout == "python\n"
 
 
+@pytest.mark.parametrize(("has_gil", "chosen"), [(False, "python"), (True, "cython")])
+def test_without_the_gil_auto_takes_the_twin(pytestconfig, has_gil, chosen):
+    """Importing bgtasks does not turn the GIL on behind the back of a free-threaded program; asked to, it does."""
+    if pytestconfig.option.twin == "python":
+        return
+    code = f"import sys; sys._is_gil_enabled = lambda: {has_gil}; {SHOW}"
+    assert run(code).stdout == f"{chosen}\n"
+    assert run(code, BGTASKS_IMPLEMENTATION="cython").stdout == "cython\n"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="from Python 3.14 on")
+@pytest.mark.parametrize("choice", ["auto", "cython"])
+def test_in_an_interpreter_that_is_not_the_main_one_it_is_the_twin(choice):
+    """The extension cannot be loaded there, and a program that imports bgtasks is to run."""
+    code = f"from concurrent import interpreters; interpreters.create().exec({SHOW!r})"
+    assert run(code, BGTASKS_IMPLEMENTATION=choice).stdout == "python\n"
+
+
 @pytest.mark.parametrize("value", ["0", "", "Cython", "yes"])
 def test_an_unknown_value_is_an_error_that_lists_the_values(value):
     """No truthiness: a value is one of three or an error."""
@@ -89,7 +107,8 @@ def test_an_extension_that_does_not_load_is_an_error(copy_without_extension, cho
     from importlib.machinery import EXTENSION_SUFFIXES
 
     (copy_without_extension / "bgtasks" / f"_registry{EXTENSION_SUFFIXES[0]}").write_bytes(b"no extension")
-    done = run(SHOW, copy_without_extension, BGTASKS_IMPLEMENTATION=choice)
+    code = f"import sys; sys._is_gil_enabled = lambda: True; {SHOW}"
+    done = run(code, copy_without_extension, BGTASKS_IMPLEMENTATION=choice)
     assert done.returncode == 1
     assert "ImportError" in done.stderr
 
@@ -120,10 +139,9 @@ def test_importing_loads_no_third_party_module():
     done = run("import sys; import bgtasks; print('\\n'.join(sys.modules))")
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     strangers = loaded - set(sys.stdlib_module_names) - {"bgtasks", "__main__"}
-    # What site starts for an editable install, and what Cython keeps for itself.
-    assert not {
-        name for name in strangers if not name.startswith(("__editable__", "_cython_", "cython_", "_distutils"))
-    }
+    # What site starts, what Cython keeps for itself, and CPython's own list of what a build left out.
+    known = ("__editable__", "_cython_", "cython_", "_distutils", "sitecustomize", "_missing_stdlib_info")
+    assert not {name for name in strangers if not name.startswith(known)}
     # Nor what serves one framework or one extra.
     assert not {name for name in done.stdout.split() if name.startswith(("bgtasks.integrations", "bgtasks.injection"))}
 

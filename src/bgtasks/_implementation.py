@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import Literal
 
 Implementation = Literal["cython", "python"]
@@ -11,6 +12,10 @@ Implementation = Literal["cython", "python"]
 
 def choose(extension: str, what: str) -> Implementation:
     """Return the implementation that ``BGTASKS_IMPLEMENTATION`` asks for: ``auto``, ``cython`` or ``python``.
+
+    ``auto`` is the compiled one where it was built and a GIL is on: it relies on the GIL, so its import would turn that
+    on for the whole process. In all interpreters but the main one it is the twin that runs, whatever the variable says:
+    the compiled one cannot be loaded there.
 
     Args:
         extension: the full name of the compiled module.
@@ -21,10 +26,10 @@ def choose(extension: str, what: str) -> Implementation:
 
     """
     choice = os.environ.get("BGTASKS_IMPLEMENTATION", "auto")
-    if choice == "python":
-        return "python"
-    if choice not in ("auto", "cython"):
+    if choice not in ("auto", "cython", "python"):
         raise ImportError(f"BGTASKS_IMPLEMENTATION={choice!r} is unknown; it takes one of: auto, cython, python")
+    if choice == "python" or (choice == "auto" and not _has_gil()):
+        return "python"
     try:
         importlib.import_module(extension)
     except ModuleNotFoundError as error:
@@ -37,4 +42,14 @@ def choose(extension: str, what: str) -> Implementation:
                 "and BGTASKS_BUILD=require"
             ) from None
         return "python"
+    except ImportError as error:
+        # What CPython says of it in all interpreters but the main one, where nothing but the twin can run.
+        if "does not support loading in subinterpreters" not in str(error):
+            raise
+        return "python"
     return "cython"
+
+
+def _has_gil() -> bool:
+    # Before 3.13 there is no other way.
+    return not hasattr(sys, "_is_gil_enabled") or sys._is_gil_enabled()

@@ -83,11 +83,12 @@ class NameStats:
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
 
     def add(self, other: NameStats) -> None:
-        self.started += other.started
         for outcome, number in enumerate(other.counts):
             self.counts[outcome] += number
         for bucket, number in list(other.buckets.items()):
             self.buckets[bucket] = self.buckets.get(bucket, 0) + number
+        # Last: of a task that starts and ends while this reads, the end must not be seen without the start.
+        self.started += other.started
 
     def ended(self) -> int:
         return sum(self.counts[1:])
@@ -218,13 +219,15 @@ class Record:
     def name(self) -> str:
         """The name given, or the task's own for one that came through a task factory."""
         if self._name is None:
-            return "" if self._task is None else str(self._task.get_name())
+            task = self._task
+            return "" if task is None else str(task.get_name())
         return self._name
 
     @property
     def context(self) -> Mapping[str, Any]:
         """The mapping for log records, an empty dict if none was given."""
-        return {} if self._context is None else self._context
+        context = self._context
+        return {} if context is None else context
 
     @property
     def timeout(self) -> float | None:
@@ -234,7 +237,9 @@ class Record:
     @property
     def duration(self) -> float:
         """How long the task ran, in seconds, or has run if it still does."""
-        return self._duration if self._outcome != RUNNING else self.records.now() - self._created
+        # One look at ``records``: the task may end in its own thread while this one asks.
+        records: LoopRecords | None = self.records
+        return self._duration if self._outcome != RUNNING or records is None else records.now() - self._created
 
     @property
     def outcome(self) -> str:
@@ -561,6 +566,8 @@ class LoopRecords:
         record._task = None
         record._place = None
         record._outcome = RUNNING
+        # Before the list has it: other threads look there.
+        record._created = self.now()
         record.expired = False
         record.queued = False
         record.paused = False
@@ -591,7 +598,6 @@ class LoopRecords:
 
     def launch(self, record: Record, eager: bool, context: Context | None) -> Any:
         """Build and return the task of a record. If that fails the record is gone, the coroutine closed."""
-        record._created = self.now()
         # A batch of fire() that waits must start before what is created now and after what was created before it.
         self.batch = None
         if context is not None or eager or self.registry._max_running or self.task_factory() is not None:
@@ -607,7 +613,6 @@ class LoopRecords:
         return task
 
     def launch_in_group(self, record: Record, eager: bool, context: Context | None) -> Any:
-        record._created = self.now()
         self.batch = None
         return self.launch_specially(record, eager, context)
 
@@ -769,7 +774,7 @@ class LoopRecords:
         record._place = copy_context()
         if self.batch is None:
             self.batch = []
-            self.batch_clock = self.now()
+            self.batch_clock = record._created
             self.loop.call_soon(self.start_batch, self.batch)
         record._created = self.batch_clock
         self.batch.append(record)
@@ -1084,7 +1089,6 @@ class Registry:
             return Task(coro, loop=loop, **kwargs)
         records = self.records_of(loop)
         record = records.enroll(coro, _name_of(coro), 0.0, None, True)
-        record._created = records.now()
         wrapper = _wrap(record, run)
         try:
             task = TrackedTask(wrapper, loop=loop, **kwargs)
@@ -1181,7 +1185,6 @@ class Registry:
         """Make the record of a queued function, ``call`` standing for its coroutine. Safe from any thread."""
         with _calls_lock:
             record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
-            record._created = records.now()
             record._task = future
             record._group = group
             record._marks = marks
@@ -1298,6 +1301,8 @@ class Registry:
         """Return the finished tasks that are remembered, oldest first; empty unless ``history`` was given."""
         if self._history is None:
             return []
+        with self._lock:
+            entries = list(self._history)
         return [
             {
                 "task_id": task_id,
@@ -1308,23 +1313,23 @@ class Registry:
                 "ended_at": ended_at,
                 "error": error,
             }
-            for task_id, name, coroutine, outcome, duration, ended_at, error in list(self._history)
+            for task_id, name, coroutine, outcome, duration, ended_at, error in entries
         ]
 
     def _remember(self, record: Record, error: BaseException | None) -> None:
         """Put a finished task into the history as plain values."""
         assert self._history is not None, "asked for only where there is a history"
-        self._history.append(
-            (
-                record._task_id,
-                record.name,
-                _name_of(record._coro),
-                OUTCOMES[record._outcome],
-                record._duration,
-                wall_clock(),
-                None if error is None else errors.text_of(error),
-            )
+        entry = (
+            record._task_id,
+            record.name,
+            _name_of(record._coro),
+            OUTCOMES[record._outcome],
+            record._duration,
+            wall_clock(),
+            None if error is None else errors.text_of(error),
         )
+        with self._lock:
+            self._history.append(entry)
 
     def _counters(self) -> ManagerStats:
         """Return the counters of all loops, the closed ones included, and those of each name."""

@@ -1,7 +1,7 @@
 """Picks the registry: the compiled one or its Python twin.
 
-``BGTASKS_IMPLEMENTATION`` chooses: ``auto`` (the default) takes the compiled one where it was built, ``cython`` demands
-it, ``python`` takes the twin. ``IMPLEMENTATION`` says which one runs.
+``BGTASKS_IMPLEMENTATION`` chooses: ``auto`` (the default) takes the compiled one where it was built and a GIL is on,
+``cython`` demands it, ``python`` takes the twin. ``IMPLEMENTATION`` says which one runs.
 """
 
 from __future__ import annotations
