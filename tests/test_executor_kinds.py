@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import os
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
+from child import child
 
 from bgtasks import BackgroundExecutor, InvalidFunctionError, InvalidOptionError, NotPicklableError, WorkerDiedError
 from bgtasks.executor._processes import ProcessRunner
@@ -116,13 +118,53 @@ def test_what_cannot_be_pickled_is_refused(make):
         assert "raised Unpicklable: 1" in str(error)
 
 
-@pytest.mark.skipif(not hasattr(concurrent.futures, "InterpreterPoolExecutor"), reason="from Python 3.14 on")
+has_interpreters = pytest.mark.skipif(
+    not hasattr(concurrent.futures, "InterpreterPoolExecutor"), reason="from Python 3.14 on"
+)
+
+
+@has_interpreters
 def test_functions_run_in_interpreters(make_manager):
-    """Arguments go there, results and errors come back."""
+    """Arguments go there, results and errors come back, the error with the traceback it had there."""
     with BackgroundExecutor(kind="interpreters", manager=make_manager(), max_concurrency=2) as submit:
         assert submit(int, "1000", base=2).result(60) == 8
-        error = submit(divmod, 1, 0, __reraise_on_exit__=False).exception(60)
-        assert isinstance(error, ZeroDivisionError)
+        assert len({submit(threading.get_native_id).result(60) for _ in range(9)}) <= 2
+        error = submit(fails, KeyError("there"), __reraise_on_exit__=False).exception(60)
+        assert isinstance(error, KeyError)
+        assert "in fails" in error.__notes__[0]
+        result = submit(gives_a_function, __reraise_on_exit__=False).exception(60)
+        assert isinstance(result, NotPicklableError)
+
+
+GUARDED = """
+    def twice(number):
+        return 2 * number
+
+    if __name__ == "__main__":
+        with bgtasks.BackgroundExecutor(kind="interpreters", max_concurrency=2) as submit:
+            say(sum(future.result() for future in [submit(twice, number) for number in range(10)]))
+"""
+UNGUARDED = """
+    with bgtasks.BackgroundExecutor(kind="interpreters") as submit:
+        submit(pow, 2, 3)
+"""
+
+
+@has_interpreters
+def test_functions_of_the_main_module_run_in_interpreters(tmp_path, twin):
+    """As in processes: the interpreter imports the program's file, without its main part."""
+    with child(tmp_path, GUARDED, twin, "asyncio") as program:
+        assert program.end() == 0, program.output
+    assert program.lines == ["90"]
+
+
+@has_interpreters
+def test_a_program_without_a_main_part_starts_no_interpreters_for_ever(tmp_path, twin):
+    """The error says what the program lacks."""
+    with child(tmp_path, UNGUARDED, twin, "asyncio") as program:
+        assert program.end() == 1
+    assert "bgtasks.errors.InvalidProgramError" in program.output
+    assert 'under if __name__ == "__main__"' in program.output
 
 
 @pytest.mark.skipif(hasattr(concurrent.futures, "InterpreterPoolExecutor"), reason="before Python 3.14")

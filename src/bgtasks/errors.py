@@ -72,7 +72,7 @@ class InvalidOptionError(BgtasksError, ValueError):
 
 
 class InvalidProgramError(BgtasksError, TypeError):
-    """What ``run`` was given is no coroutine function that takes a manager."""
+    """What ``run`` was given is no coroutine function that takes a manager, or a program starts itself endlessly."""
 
 
 class InvalidTimeoutError(BgtasksError, ValueError):

@@ -5,22 +5,39 @@ from __future__ import annotations
 import concurrent.futures
 import sys
 from collections.abc import Callable
-from typing import Any
+from multiprocessing import spawn
+from typing import Any, Final
 
 from bgtasks import errors
 from bgtasks.executor._call import Call
-from bgtasks.executor._pickled import answer_to, payload_of, unpacked
+from bgtasks.executor._pickled import answer_to, packed, payload_of, unpacked
+
+# What of a program an interpreter has to know; the rest, the working directory for one, belongs to the whole process.
+PREPARATIONS: Final = ("sys_path", "sys_argv", "init_main_from_name", "init_main_from_path")
+
+# True in an interpreter that is being prepared: it runs the program's file then, without its main part.
+_is_preparing = False
 
 
 class InterpreterRunner:
-    """Runs functions in one interpreter, which ``InterpreterPoolExecutor`` keeps."""
+    """Runs functions in one interpreter, which ``InterpreterPoolExecutor`` keeps.
+
+    The interpreter finds what the program's modules define, and its main module, as a spawned process does.
+    """
 
     def __init__(self, pool: concurrent.futures.Executor) -> None:
         self._pool = pool
+        self._is_prepared = False
 
     def run(self, call: Call) -> Any:
         """Run the function and return its result or raise its error."""
-        return unpacked(self._pool.submit(answer_to, payload_of(call)).result())
+        if not self._is_prepared:
+            self._answer(packed(_prepare, (_preparations(),), {}))
+            self._is_prepared = True
+        return self._answer(payload_of(call))
+
+    def _answer(self, payload: bytes) -> Any:
+        return unpacked(self._pool.submit(answer_to, payload).result())
 
     def interrupt(self) -> None:
         """Do nothing: an interpreter cannot be stopped from outside."""
@@ -28,6 +45,21 @@ class InterpreterRunner:
     def close(self) -> None:
         """End the interpreter."""
         self._pool.shutdown()
+
+
+def _preparations() -> dict[str, Any]:
+    data = spawn.get_preparation_data("")
+    return {key: data[key] for key in PREPARATIONS if key in data}
+
+
+def _prepare(preparations: dict[str, Any]) -> None:
+    """Run in the interpreter: make the program's modules known, the main one included."""
+    global _is_preparing
+    _is_preparing = True
+    try:
+        spawn.prepare(preparations)
+    finally:
+        _is_preparing = False
 
 
 def interpreter_runner() -> Callable[[], InterpreterRunner]:
@@ -39,5 +71,10 @@ def interpreter_runner() -> Callable[[], InterpreterRunner]:
         raise errors.InvalidOptionError(
             f"kind='interpreters' needs Python 3.14 or later, this is {sys.version.partition(' ')[0]}: "
             "take 'processes' for functions that compute, or 'threads'"
+        )
+    if _is_preparing:
+        raise errors.InvalidProgramError(
+            "the program starts interpreters while its file is imported, which each of them does: "
+            'put what starts the program under if __name__ == "__main__":'
         )
     return lambda: InterpreterRunner(pool(max_workers=1))

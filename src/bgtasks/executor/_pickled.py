@@ -35,9 +35,17 @@ def answer_to(payload: bytes) -> bytes:
             result.close()
             raise errors.InvalidFunctionError(wants_a_loop(errors.describe(fn)))
     except BaseException as error:
-        error.add_note(f"in process {os.getpid()}:\n{''.join(traceback.format_exception(error)).rstrip()}")
+        error.add_note(f"in process {os.getpid()}:\n{_traceback_of(error)}")
         return _packed_outcome(None, error)
     return _packed_outcome(result, None)
+
+
+def _traceback_of(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error)).rstrip()
+    except Exception as failure:
+        # Where warnings are errors, looking for the lines of a main module that was imported again may be one.
+        return f"no traceback: {errors.text_of(failure)}"
 
 
 def _packed_outcome(result: Any, error: BaseException | None) -> bytes:
