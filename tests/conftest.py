@@ -6,6 +6,7 @@ import asyncio
 import gc
 import importlib
 import inspect
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -27,9 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose what tasks of the compiled registry step."""
+    """Choose what tasks of the compiled registry step, and have Ctrl-C mean what it means in a terminal."""
     if config.option.native:
         registry_module("cython").use_native_coroutines(True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell without job control has what it starts in the background ignore it, and all that starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -5,6 +5,9 @@ import inspect
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -95,6 +98,22 @@ async def test_the_call_graph_shows_the_users_frames(make_manager):
     text = asyncio.format_call_graph(task)
     assert "outer" in text
     assert "inner" in text
+    await manager.cancel_all()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="the interpreter has no pstree before 3.14")
+@pytest.mark.loops("asyncio", "eager")
+async def test_pstree_shows_the_users_frames(make_manager):
+    """What ``python -m asyncio pstree`` reads out of the process goes down to where a tracked task waits."""
+    manager = make_manager()
+    manager.create_task(outer(), name="mine")
+    await asyncio.sleep(0)
+    command = [sys.executable, "-m", "asyncio", "pstree", str(os.getpid())]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode and "ermission" in done.stdout + done.stderr:
+        pytest.skip("this machine lets no process look into another one")
+    _, _, ours = done.stdout.partition("(T) mine")
+    assert ours.index("outer ") < ours.index("inner "), done
     await manager.cancel_all()
 
 
