@@ -17,7 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Self
 
-__all__ = ["KafkaBroker", "NatsServer", "RabbitServer", "RedisServer", "Server", "ServerError", "free_port"]
+__all__ = [
+    "KafkaBroker",
+    "NatsServer",
+    "RabbitServer",
+    "RedisServer",
+    "Server",
+    "ServerError",
+    "free_port",
+    "make_queue",
+]
 
 STARTS_WITHIN = 60.0  # seconds; RabbitMQ takes ten on an idle machine
 ATTEMPTS = 3  # another process may take the port between our choice and the server's start
@@ -307,6 +316,15 @@ class RabbitServer(Server):
     def is_ready(self) -> bool:
         """Tell whether it starts to negotiate AMQP 0-9-1."""
         return ask(self.port, b"AMQP\x00\x00\x09\x01")[:1] == b"\x01"
+
+
+async def make_queue(url: str, name: str) -> str:
+    """Make a durable queue in RabbitMQ."""
+    import aio_pika
+
+    async with await aio_pika.connect(url) as connection:
+        await (await connection.channel()).declare_queue(name, durable=True)
+    return name
 
 
 class KafkaBroker:

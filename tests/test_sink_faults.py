@@ -8,11 +8,12 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from arrivals import arrived, emit_numbers, in_jetstream, in_redis, numbers_in
+from arrivals import arrived, emit_numbers, in_jetstream, in_rabbitmq, in_redis, numbers_in
 from cutting_proxy import CuttingProxy
 from requirements import need
-from servers import NatsServer, RabbitServer, RedisServer
+from servers import NatsServer, RabbitServer, RedisServer, make_queue
 
+from bgtasks.events import BasePublisher
 from bgtasks.events.errors import Reject
 from bgtasks.events.sinks.nats import NatsPublisher
 from bgtasks.events.sinks.redis import RedisPublisher
@@ -76,6 +77,21 @@ async def nats_of_its_own(start_server, **config) -> NatsServer:
     client = await nats.connect(server.url)
     await client.jetstream().add_stream(name="EVENTS", subjects=["events"], **config)
     await client.close()
+    return server
+
+
+def rabbitmq_publisher(url: str, **options) -> BasePublisher:
+    """Return a publisher into the queue ``events``."""
+    from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
+
+    return RabbitMQPublisher(url, routing_key="events", **options)
+
+
+async def rabbitmq_of_its_own(start_server) -> RabbitServer:
+    """Start a RabbitMQ node with a queue that outlives it."""
+    need("aio_pika")
+    server = start_server(RabbitServer)
+    await make_queue(server.url, "events")
     return server
 
 
@@ -188,6 +204,21 @@ async def test_jetstream_refuses_an_envelope_for_one_line(start_server):
     assert numbers_in(lines) == [number for number in range(3000) if number != 1234]
 
 
+@pytest.mark.parametrize("fault", [freeze, kill_and_restart], ids=["frozen", "killed"])
+async def test_rabbitmq_gone_for_2_s(start_server, fault):
+    """RabbitMQ: 0 lost; what it has twice has one message id, since the broker knows no duplicates."""
+    server = await rabbitmq_of_its_own(start_server)
+    publisher = rabbitmq_publisher(server.url, timeout=1)
+    async with alongside(fault(server, 0.3, 2)) as gone:
+        await emit_numbers(publisher, 5000, rate=5000)
+        await gone
+    await publisher.close(PATIENCE)
+    assert publisher.stats()["delivered"] == 5000
+    assert publisher.stats()["retried"] >= 1
+    messages = {message.message_id: message.body for message in await in_rabbitmq(server.url, "events")}
+    assert arrived(numbers_in(list(messages.values())), 5000)[:2] == (0, 0)
+
+
 class PickyPublisher(RedisPublisher):
     """What Redis itself never does: refuses events for what they are."""
 
@@ -233,13 +264,8 @@ async def hanging(start_server, sink: str) -> AsyncIterator[object]:
         server = start_server(RedisServer)
         publisher = RedisPublisher(server.url, timeout=60)
     elif sink == "rabbitmq":
-        aio_pika = need("aio_pika")
-        from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
-
-        server = start_server(RabbitServer)
-        async with await aio_pika.connect(server.url) as connection:
-            await (await connection.channel()).declare_queue("events")
-        publisher = RabbitMQPublisher(server.url, routing_key="events", timeout=60)
+        server = await rabbitmq_of_its_own(start_server)
+        publisher = rabbitmq_publisher(server.url, timeout=60)
     else:
         server = await nats_of_its_own(start_server)
         publisher = NatsPublisher(server.url, subject="events", timeout=60)

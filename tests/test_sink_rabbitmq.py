@@ -10,7 +10,7 @@ from arrivals import arrived, emit_numbers, in_rabbitmq, numbers_in
 from cutting_proxy import CuttingProxy
 from event_tools import has_failed
 from requirements import need
-from servers import free_port
+from servers import free_port, make_queue
 
 from bgtasks.errors import InvalidOptionError
 from bgtasks.events.errors import SinkError
@@ -18,15 +18,6 @@ from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
 
 aio_pika = need("aio_pika")
 need("msgspec")
-
-
-async def make_queue(url: str, name: str) -> str:
-    """Make a durable queue."""
-    connection = await aio_pika.connect(url)
-    channel = await connection.channel()
-    await channel.declare_queue(name, durable=True)
-    await connection.close()
-    return name
 
 
 @pytest.fixture
@@ -80,6 +71,38 @@ async def test_nothing_is_lost_while_the_connection_breaks(rabbit_server, name, 
     assert sorted(numbers_in(list(ids.values()))) == list(range(1000))
 
 
+async def test_what_was_confirmed_is_not_sent_again(rabbit_server, name, monkeypatch):
+    """The next try of a batch has only the messages that are not known to be there, so that tries come to an end."""
+    await make_queue(rabbit_server.url, name)
+    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=name)
+    await publisher.open()
+    send, failures = publisher._exchange.publish, [OSError("gone")]
+
+    async def fail_once(message, *arguments, **options):
+        if message.message_id == "id:1" and failures:
+            raise failures.pop()
+        return await send(message, *arguments, **options)
+
+    monkeypatch.setattr(publisher._exchange, "publish", fail_once)
+    batch = [b"0", b"1", b"2"]
+    with pytest.raises(SinkError, match="1 of 3 messages were not confirmed"):
+        await publisher.write(batch, "id")
+    await publisher.write(batch, "id")
+    await publisher.release()
+    assert [message.body for message in await in_rabbitmq(rabbit_server.url, name)] == [b"0", b"2", b"1"]
+
+
+async def test_batches_that_were_given_up_are_forgotten(rabbit_server, name):
+    """What is remembered of them is bounded."""
+    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=name)
+    await publisher.open()
+    for number in range(100):
+        with pytest.raises(SinkError, match="NO_ROUTE"):
+            await publisher.write([b"1"], f"id-{number}")
+    await publisher.release()
+    assert len(publisher._confirmed) < 100
+
+
 async def test_a_queue_that_is_missing(rabbit_server, name):
     """A message that no queue takes is not delivered; the queue made, it is."""
     publisher = RabbitMQPublisher(rabbit_server.url, routing_key=name)
@@ -88,7 +111,8 @@ async def test_a_queue_that_is_missing(rabbit_server, name):
     report = await publisher.flush(0.01)
     assert "1 of 1 messages were not confirmed" in report["last_error"]
     await make_queue(rabbit_server.url, name)
-    assert (await publisher.close(30))["delivered"] == 1
+    await publisher.close(30)
+    assert publisher.stats()["delivered"] == 1
 
 
 async def test_an_exchange_that_is_missing(rabbit_server, name):

@@ -17,14 +17,17 @@ __all__ = ["RabbitMQPublisher"]
 
 # RabbitMQ takes 16 MiB from version 4 on and more before; a batch is smaller unless somebody asks for it.
 ENVELOPE_LIMIT: Final = 8 << 20
+# Of so many batches on their way it is remembered which messages were confirmed; those that were given up make room.
+REMEMBERED: Final = 64
 
 
 class RabbitMQPublisher(BasePublisher):
     """Publishes into an exchange of RabbitMQ.
 
     A batch counts as delivered when the broker has confirmed each of its messages: it is in all queues it was routed
-    to, on disk where these are durable. A message that no queue takes counts as a failure, and is tried again. The
-    broker does not know duplicates; ``message_id``, the same for each try, lets a consumer tell them.
+    to, on disk where these are durable. A message that no queue takes counts as a failure, and is tried again, without
+    those of its batch that were confirmed. One whose confirmation was lost is there twice, for the broker does not know
+    duplicates; ``message_id``, the same for each try, lets a consumer tell them.
 
     aio-pika needs about 0.2 ms of the loop a message. An envelope carries a batch in one message, as JSON lines, which
     is some fifty times as fast; its readers have to split it.
@@ -84,6 +87,8 @@ class RabbitMQPublisher(BasePublisher):
         self._expected = (aio_pika.exceptions.AMQPError, OSError, TimeoutError, RuntimeError)
         self._connection: Any = None
         self._exchange: Any = None
+        # Batch id -> ids of its messages that were confirmed.
+        self._confirmed: dict[str, set[str]] = {}
 
     async def open(self) -> None:
         """Connect, and find the exchange."""
@@ -117,9 +122,11 @@ class RabbitMQPublisher(BasePublisher):
         else:
             unfit = []
             bodies = [(f"{batch_id}:{index}", event) for index, event in enumerate(batch)]
+        confirmed = self._confirmed_of(batch_id)
+        left = [self._publish(*body, confirmed) for body in bodies if body[0] not in confirmed]
         try:
             async with asyncio.timeout(self._timeout):
-                results = await asyncio.gather(*(self._publish(*body) for body in bodies), return_exceptions=True)
+                results = await asyncio.gather(*left, return_exceptions=True)
         except TimeoutError as error:
             raise SinkError(f"{self._server}: no confirmation within {self._timeout:g} seconds") from error
         failed = [result for result in results if isinstance(result, BaseException)]
@@ -128,6 +135,7 @@ class RabbitMQPublisher(BasePublisher):
                 f"{self._server}: {len(failed)} of {len(bodies)} messages were not confirmed, the first: "
                 f"{text_of(failed[0])}"
             ) from failed[0]
+        self._confirmed.pop(batch_id, None)
         if unfit:
             raise Reject(unfit, "an event with a line feed, or too long for an envelope")
 
@@ -138,9 +146,15 @@ class RabbitMQPublisher(BasePublisher):
         if connection is not None:
             await connection.close()
 
-    async def _publish(self, message_id: str, body: bytes) -> None:
+    def _confirmed_of(self, batch_id: str) -> set[str]:
+        if batch_id not in self._confirmed and len(self._confirmed) >= REMEMBERED:
+            del self._confirmed[next(iter(self._confirmed))]
+        return self._confirmed.setdefault(batch_id, set())
+
+    async def _publish(self, message_id: str, body: bytes, confirmed: set[str]) -> None:
         content_type = CONTENT_TYPE if self._envelope else "application/json"
         message = self._make_message(
             body, message_id=message_id, content_type=content_type, delivery_mode=self._persistent
         )
         await self._exchange.publish(message, self._routing_key, mandatory=True)
+        confirmed.add(message_id)
