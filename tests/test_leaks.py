@@ -205,3 +205,44 @@ def test_five_million_tasks_through_one_manager(run):
         """,
         timeout=3500,
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_the_child_of_a_fork_is_not_held_up_by_a_thread_it_has_not(run):
+    """A manager made before the fork runs tasks in the child, whatever another thread was doing with it just then."""
+    run("""
+        import os, threading, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside a thread
+        manager = BackgroundTaskManager(max_pending_tasks=10)
+        held, done = threading.Event(), threading.Event()
+
+        class Loop(asyncio.SelectorEventLoop):
+            def is_closed(self):
+                held.set()
+                done.wait(60)
+                return super().is_closed()
+
+        loop = Loop()
+
+        def ask():
+            manager._add_host(loop)
+            manager.get_task_count()
+
+        async def main():
+            manager.fire(asyncio.sleep(0))
+            await manager.wait_for_all()
+            assert manager.stats()["completed"] == 1
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert held.wait(60)
+        pid = os.fork()
+        if pid == 0:
+            done.set()
+            asyncio.run(main())
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        done.set()
+        thread.join()
+        loop.close()
+    """)

@@ -1475,6 +1475,10 @@ cdef class Registry:
             self._ids_taken += IDS_AT_ONCE
             return self._ids_taken - IDS_AT_ONCE
 
+    def _renew_lock(self):
+        """Take a new lock in the child of a fork, where no thread is left that could let go of the old one."""
+        self._lock = threading.RLock()
+
     def _make_group(self, owner, max_running):
         """Return a ``Group`` for the tasks or functions of the executor ``owner``."""
         return Group(self, owner, max_running=max_running)

@@ -1155,6 +1155,10 @@ class Registry:
             self._ids_taken += IDS_AT_ONCE
             return self._ids_taken - IDS_AT_ONCE
 
+    def _renew_lock(self) -> None:
+        """Take a new lock in the child of a fork, where no thread is left that could let go of the old one."""
+        self._lock = threading.RLock()
+
     def _make_group(self, owner: Any, max_running: int) -> Group:
         """Return a ``Group`` for the tasks or functions of the executor ``owner``."""
         return Group(self, owner, max_running=max_running)

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextvars
 import functools
 import logging
+import os
 import threading
 import time
 import weakref
@@ -39,6 +40,17 @@ STRAGGLERS_LOGGED: Final = 20
 LONGEST_FLUSH: Final = 5.0
 # Every manager there is, by its id(), for what looks from outside; it keeps none of them.
 managers: weakref.WeakValueDictionary[int, BackgroundTaskManager] = weakref.WeakValueDictionary()
+
+
+def _renew_locks() -> None:
+    for manager in managers.values():
+        manager._renew_lock()
+        manager._policy_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # Another thread of the parent may hold them, and there is none in the child to let them go.
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Drainable(Protocol):
