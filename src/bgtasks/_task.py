@@ -55,8 +55,7 @@ class TrackedTask(asyncio.Task[Any]):
         there could settle the record. So that one is entered now, up to a pause before the user's coroutine.
         """
         wrapper: Any = _get_wrapper(self)
-        is_fresh = type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED
-        if is_fresh and not self.done():
+        if type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED:
             self._record.paused = True
             wrapper.send(None)
         return _cancel(self, msg=msg)
