@@ -340,7 +340,7 @@ async def test_close_returns_by_its_deadline_though_the_sink_hangs():
     publisher.emit({"number": 3})
     begun = time.monotonic()
     report = await publisher.close(0.3)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 2
     assert report["status"] == "deadline"
     assert report["dropped"] == 4
     stats = publisher.stats()

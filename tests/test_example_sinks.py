@@ -12,6 +12,21 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 need("msgspec")
 
 
+def run_example(sinks, argument, *options):
+    """Run the program for some sinks and return what it printed; its docstring says how to start it."""
+    program = EXAMPLES / f"publish_to_{sinks}.py"
+    assert f"python examples/publish_to_{sinks}.py" in program.read_text()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *options, program, argument],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize(
     ("sink", "package", "fixture", "said"),
     [
@@ -26,18 +41,9 @@ def test_an_example_publishes(request, sink, package, fixture, said):
     """The program ends well on the server of its docstring, and everything has arrived."""
     need(package)
     server = request.getfixturevalue(fixture)
-    program = EXAMPLES / f"publish_to_{sink}.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning:opentelemetry", program, server.url],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert said in done.stdout
-    assert "events delivered" in done.stdout
-    assert f"python examples/publish_to_{sink}.py" in program.read_text()
+    output = run_example(sink, server.url, "-W", "ignore::DeprecationWarning:opentelemetry")
+    assert said in output
+    assert "events delivered" in output
 
 
 @pytest.mark.parametrize(
@@ -49,14 +55,4 @@ def test_an_example_publishes(request, sink, package, fixture, said):
 )
 def test_an_example_without_a_server_publishes(tmp_path, sinks, file, said):
     """The program ends well, and everything is in the file."""
-    program = EXAMPLES / f"publish_to_{sinks}.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", program, tmp_path / file],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert said in done.stdout
-    assert f"python examples/publish_to_{sinks}.py" in program.read_text()
+    assert said in run_example(sinks, tmp_path / file, "-X", "dev")

@@ -29,8 +29,8 @@ class RabbitMQPublisher(BasePublisher):
     those of its batch that were confirmed. One whose confirmation was lost is there twice, for the broker does not know
     duplicates; ``message_id``, the same for each try, lets a consumer tell them.
 
-    aio-pika needs about 0.2 ms of the loop a message. An envelope carries a batch in one message, as JSON lines, which
-    is some fifty times as fast; its readers have to split it.
+    Each message costs the loop its own time. An envelope carries a batch in one message, as JSON lines, which is many
+    times as fast; its readers have to split it.
 
     Args:
         url: ``amqp://[user:password@]host[:port]/[vhost]``, ``amqps://`` for TLS.
