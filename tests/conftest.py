@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from loops import LOOPS
 from server_fixtures import *  # noqa: F403  fixtures are found by name
-from twins import MODULES, manager_module, registry_module
+from twins import MODULES, manager_module, registry_module, twins_chosen
 
 import bgtasks
 from bgtasks import _registry_py
@@ -45,11 +45,6 @@ def pytest_collection_finish() -> None:
     """Have the cycle collector pass over what the imports made: it runs after every test, and they are most of it."""
     gc.collect()
     gc.freeze()
-
-
-def twins_chosen(config: pytest.Config) -> list[str]:
-    """Return the names of the twins to test."""
-    return list(MODULES) if config.option.twin == "both" else [config.option.twin]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 
 import pytest
 from arrivals import in_redis
 from event_tools import assert_books_close
 from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, ours_in, question, recording_publisher
+from paths import SUPPORT
 from requirements import need
 
 from bgtasks import InvalidOptionError
@@ -292,7 +292,7 @@ app.invoke(question(framework), {"thread_id": "thread"})
 publisher.emit({"event": "after the loop"})
 """
     path = tmp_path / "events.jsonl"
-    done = run(program, framework.name, str(path), str(Path(__file__).parent), BGTASKS_IMPLEMENTATION=twin)
+    done = run(program, framework.name, str(path), str(SUPPORT), BGTASKS_IMPLEMENTATION=twin)
     assert done.returncode == 0, done.stderr
     events = path.read_bytes().splitlines()
     assert phases(events[:-1]) == [*START, *STEP * 2, "graph end", "graph end"]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 from server_fixtures import need_server
 from servers import NatsServer, RabbitServer, RedisServer, wait_until
 
@@ -34,7 +35,7 @@ def is_running(pid):
 def test_a_server_dies_with_whoever_started_it(kind, tmp_path):
     """SIGKILL gives nobody a chance to clean up; the server is gone all the same."""
     need_server(kind)
-    command = [sys.executable, "-c", STARTER, str(Path(__file__).parent), kind.__name__, str(tmp_path)]
+    command = [sys.executable, "-c", STARTER, str(SUPPORT), kind.__name__, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as starter:
         pid = int(starter.stdout.readline())
         assert is_running(pid)

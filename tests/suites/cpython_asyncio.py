@@ -2,9 +2,9 @@
 
 ::
 
-    python tests/cpython_asyncio.py                  all of MODULES that this Python has
-    python tests/cpython_asyncio.py test_locks       some of them
-    python tests/cpython_asyncio.py --plain          the same tests without bgtasks, for comparison
+    python tests/suites/cpython_asyncio.py                  all of MODULES that this Python has
+    python tests/suites/cpython_asyncio.py test_locks       some of them
+    python tests/suites/cpython_asyncio.py --plain          the same tests without bgtasks, for comparison
 
 A program, not collected by pytest: it needs the compiled registry and an interpreter that comes with its tests. Its
 last line reads ``580 passed, 0 failed, 0 skipped``; it exits with 0 only if nothing failed and the tests really ran on

@@ -1,31 +1,14 @@
-"""Which registry runs, what importing costs, and which file may import which."""
+"""Which registry runs, and what importing the package costs and brings along."""
 
-import ast
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import PACKAGE
 
 import bgtasks
-
-PACKAGE = Path(bgtasks.__file__).parent
-# Each layer imports only from layers before it.
-LAYERS = [
-    {"errors", "info", "_bell", "_implementation", "_task"},
-    {"_registry", "_registry_py"},
-    {"registry"},
-    {"manager"},
-    {"_draining", "executor", "injection"},
-    {"events"},
-    {"_signals"},
-    {"_program"},
-    {"_pytest_watch"},
-    {"__init__"},
-    {"integrations"},
-]
 
 
 def run(code, path=None, **environment):
@@ -146,41 +129,9 @@ def test_importing_loads_no_third_party_module():
     assert not {name for name in done.stdout.split() if name.startswith(("bgtasks.integrations", "bgtasks.injection"))}
 
 
-def imports_of(path):
-    """Return the names of the package's modules that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module == "bgtasks":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bgtasks."):
-            found.add(node.module.partition(".")[2])
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("bgtasks.")}
-    return found
-
-
 def rooms():
     """Return the names of the package's files and folders."""
     return {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
-
-
-def test_a_file_imports_only_from_layers_below():
-    """The layers of ARCHITECTURE.md hold."""
-    seen = set()
-    for number, layer in enumerate(LAYERS):
-        below = set().union(*LAYERS[:number])
-        for name in layer:
-            # A package is a room of its own: its files know each other.
-            paths = [PACKAGE / f"{name}.py", *PACKAGE.glob(f"{name}/*.py")]
-            for path in filter(Path.exists, paths):
-                seen.add(name)
-                # Only for the type checker: a record is what _task and its registry know of each other.
-                above = {"_registry_py"} if name == "_task" else set()
-                inside = {name} if path.parent != PACKAGE else set()
-                assert {imported.partition(".")[0] for imported in imports_of(path)} <= below | above | inside, path
-    assert seen == rooms()
 
 
 def test_what_is_exported_is_sorted_and_there():

@@ -10,9 +10,9 @@ import threading
 import weakref
 
 import pytest
-from conftest import twins_chosen
 from langgraph_sides import Side, sides_chosen, skip_set
 from requirements import need
+from twins import twins_chosen
 from work import after, failing, forever, until, value
 
 need("langgraph.pregel")

@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import EXAMPLES
 from requirements import need
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 need("msgspec")
 

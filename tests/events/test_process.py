@@ -6,14 +6,12 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import msgspec
 import pytest
+from paths import PACKAGE
 
-import bgtasks
-
-SOURCES = str(Path(bgtasks.__file__).parent.parent)
+SOURCES = str(PACKAGE.parent)
 ON_UNIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 
 

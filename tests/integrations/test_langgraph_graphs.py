@@ -9,10 +9,10 @@ import operator
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
+from paths import EXAMPLES
 from requirements import need
 from work import forever, until
 
@@ -27,7 +27,7 @@ from langgraph.types import Command, Send, interrupt  # noqa: E402
 from bgtasks import ManagerClosedError, TaskRejectedError  # noqa: E402
 from bgtasks.integrations import langgraph as drop_in  # noqa: E402
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "langgraph_fan_out.py"
+EXAMPLE = EXAMPLES / "langgraph_fan_out.py"
 WAIT = 10
 variable = contextvars.ContextVar("variable", default="default")
 

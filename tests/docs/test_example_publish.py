@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from arrivals import in_redis
+from paths import EXAMPLES
 from requirements import need
 
 need("msgspec")
 
-PROGRAM = Path(__file__).parent.parent / "examples" / "publish_definitions.py"
+PROGRAM = EXAMPLES / "publish_definitions.py"
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])

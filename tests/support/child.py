@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import bgtasks
+from paths import PACKAGE, SUPPORT
 
-HERE = Path(__file__).resolve().parent
 PRELUDE = """
 import asyncio, logging, signal, sys
 import bgtasks
@@ -74,7 +73,7 @@ class Child:
 
 def environment(twin: str) -> dict[str, str]:
     """Return the environment of a program that runs on a twin."""
-    path = os.pathsep.join([str(Path(bgtasks.__file__).parent.parent), str(HERE)])
+    path = os.pathsep.join([str(PACKAGE.parent), str(SUPPORT)])
     return {**os.environ, "PYTHONPATH": path, "BGTASKS_IMPLEMENTATION": twin, "PYTHONUNBUFFERED": "1"}
 
 

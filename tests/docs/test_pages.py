@@ -3,13 +3,12 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from frameworks import FRAMEWORKS, needed
+from paths import ROOT
 from requirements import need
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PROGRAMS = [
     pytest.param(block, id=f"{page.name}-{number}")

@@ -12,6 +12,11 @@ from typing import Any
 MODULES = {"cython": "bgtasks._registry", "python": "bgtasks._registry_py"}
 
 
+def twins_chosen(config: Any) -> list[str]:
+    """Return the names of the twins to test."""
+    return list(MODULES) if config.option.twin == "both" else [config.option.twin]
+
+
 def registry_module(twin: str) -> ModuleType:
     """Return the registry of a twin; a compiled one that was not built is an error, not a second run of the other."""
     return importlib.import_module(MODULES[twin])

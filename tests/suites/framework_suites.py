@@ -1,6 +1,6 @@
 """Runs the frameworks' own tests, out of their source distributions, on their manager and on ours.
 
-    python tests/framework_suites.py [agentflow] [tenxgraph]
+    python tests/suites/framework_suites.py [agentflow] [tenxgraph]
 
 Each framework gets a fresh environment with this checkout in it; its source distribution is fetched from the package
 index and holds the tests of manager, memory, graphs and skills, not those that stand in folders of its repository. Some
@@ -18,7 +18,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTIONS = {"agentflow": "10xscale-agentflow", "tenxgraph": "10xgraph"}
 TOOLS = ("pytest>=8.2", "pytest-asyncio>=1.2", "pytest-env>=1.1")
 # Files of which at least one test has to pass, so that a source distribution without them is noticed.
@@ -58,7 +58,11 @@ def fetched_tests(python: Path, folder: Path, framework: str) -> tuple[str, Path
 def outcomes(python: Path, tests: Path, framework: str, *options: str) -> dict[str, bool]:
     """Run the tests; return whether each passed, without those that were skipped."""
     report = tests.parent / "report.xml"
-    variables = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "BGTASKS_FRAMEWORK": framework}
+    variables = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "suites"), str(ROOT / "tests" / "support")]),
+        "BGTASKS_FRAMEWORK": framework,
+    }
     # Their options ask for coverage; pytest's own are enough.
     pytest = (python, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--junit-xml={report}")
     run(*pytest, *options, tests, cwd=tests.parent, env=variables)

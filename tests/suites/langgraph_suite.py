@@ -2,9 +2,9 @@
 
 ::
 
-    python tests/langgraph_suite.py                            all of them that need no server
-    python tests/langgraph_suite.py test_pregel.py test_retry.py   some of the files
-    python tests/langgraph_suite.py test_pregel.py::test_in_one_fan_out_state_graph   one test
+    python tests/suites/langgraph_suite.py                            all of them that need no server
+    python tests/suites/langgraph_suite.py test_pregel.py test_retry.py   some of the files
+    python tests/suites/langgraph_suite.py test_pregel.py::test_in_one_fan_out_state_graph   one test
 
 A program, not collected by pytest. It needs what the dependency group ``langgraph`` lists and an index that has
 LangGraph's sdist: the tests come with that, not with the wheel. It takes the sdist of the version that is installed and

@@ -12,6 +12,7 @@ import sys
 import msgspec
 import pytest
 from event_tools import ScriptedPublisher, assert_books_close, until
+from paths import PACKAGE
 
 from bgtasks import InvalidOptionError
 from bgtasks.events import _line_file
@@ -243,7 +244,7 @@ def test_what_a_killed_process_acknowledged_is_in_the_file(tmp_path):
     path = tmp_path / "events.jsonl"
     program = f"""
 import asyncio, os, sys
-sys.path.insert(0, {str(os.path.dirname(os.path.dirname(_line_file.__file__))) + "/.."!r})
+sys.path.insert(0, {str(PACKAGE.parent)!r})
 from bgtasks.events.sinks.jsonl import JsonlPublisher
 async def main():
     publisher = JsonlPublisher({str(path)!r})

@@ -1,0 +1,14 @@
+"""Where the parts of the repository are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bgtasks
+
+SUPPORT = Path(__file__).resolve().parent
+TESTS = SUPPORT.parent
+ROOT = TESTS.parent
+EXAMPLES = ROOT / "examples"
+# Of the package that is tested, which may be an installed one.
+PACKAGE = Path(bgtasks.__file__).resolve().parent
