@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
+from internals import tasks_of
 from twins import manager_module
 
 Contender = Callable[[Callable[[], Coroutine[Any, Any, Any]], int], Awaitable[float]]
@@ -417,7 +418,7 @@ def compare_info(count: int, rounds: int) -> None:
         for _ in range(count):
             manager.create_task(release.wait(), name="event", timeout=3600.0, context=CONTEXT)
         await settle()
-        metadata = dict.fromkeys(manager._tasks, ("event", time.time(), 3600.0, CONTEXT))
+        metadata = dict.fromkeys(tasks_of(manager), ("event", time.time(), 3600.0, CONTEXT))
         ratios = []
         for _ in range(rounds):
             begin = time.perf_counter()

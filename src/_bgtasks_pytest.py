@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Add the marker, and watch from the beginning where the whole suite asks for it."""
+    """Add the marker, and check from the beginning where the whole suite asks for it."""
     config.addinivalue_line(
         "markers", f"{NAME}(mode): what to do with background tasks that the test leaves or that fail: error, warn, off"
     )
@@ -36,14 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if mode not in (*MODES, ""):
         raise pytest.UsageError(f"{NAME} = {mode} is unknown; it takes one of: {', '.join(MODES)}")
     if mode in ("error", "warn"):
-        _watch(config)
+        _check(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Watch if there is a test that asks for it."""
+    """Check if there is a test that asks for it."""
     modes = {mode_of(item) for item in items}
     if modes - {"off"}:
-        _watch(config)
+        _check(config)
 
 
 def mode_of(item: pytest.Item) -> str:
@@ -70,11 +70,11 @@ def _has_our_fixture(item: pytest.Item) -> bool:
     return False
 
 
-def _watch(config: pytest.Config) -> None:
-    if not config.pluginmanager.has_plugin("bgtasks-watch"):
-        from bgtasks._pytest_watch import Watch
+def _check(config: pytest.Config) -> None:
+    if not config.pluginmanager.has_plugin("bgtasks-leaks"):
+        from bgtasks.integrations._pytest import LeakChecker
 
-        config.pluginmanager.register(Watch(config, mode_of), "bgtasks-watch")
+        config.pluginmanager.register(LeakChecker(config, mode_of), "bgtasks-leaks")
 
 
 @pytest.fixture

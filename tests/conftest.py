@@ -13,9 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from internals import release_closed_loops
 from loops import LOOPS
 from server_fixtures import *  # noqa: F403  fixtures are found by name
-from twins import MODULES, manager_module, registry_module, twins_chosen
+from twins import MODULES, core_module, manager_module, registry_module, twins_chosen
 
 import bgtasks
 from bgtasks import _registry_py
@@ -30,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose what tasks of the compiled registry step, and have Ctrl-C mean what it means in a terminal."""
     if config.option.native:
-        registry_module("cython").use_native_coroutines(True)
+        core_module("cython").use_native_coroutines(True)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell without job control has what it starts in the background ignore it, and all that starts.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -110,6 +111,7 @@ def make_manager(manager_of_twin: ModuleType) -> Iterator[Callable[..., Any]]:
 
     yield make
     for manager in made:
+        release_closed_loops(manager)
         stats = manager.stats()
         assert manager.get_task_info() == []
         assert stats["started"] == sum(

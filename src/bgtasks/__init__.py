@@ -1,7 +1,5 @@
 """Runs the work an asyncio program starts and does not wait for, and loses none of it."""
 
-from bgtasks._program import run
-from bgtasks._signals import drain_on_signals
 from bgtasks.errors import (
     BgtasksError,
     ExecutorClosedError,
@@ -24,6 +22,7 @@ from bgtasks.errors import (
 from bgtasks.executor import AsyncBackgroundExecutor, BackgroundExecutor
 from bgtasks.info import FinishedTask, ManagerStats, NameStats, Outcome, ShutdownStats, TaskInfo
 from bgtasks.manager import BackgroundTaskManager
+from bgtasks.program import drain_on_signals, run
 from bgtasks.registry import IMPLEMENTATION
 
 __all__ = [

@@ -52,4 +52,4 @@ def choose(extension: str, what: str) -> Implementation:
 
 def _has_gil() -> bool:
     # Before 3.13 there is no other way.
-    return not hasattr(sys, "_is_gil_enabled") or sys._is_gil_enabled()
+    return not hasattr(sys, "_is_gil_enabled") or sys._is_gil_enabled()  # noqa: SLF001  its documented name

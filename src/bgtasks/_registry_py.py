@@ -1,7 +1,7 @@
-"""Bookkeeping of background tasks: records, timeouts, counters. No logging and no policy.
+"""The hot half of a manager's bookkeeping in pure Python: records, timeouts and counters. No logging and no policy.
 
-The Python twin of ``_registry.pyx``: the same names, signatures, errors and behaviour where no compiler was at hand.
-What that file says of threads and ownership holds here, too.
+The same names, signatures, errors and behaviour as ``_registry.pyx``, for where that was not built. What that file says
+of threads and ownership holds here, too.
 """
 
 from __future__ import annotations
@@ -9,60 +9,70 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-import os
 import threading
-from asyncio import BaseEventLoop, CancelledError, Task, current_task, iscoroutine
+from asyncio import AbstractEventLoop, BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
-from time import time as wall_clock
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from bgtasks import errors
-from bgtasks._task import TrackedTask, drive, record_of, run, run_queued, starts_eagerly
+from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
+from bgtasks._fork import at_fork
+from bgtasks._hooks import RegistryHooks
+from bgtasks._statistics import MAX_NAMES, OUTCOMES
+from bgtasks._task import (
+    TrackedTask,
+    close_quietly,
+    do_nothing,
+    drive,
+    finish_unentered,
+    grant_turn,
+    is_running,
+    retrieve_failure,
+    run,
+    run_queued,
+)
+from bgtasks.info import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from bgtasks.info import FinishedTask, ManagerStats, TaskInfo
-    from bgtasks.info import NameStats as NameCounters
+    from bgtasks.info import TaskInfo
+
+__all__ = ["LoopRecords", "NameStats", "Record", "RegistryCore", "TaskSet", "TrackedTask"]
 
 Result = TypeVar("Result")
 
-DEFAULT_NAME: Final = "background_task"
-MAX_NAMES: Final = 1000
-OTHER_NAMES: Final = "(other)"
-CANCEL_ON_EXIT: Final = 1
-RERAISE_ON_EXIT: Final = 2
-OUTCOMES: Final = ("running", "completed", "failed", "cancelled", "timed_out", "abandoned")
-
 RUNNING, COMPLETED, FAILED, CANCELLED, TIMED_OUT, ABANDONED = range(6)
 
-# One bucket below a microsecond, then eight to a power of two, up to 2**41 microseconds (25 days).
+# One bucket below a microsecond, then eight per power of two, up to 2**41 microseconds (25 days).
 BUCKETS: Final = 329
 IDS_AT_ONCE: Final = 1024
-TICKS_A_SECOND: Final = 1000.0
+TICKS_PER_SECOND: Final = 1000.0
 SHORTEST_WAIT: Final = 1e-6
 MAX_TICK: Final = 1 << 62
 
 # Every LoopRecords that holds a record: neither it nor its manager may be collected under a running task.
 _in_use: set[LoopRecords] = set()
-# Guards the records of functions: their threads share them. The compiled twin does all this in one go under the GIL.
-# Re-entrant, for the text of an error that goes into the history may submit.
+# Guards the records of functions, which several threads share; the compiled registry relies on the GIL there.
+# Re-entrant: the text of an error that goes into the history may submit a function.
 _calls_lock = threading.RLock()
 
 
-def _renew_lock() -> None:
-    global _calls_lock
+# Guards concurrency slots, which tasks of several loops may share. Re-entrant for the same reason.
+_slots_lock = threading.RLock()
+
+
+def _renew_locks() -> None:
+    global _calls_lock, _slots_lock
     _calls_lock = threading.RLock()
+    _slots_lock = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    # Another thread of the parent may hold it, and there is none in the child to let it go.
-    os.register_at_fork(after_in_child=_renew_lock)
+at_fork(in_child=_renew_locks)
 
 
 @final
@@ -82,40 +92,12 @@ class NameStats:
         bucket = _bucket_of(duration)
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
 
-    def add(self, other: NameStats) -> None:
-        for outcome, number in enumerate(other.counts):
-            self.counts[outcome] += number
-        for bucket, number in list(other.buckets.items()):
-            self.buckets[bucket] = self.buckets.get(bucket, 0) + number
+    def snapshot(self) -> tuple[int, list[int], dict[int, int]]:
+        """Return the number of tasks that started, a list with the number of each outcome, and bucket -> number."""
+        buckets = dict(self.buckets)
+        counts = list(self.counts)
         # Last: of a task that starts and ends while this reads, the end must not be seen without the start.
-        self.started += other.started
-
-    def ended(self) -> int:
-        return sum(self.counts[1:])
-
-    def percentile(self, share: float) -> float | None:
-        # Nearest rank over the buckets; the middle of a bucket is at most 6.25 % off.
-        total = sum(self.buckets.values())
-        seen = 0
-        for bucket in sorted(self.buckets):
-            seen += self.buckets[bucket]
-            if seen >= share * total:
-                return _middle_of(bucket)
-        return None
-
-    def as_dict(self) -> NameCounters:
-        """Return the counters and the 50th and 99th percentile of the durations, in seconds (None before the first)."""
-        return {
-            "started": self.started,
-            "in_flight": self.started - self.ended(),
-            "completed": self.counts[COMPLETED],
-            "failed": self.counts[FAILED],
-            "cancelled": self.counts[CANCELLED],
-            "timed_out": self.counts[TIMED_OUT],
-            "abandoned": self.counts[ABANDONED],
-            "p50_seconds": self.percentile(0.50),
-            "p99_seconds": self.percentile(0.99),
-        }
+        return self.started, counts, buckets
 
 
 def _bucket_of(seconds: float) -> int:
@@ -126,201 +108,176 @@ def _bucket_of(seconds: float) -> int:
     return min((exponent - 1) * 8 + int(mantissa * 16.0) - 7, BUCKETS - 1)
 
 
-def _middle_of(bucket: int) -> float:
-    if bucket == 0:
-        return 0.5e-6
-    octave, part = divmod(bucket - 1, 8)
-    return (8.5 + part) / 16.0 * 2.0 ** (octave + 1) * 1e-6
-
-
 @final
 class Record:
-    """What the registry keeps on one task while it lives.
+    """The bookkeeping of one task while it lives.
 
     Its ``LoopRecords`` owns it from creation to the end of the task; the task's slot and the coroutine around the
     user's share it. ``release`` cuts every reference at the end.
     """
 
     __slots__ = (
-        "_context",
-        "_coro",
-        "_created",
-        "_duration",
-        "_group",
-        "_marks",
-        "_name",
-        "_outcome",
-        "_place",
-        "_task",
-        "_task_id",
-        "_timeout",
+        "coro",
+        "created",
         "expired",
-        "holds_group_place",
-        "holds_place",
+        "flags",
+        "given_context",
+        "given_name",
         "name_stats",
         "observed",
         "paused",
         "queued",
         "records",
+        "seconds",
+        "slots",
+        "slots_held",
+        "state",
+        "task",
+        "task_id",
+        "task_set",
         "tick",
+        "took",
+        "turn",
     )
 
-    # Both are set by ``enroll``; None once the record is released.
+    # Both are None once the record is released.
     records: LoopRecords
     name_stats: NameStats
-    _coro: Any
-    _task: Any
-    _name: str | None
-    _context: Mapping[str, Any] | None
-    # The contextvars.Context of a task that fire() has not started yet, then the future of a queued one.
-    _place: Any
-    # The tasks of the executor that started this one, None for any other task.
-    _group: Group | None
-    _created: float
-    _timeout: float
-    _duration: float
+    # The user's coroutine, or the call of a function.
+    coro: Any
+    # None before the task is built and after its end.
+    task: Any
+    task_id: int
+    # The executor's tasks that this one belongs to; None for any other task and after its end.
+    task_set: TaskSet | None
+    # The future that a queued task waits on, set when it may run; until fire() has started it, the Context to run in.
+    turn: Any
+    # Where it needs a concurrency slot first, None where no limit concerns it, and how many it holds.
+    slots: Slots | None
+    slots_held: int
+    given_name: str | None
+    given_context: Mapping[str, Any] | None
+    # Points on the loop's clock and lengths, in seconds.
+    created: float
+    seconds: float
+    took: float
     # When its timeout is over, as a tick of the wheel; -1 while it is not armed.
     tick: int
-    _task_id: int
-    _outcome: int
+    state: int
+    # Built by the task factory: counted and shown, not owned.
     observed: bool
-    expired: bool
     queued: bool
-    # Cancelled before its first step: stands in _task.pause, the user's coroutine was not entered.
+    # Cancelled before its first step: it stands in ``_task.pause``, the user's coroutine not entered.
     paused: bool
-    holds_place: bool
-    holds_group_place: bool
-    _marks: int
+    # Its timeout is over.
+    expired: bool
+    # What its executor is to do with it, as bits.
+    flags: int
 
     def __init__(self) -> None:
         raise TypeError("a Record is made by its registry")
 
     @property
-    def coro(self) -> Any:
-        """The user's coroutine."""
-        return self._coro
-
-    @property
-    def place(self) -> Any:
-        """The future that a queued task waits on, resolved when it may run."""
-        return self._place
-
-    @property
-    def task(self) -> Any:
-        """The task, or None before it is built and after its end."""
-        return self._task
-
-    @property
-    def task_id(self) -> int:
-        """The number that tells this task from all others of its manager."""
-        return self._task_id
-
-    @property
     def name(self) -> str:
-        """The name given, or the task's own for one that came through a task factory."""
-        if self._name is None:
-            task = self._task
+        """The name given, or the task's own for one that the task factory built."""
+        if self.given_name is None:
+            task = self.task
             return "" if task is None else str(task.get_name())
-        return self._name
+        return self.given_name
 
     @property
     def context(self) -> Mapping[str, Any]:
         """The mapping for log records, an empty dict if none was given."""
-        context = self._context
+        context = self.given_context
         return {} if context is None else context
 
     @property
     def timeout(self) -> float | None:
         """The timeout in seconds, or None."""
-        return self._timeout if self._timeout > 0 else None
+        return self.seconds if self.seconds > 0 else None
 
     @property
     def duration(self) -> float:
         """How long the task ran, in seconds, or has run if it still does."""
         # One look at ``records``: the task may end in its own thread while this one asks.
         records: LoopRecords | None = self.records
-        return self._duration if self._outcome != RUNNING or records is None else records.now() - self._created
+        return self.took if self.state != RUNNING or records is None else records.now() - self.created
 
     @property
     def outcome(self) -> str:
         """One of ``OUTCOMES``."""
-        return OUTCOMES[self._outcome]
+        return OUTCOMES[self.state]
 
     @property
-    def is_observed(self) -> bool:
-        """True for a task that came through a task factory: counted and shown, not owned."""
-        return self.observed
+    def loop(self) -> AbstractEventLoop | None:
+        """The loop of the task, None after its end."""
+        records: LoopRecords | None = self.records
+        return None if records is None else records.loop
 
     @property
-    def group(self) -> Group | None:
-        """The tasks of the executor that started this one, None for any other task and after its end."""
-        return self._group
-
-    @property
-    def marks(self) -> int:
-        """What its executor is to do with it at its exit: a sum of CANCEL_ON_EXIT and RERAISE_ON_EXIT."""
-        return self._marks
+    def registry(self) -> RegistryCore | None:
+        """The registry that keeps this record, None after the end of the task."""
+        records: LoopRecords | None = self.records
+        return None if records is None else records.registry
 
     @property
     def coroutine_name(self) -> str:
         """The qualified name of the user's coroutine."""
-        return _name_of(self._coro)
+        return _name_of(self.coro)
 
     def info(self) -> TaskInfo:
-        """Return what there is to tell about the task as a ``TaskInfo``."""
+        """Return a ``TaskInfo``, until the end of the task is reported."""
         return {
-            "task_id": self._task_id,
+            "task_id": self.task_id,
             "name": self.name,
-            "coroutine": _name_of(self._coro),
-            "state": "queued" if self.queued else OUTCOMES[self._outcome],
+            "coroutine": _name_of(self.coro),
+            "state": "queued" if self.queued else OUTCOMES[self.state],
             "age_seconds": self.duration,
             "timeout": self.timeout,
             "context": self.context,
-            "done": self._outcome != RUNNING,
-            "cancelled": self._outcome in (CANCELLED, TIMED_OUT),
+            "done": self.state != RUNNING,
+            "cancelled": self.state in (CANCELLED, TIMED_OUT),
         }
 
     def complete(self, result: Result) -> Result:
-        """Settle the record of a task whose coroutine returned ``result``, and return that."""
-        if self._outcome != RUNNING:
+        """Finish the record of a task whose coroutine returned ``result``, and return that."""
+        if self.state != RUNNING:
             return result
         self.records.finish(self, COMPLETED, None)
-        registry = self.records.registry
-        if registry._muted is None or registry._muted.get(registry._muted_level) is not False:
-            self.report(None)
-        self.release()
+        _report(self, None)
+        _release(self)
         return result
 
     def fail(self, error: BaseException) -> None:
-        """Settle the record of a task whose coroutine raised ``error``."""
-        if self._outcome != RUNNING:
+        """Finish the record of a task whose coroutine raised ``error``."""
+        if self.state != RUNNING:
             return
         records = self.records
-        task = self._task
+        task = self.task
         if task is None:
             # An eager task that has not left its constructor.
-            task = self._task = current_task(records.loop)
+            task = self.task = current_task(records.loop)
         if self.queued or self.paused:
-            self._coro.close()
-        if isinstance(error, GeneratorExit) and not _is_running(task):
+            self.coro.close()
+        if isinstance(error, GeneratorExit) and not is_running(task):
             # Closed from outside: nobody runs this coroutine any more.
             records.finish(self, ABANDONED, None)
         elif not isinstance(error, CancelledError):
             records.finish(self, FAILED, error)
             if not self.observed and task is not None:
-                task.add_done_callback(_retrieve)
+                task.add_done_callback(retrieve_failure)
         elif self.expired and task.cancelling() <= 1:
             records.finish(self, TIMED_OUT, None)
         else:
             records.finish(self, CANCELLED, None)
-        self.report(error)
-        self.release()
+        _report(self, error)
+        _release(self)
 
-    def settle(self, task: Task[Any]) -> None:
-        """Settle the record of a task that ended without entering its coroutine; do nothing for any other."""
-        if self._outcome != RUNNING:
+    def finish_unentered(self, task: Task[Any]) -> None:
+        """Finish the record of a task that ended without entering its coroutine; do nothing for any other task."""
+        if self.state != RUNNING:
             return
-        self._coro.close()
+        self.coro.close()
         if not task.cancelled():
             error = task.exception()
             if error is not None:
@@ -330,96 +287,101 @@ class Record:
             self.records.finish(self, ABANDONED, None)
         else:
             self.records.finish(self, TIMED_OUT if self.expired and task.cancelling() <= 1 else CANCELLED, None)
-        self.report(None)
-        self.release()
+        _report(self, None)
+        _release(self)
+
+    def abandon(self) -> None:
+        """Finish the record of a task whose loop was closed, close its coroutine and let go of the task."""
+        task = self.task
+        if self.state != RUNNING:
+            return
+        self.records.finish(self, ABANDONED, None)
+        if task is not None:
+            task._log_destroy_pending = False
+            if isinstance(task, TrackedTask):
+                close_quietly(Task.get_coro(task))
+        close_quietly(self.coro)
+        _release(self)
 
     def cancel(self, message: Any = None) -> bool:
         """Ask the task to cancel, also one that ``fire`` has not started yet; return False if it has ended."""
-        if self._outcome != RUNNING:
+        task = self.task
+        if self.state != RUNNING:
             return False
-        if self._task is not None:
-            return bool(self._task.cancel(message))
-        if isinstance(self._place, Context):
-            self._coro.close()
+        if task is None and isinstance(self.turn, Context):
+            self.coro.close()
             self.records.finish(self, CANCELLED, None)
-            self.report(None)
-            self.release()
+            _report(self, None)
+            _release(self)
             return True
-        # An eager task that has not left its constructor.
-        task = current_task(self.records.loop)
-        return task is not None and task.cancel(message)
+        if task is None:
+            # An eager task that has not left its constructor.
+            task = current_task(self.records.loop)
+        return task is not None and bool(task.cancel(message))
+
+    # -- queued tasks, and functions in threads -------------------------------------------------------------------
 
     def begin(self) -> None:
         """Mark a queued task as running: its timeout and its duration count from here."""
         self.queued = False
         self.records.queued -= 1
-        self._place = None
-        self._created = self.records.now()
+        self.turn = None
+        self.created = self.records.now()
         self.records.arm(self)
 
     def begin_call(self) -> bool:
-        """Mark a queued function as running; return False if it was settled before. Safe from any thread."""
+        """Mark a queued function as running; return False if it was finished before. Safe from any thread."""
         with _calls_lock:
-            if self._outcome != RUNNING:
+            if self.state != RUNNING:
                 return False
             self.queued = False
             self.records.queued -= 1
-            self._created = self.records.now()
+            self.created = self.records.now()
         return True
 
     def finish_call(self, outcome: str, error: BaseException | None = None, if_queued: bool = False) -> bool:
-        """Settle the record of a function, or only a queued one; return whether that was done. Safe from any thread."""
+        """Finish the record of a function, or only of a queued one; return whether that was done. From any thread."""
         with _calls_lock:
-            if self._outcome != RUNNING or (if_queued and not self.queued):
+            if self.state != RUNNING or (if_queued and not self.queued):
                 return False
             self.records.finish(self, OUTCOMES.index(outcome), error)
         return True
 
     def report_call(self, error: BaseException | None = None) -> None:
-        """Report the end of a function that ``finish_call`` settled; called once, by whoever settled it."""
-        registry = self.records.registry
+        """Report the end of a function; called once, after ``finish_call`` returned True."""
         try:
-            if (
-                self._outcome != COMPLETED
-                or registry._muted is None
-                or registry._muted.get(registry._muted_level) is not False
-            ):
-                self.report(error)
+            _report(self, error)
         finally:
-            self.release()
+            _release(self)
             # The call refers to its record.
-            self._coro = None
+            self.coro = None
 
-    def report(self, error: BaseException | None) -> None:
-        try:
-            self.records.registry._report(self, error)
-        except BaseException:
-            self.release()
-            raise
 
-    def release(self) -> None:
-        self._task = None
-        self._context = None
-        self._place = None
-        self._group = None
-        self.records = None  # type: ignore[assignment]
-        self.name_stats = None  # type: ignore[assignment]
+def _report(record: Record, error: BaseException | None) -> None:
+    registry = record.records.registry
+    if record.state != FAILED and registry._muted is not None and registry._muted.get(registry._muted_level) is False:
+        return
+    try:
+        registry._report(record, error)
+    except BaseException:
+        _release(record)
+        raise
+
+
+def _release(record: Record) -> None:
+    record.task = None
+    record.given_context = None
+    record.turn = None
+    record.task_set = None
+    record.slots = None
+    record.records = None  # type: ignore[assignment]
+    record.name_stats = None  # type: ignore[assignment]
 
 
 def _wrap(record: Record, function: Callable[[Any, Record], Coroutine[Any, Any, Any]]) -> Coroutine[Any, Any, Any]:
     """Return the native coroutine around the user's."""
-    coro = record._coro
+    coro = record.coro
     return function(coro if type(coro) is CoroutineType else drive(coro), record)
-
-
-def _is_running(task: Task[Any]) -> bool:
-    """Tell whether the current step is one of this task."""
-    loop = _get_running_loop()
-    return loop is not None and current_task(loop) is task
-
-
-def _nothing() -> None:
-    """Do nothing."""
 
 
 def _name_of(coro: Any) -> str:
@@ -427,25 +389,76 @@ def _name_of(coro: Any) -> str:
     return type(coro).__qualname__ if name is None else name
 
 
-def _retrieve(task: Task[Any]) -> None:
-    """Mark a failure as seen: it was reported, the loop's "never retrieved" must not follow."""
-    if not task.cancelled():
-        task.exception()
+@final
+class Slots:
+    """Concurrency slots: a number of tasks runs at once, the others wait in order.
 
+    Args:
+        limit: how many there are.
+        next_stage: where a task needs a slot next, None if nowhere. What waits here takes no slot there.
 
-def _settle_around(record: Record, wrapper: Coroutine[Any, Any, Any], task: Task[Any]) -> None:
-    """Settle the record of a task that a foreign factory built, which may never have entered the coroutine it got."""
-    wrapper.close()
-    record.settle(task)
+    """
+
+    __slots__ = ("limit", "next_stage", "used", "waiting")
+
+    def __init__(self, limit: int, next_stage: Slots | None) -> None:
+        self.limit = limit
+        self.next_stage = next_stage
+        self.used = 0
+        # Not a dict: the first entry of one that shrinks at the front is found behind all that have gone.
+        self.waiting: OrderedDict[Record, None] = OrderedDict()
+
+    def acquire(self, record: Record) -> bool:
+        """Acquire a slot here and of every later stage; return False if the task has to wait for one."""
+        stage: Slots | None = self
+        with _slots_lock:
+            while stage is not None:
+                # Whoever came first goes first.
+                if stage.used >= stage.limit or stage.waiting:
+                    stage.waiting[record] = None
+                    return False
+                stage.used += 1
+                record.slots_held += 1
+                stage = stage.next_stage
+        return True
+
+    def release(self, record: Record) -> None:
+        """Give back what a task acquired from here on, end its waiting, and have those that wait go on."""
+        stage: Slots | None = self
+        with _slots_lock:
+            held, record.slots_held = record.slots_held, 0
+            while stage is not None and held > 0:
+                held -= 1
+                stage.used -= 1
+                stage.hand_on()
+                stage = stage.next_stage
+            if stage is not None:
+                stage.waiting.pop(record, None)
+
+    def hand_on(self) -> None:
+        """Give free slots to the tasks that wait for them."""
+        while self.waiting and self.used < self.limit:
+            record, _ = self.waiting.popitem(last=False)
+            self.used += 1
+            record.slots_held += 1
+            if (self.next_stage is None or self.next_stage.acquire(record)) and not grant_turn(
+                record.records.loop, record.turn
+            ):
+                # Its loop is closed, and it will never run: what it just acquired is free again.
+                stage: Any = record.slots
+                while record.slots_held:
+                    record.slots_held -= 1
+                    stage.used -= 1
+                    stage = stage.next_stage
 
 
 @final
 class TimerWheel:
     """Timeouts by the millisecond: O(1) to arm and to disarm, O(log n) in the number of different ticks to advance.
 
-    A tick is a number of milliseconds since the wheel's start. The compiled twin has a hierarchical wheel; here a dict
-    of slots, with a heap of their ticks, does the same work faster. A slot that empties is forgotten at once, its tick
-    when the heap is twice as large as it needs to be.
+    A tick is a number of milliseconds since the wheel's start. The compiled registry has a hierarchical wheel; here a
+    dict of slots, with a heap of their ticks, does the same work faster. A slot that empties is forgotten at once, its
+    tick when the heap is twice as large as it needs to be.
     """
 
     __slots__ = ("_due", "_heap", "_slots", "armed", "now")
@@ -481,7 +494,7 @@ class TimerWheel:
         record.tick = -1
         self.armed -= 1
         if self.armed == 0:
-            # Emptied, a dict keeps the room it once needed; a new one does not.
+            # Emptied, a dict keeps the memory that it once needed; a new one does not.
             self._slots = {}
             self._heap = []
 
@@ -510,7 +523,7 @@ class LoopRecords:
     collected under a running task.
     """
 
-    def __init__(self, registry: Registry, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, registry: RegistryCore, loop: AbstractEventLoop) -> None:
         self.registry = registry
         self.loop = loop
         # A loop with a clock of its own (a test's virtual one) is asked; asyncio's and uvloop's is the monotonic clock.
@@ -518,14 +531,16 @@ class LoopRecords:
         self.now: Callable[[], float] = monotonic if stock else loop.time
         self.task_factory: Callable[[], Any] = loop.get_task_factory
         self.records: dict[int, Record] = {}
-        self.live = 0
+        # Tasks that have not ended: those that the manager owns, and those that are only observed.
+        self.owned = 0
         self.observed = 0
-        # Those among the live that wait for a place.
+        # Those among the owned that wait for a concurrency slot.
         self.queued = 0
-        # The owned tasks left when somebody who waits for "all done" wants to hear of it; -1 if nobody does.
-        self.wake_at = -1
+        # ``_on_idle`` is called when a task ends and no more than so many owned ones are left; -1 for never.
+        self.idle_threshold = -1
         self.next_id = 0
         self.last_id = 0
+        # Name -> NameStats, and what is counted for all names beyond MAX_NAMES.
         self.names: dict[str, NameStats] = {}
         self.other_names = NameStats()
         self.wheel = TimerWheel()
@@ -540,8 +555,8 @@ class LoopRecords:
         # When a task last ended, which is when the next one of a batch starts.
         self.last_end = 0.0
 
-    def builds_itself(self, factory: Any) -> bool:
-        """Tell whether tasks are built here: the loop has no factory, asyncio's eager one, or the manager's own."""
+    def builds_tasks(self, factory: Any) -> bool:
+        """Return whether tasks are built here: the loop has no factory, asyncio's eager one, or the manager's own."""
         return factory is None or factory is self.registry._eager_factory or factory == self.registry.task_factory
 
     def can_start_eagerly(self) -> bool:
@@ -555,38 +570,38 @@ class LoopRecords:
         if stats is None:
             stats = self.stats_of(name)
         record = Record.__new__(Record)
-        record._coro = coro
+        record.coro = coro
         record.records = self
         record.name_stats = stats
-        record._context = context
-        record._timeout = timeout
+        record.given_context = context
+        record.seconds = timeout
         record.tick = -1
         record.observed = observed
-        record._name = None if observed else name
-        record._task = None
-        record._place = None
-        record._outcome = RUNNING
+        record.given_name = None if observed else name
+        record.task = None
+        record.turn = None
+        record.slots = None
+        record.slots_held = 0
+        record.state = RUNNING
         # Before the list has it: other threads look there.
-        record._created = self.now()
+        record.created = self.now()
         record.expired = False
         record.queued = False
         record.paused = False
-        record.holds_place = False
-        record.holds_group_place = False
-        record._group = None
-        record._marks = 0
+        record.task_set = None
+        record.flags = 0
         if self.next_id == self.last_id:
-            self.next_id = self.registry._take_ids()
+            self.next_id = self.registry._reserve_ids(IDS_AT_ONCE)
             self.last_id = self.next_id + IDS_AT_ONCE
         self.next_id += 1
-        record._task_id = self.next_id
+        record.task_id = self.next_id
         if not self.records:
             _in_use.add(self)
         self.records[self.next_id] = record
         if observed:
             self.observed += 1
         else:
-            self.live += 1
+            self.owned += 1
         stats.started += 1
         return record
 
@@ -596,15 +611,17 @@ class LoopRecords:
         stats = self.names[name] = NameStats()
         return stats
 
+    # -- building tasks -------------------------------------------------------------------------------------------
+
     def launch(self, record: Record, eager: bool, context: Context | None) -> Any:
         """Build and return the task of a record. If that fails the record is gone, the coroutine closed."""
         # A batch of fire() that waits must start before what is created now and after what was created before it.
         self.batch = None
-        if context is not None or eager or self.registry._max_running or self.task_factory() is not None:
+        if context is not None or eager or self.registry._slots is not None or self.task_factory() is not None:
             return self.launch_specially(record, eager, context)
         wrapper = _wrap(record, run)
         try:
-            task = TrackedTask(wrapper, loop=self.loop, name=record._name)
+            task = TrackedTask(wrapper, loop=self.loop, name=record.given_name)
         except BaseException:
             self.discard(record, wrapper)
             raise
@@ -612,48 +629,33 @@ class LoopRecords:
         self.follow(record, task)
         return task
 
-    def launch_in_group(self, record: Record, eager: bool, context: Context | None) -> Any:
+    def launch_in_set(self, record: Record, eager: bool, context: Context | None) -> Any:
         self.batch = None
         return self.launch_specially(record, eager, context)
 
     def launch_specially(self, record: Record, eager: bool, context: Context | None) -> Any:
-        """Do as ``launch`` for a task that starts eagerly, runs in a given context, needs a place or has a factory."""
-        registry = self.registry
-        options: dict[str, Any] = {"name": record._name}
-        if context is not None:
-            options["context"] = context
-        has_place = record._group is None or record._group.take_place(record)
-        if not has_place or (registry._max_running and not registry._take_place(record)):
-            record.queued = True
-            self.queued += 1
-            record._place = self.loop.create_future()
-            wrapper = _wrap(record, run_queued)
-            # Up to its wait, which costs less than a step by the loop: the user's coroutine is not entered.
-            eager = context is None
-        else:
-            wrapper = _wrap(record, run)
-        task: Any
+        """Do as ``launch`` for a task that starts eagerly, runs in a given context, needs a slot or has a factory."""
+        wrapper = None
         try:
-            factory = self.task_factory()
-            ours = self.builds_itself(factory)
-            if record._group is None:
-                # An executor says for itself which of its tasks start eagerly.
-                eager = eager or (factory is not None and factory is registry._eager_factory)
-            if eager and context is not None:
-                # Raises if the context is entered now: the task's constructor would notice too late, half built.
-                context.run(_nothing)
-            if not ours:
-                task = self.loop.create_task(wrapper, **options)
-                task.add_done_callback(partial(_settle_around, record, wrapper))
+            if self.acquire_slots(record):
+                factory = self.task_factory()
+                if record.task_set is None:
+                    # An executor decides which of its tasks start eagerly.
+                    eager = eager or (factory is not None and factory is self.registry._eager_factory)
             else:
-                if eager and self.can_start_eagerly():
-                    options["eager_start"] = True
-                task = TrackedTask(wrapper, loop=self.loop, **options)
+                self.queue(record)
+                factory = self.task_factory()
+                # Up to its wait, which costs less than a step by the loop: the user's coroutine is not entered.
+                eager = context is None
+            wrapper = _wrap(record, run_queued if record.queued else run)
+            if not self.builds_tasks(factory):
+                task = self.build_by_factory(record, wrapper, context)
+            else:
+                task = self.build(record, wrapper, eager, context)
+                task._record = record
         except BaseException:
             self.discard(record, wrapper)
             raise
-        if ours:
-            task._record = record
         self.follow(record, task)
         try:
             return task
@@ -661,71 +663,107 @@ class LoopRecords:
             # The error of an eager task keeps this frame through its traceback: the frame must not keep the task.
             del task
 
+    def acquire_slots(self, record: Record) -> bool:
+        """Acquire the concurrency slots that a task needs; return False if it has to wait for one."""
+        slots = record.slots = self.registry._slots if record.task_set is None else record.task_set.slots
+        return slots is None or slots.acquire(record)
+
+    def queue(self, record: Record) -> None:
+        """Mark a record as one that waits for its slots."""
+        record.turn = self.loop.create_future()
+        record.queued = True
+        self.queued += 1
+
+    def build_by_factory(self, record: Record, wrapper: Coroutine[Any, Any, Any], context: Context | None) -> Any:
+        """Build a task by the factory of the loop, which is somebody else's."""
+        options: dict[str, Any] = {"name": record.given_name}
+        if context is not None:
+            options["context"] = context
+        task = self.loop.create_task(wrapper, **options)
+        task.add_done_callback(partial(finish_unentered, record, wrapper))
+        return task
+
+    def build(self, record: Record, wrapper: Coroutine[Any, Any, Any], eager: bool, context: Context | None) -> Any:
+        """Build a task here, eagerly where that is wanted and can be."""
+        options: dict[str, Any] = {"loop": self.loop, "name": record.given_name, "context": context}
+        if eager and context is not None:
+            # Raises if the context is entered now: the task's constructor would notice too late, half built.
+            context.run(do_nothing)
+        if eager and self.can_start_eagerly():
+            options["eager_start"] = True
+        return TrackedTask(wrapper, **options)
+
     def follow(self, record: Record, task: Any) -> None:
-        """Take up a task that may have run eagerly: keep it and start its timeout unless it has ended."""
+        """Keep a task that may have run eagerly, and start its timeout, unless it has ended."""
         if task._source_traceback:
             _hide_own_frames(task)
-        if record._outcome == RUNNING:
-            record._task = task
-            if record._timeout > 0 and not record.queued:
+        if record.state == RUNNING:
+            record.task = task
+            if record.seconds > 0 and not record.queued:
                 self.arm(record)
 
-    def discard(self, record: Record, wrapper: Coroutine[Any, Any, Any]) -> None:
+    def discard(self, record: Record, wrapper: Coroutine[Any, Any, Any] | None) -> None:
         """Take back a record whose task could not be built."""
-        if record._outcome != RUNNING:
+        if record.state != RUNNING:
             # An eager task whose first step raised what stops the loop: it ran, and its end was counted.
             return
-        wrapper.close()
-        record._coro.close()
-        if record._outcome == RUNNING:
+        if wrapper is not None:
+            wrapper.close()
+        record.coro.close()
+        if record.state == RUNNING:
             record.name_stats.started -= 1
             self.unlink(record)
-            record._outcome = ABANDONED
-            record.release()
+            record.state = ABANDONED
+            _release(record)
+
+    # -- ending tasks ---------------------------------------------------------------------------------------------
 
     def finish(self, record: Record, outcome: int, error: BaseException | None) -> None:
-        """Do the bookkeeping of a task that ended; its references are cut by ``release``, after the report."""
+        """Do the bookkeeping of a task that ended; ``_release`` cuts its references, after the report."""
         end = self.now()
         self.last_end = end
-        record._duration = duration = end - record._created
-        record._outcome = outcome
+        record.took = duration = end - record.created
+        record.state = outcome
         record.name_stats.count_end(outcome, duration)
         if record.tick >= 0:
             self.wheel.disarm(record)
             if self.wheel.armed == 0 and self.timer is not None:
                 self.timer.cancel()
                 self.timer = None
-        if self.registry._history is not None:
+        if self.registry._keeps_history:
             self.registry._remember(record, error)
         self.unlink(record)
 
     def unlink(self, record: Record) -> None:
         registry = self.registry
-        del self.records[record._task_id]
+        del self.records[record.task_id]
         if record.queued:
+            record.queued = False
             self.queued -= 1
-        if registry._max_running and (record.holds_place or record.queued):
-            registry._leave_place(record)
-        if record._group is not None:
-            record._group.leave(record)
+        if record.slots is not None:
+            record.slots.release(record)
+        if record.task_set is not None:
+            record.task_set.leave()
         if record.observed:
             self.observed -= 1
         else:
-            self.live -= 1
-            if self.live <= self.wake_at:
-                registry._on_quiet()
-            if registry._room_wanted:
-                registry._on_room()
+            self.owned -= 1
+            if self.owned <= self.idle_threshold:
+                registry._on_idle()
+            if registry._capacity_wanted:
+                registry._on_capacity()
         if not self.records:
-            # Emptied, a dict keeps the room it once needed; a new one does not.
+            # Emptied, a dict keeps the memory that it once needed; a new one does not.
             self.records = {}
             _in_use.discard(self)
 
+    # -- timeouts -------------------------------------------------------------------------------------------------
+
     def arm(self, record: Record) -> None:
         """Start the timeout of a record, if it has one."""
-        if record._timeout <= 0:
+        if record.seconds <= 0:
             return
-        deadline = (record._created + record._timeout - self.wheel_start) * TICKS_A_SECOND
+        deadline = (record.created + record.seconds - self.wheel_start) * TICKS_PER_SECOND
         if deadline >= MAX_TICK:
             return
         # The first tick at or after the deadline: never early, less than a tick late.
@@ -748,13 +786,13 @@ class LoopRecords:
         self.timer_tick = tick
         # A clock far from its zero may not tell moments closer than SHORTEST_WAIT apart: without it, wake would be
         # called again and again at the same one.
-        wait = tick / TICKS_A_SECOND + self.wheel_start - self.now()
+        wait = tick / TICKS_PER_SECOND + self.wheel_start - self.now()
         self.timer = self.loop.call_later(max(wait, SHORTEST_WAIT), self.wake)
 
     def wake(self) -> None:
-        """Cancel the tasks whose timeout is over and set the timer anew."""
+        """Report the tasks whose timeout is over, and set the timer anew."""
         self.timer = None
-        self.wheel.advance(int((self.now() - self.wheel_start) * TICKS_A_SECOND))
+        self.wheel.advance(int((self.now() - self.wheel_start) * TICKS_PER_SECOND))
         try:
             while (record := self.wheel.pop_due()) is not None:
                 record.expired = True
@@ -762,42 +800,44 @@ class LoopRecords:
         finally:
             self.set_timer()
 
+    # -- fire: starts that wait for the next iteration ------------------------------------------------------------
+
     def defers(self) -> bool:
-        """Tell whether ``fire`` may put off a start: eager tasks are to be had, and no foreign factory has a say."""
+        """Return whether ``fire`` may defer a start: tasks can start eagerly, and no foreign factory builds them."""
         # The answer holds for the whole of a batch: it starts in the next iteration of the loop.
         return self.batch is not None or (
-            not self.registry._max_running and self.can_start_eagerly() and self.builds_itself(self.task_factory())
+            self.registry._slots is None and self.can_start_eagerly() and self.builds_tasks(self.task_factory())
         )
 
     def defer(self, record: Record) -> None:
         """Have a task start in the next iteration of the loop, in one batch with its neighbours."""
-        record._place = copy_context()
+        record.turn = copy_context()
         if self.batch is None:
             self.batch = []
-            self.batch_clock = record._created
+            self.batch_clock = record.created
             self.loop.call_soon(self.start_batch, self.batch)
-        record._created = self.batch_clock
+        record.created = self.batch_clock
         self.batch.append(record)
 
     def start_batch(self, batch: list[Record]) -> None:
-        """Start the tasks that ``fire`` put off, each up to its first suspension."""
+        """Start the tasks that ``fire`` deferred, each up to its first suspension."""
         if batch is self.batch:
             self.batch = None
-        # Not before the call of fire(), so no timeout comes early; and one clock read a task instead of two.
+        # Not before the call of fire(), so no timeout comes early; and one clock read per task instead of two.
         self.last_end = self.now()
         options: dict[str, Any] = {"eager_start": True}
         index = 0
         try:
             for record in batch:
                 index += 1
-                if record._outcome != RUNNING:
+                if record.state != RUNNING:
                     continue
-                record._created = self.last_end
+                record.created = self.last_end
                 wrapper = _wrap(record, run)
-                context = record._place
-                record._place = None
+                context = record.turn
+                record.turn = None
                 try:
-                    task = TrackedTask(wrapper, loop=self.loop, name=record._name, context=context, **options)
+                    task = TrackedTask(wrapper, loop=self.loop, name=record.given_name, context=context, **options)
                 except BaseException:
                     self.discard(record, wrapper)
                     raise
@@ -814,23 +854,9 @@ class LoopRecords:
         """Return the live records; the list is complete before anything else can run."""
         return list(self.records.values())
 
-    def abandon(self) -> dict[str, int]:
-        """Let go of every task of a loop that was closed; return their names, each with the number of tasks."""
-        names: dict[str, int] = {}
-        for record in self.snapshot():
-            if record._outcome != RUNNING:
-                continue
-            name = record.name
-            names[name] = names.get(name, 0) + 1
-            task = record._task
-            self.finish(record, ABANDONED, None)
-            if task is not None:
-                task._log_destroy_pending = False
-                if isinstance(task, TrackedTask):
-                    _close_quietly(Task.get_coro(task))
-            _close_quietly(record._coro)
-            record.release()
-        return names
+    def infos(self) -> list[TaskInfo]:
+        """Return a ``TaskInfo`` for each live record."""
+        return [record.info() for record in self.snapshot() if record.state == RUNNING and record.records is not None]
 
 
 def _hide_own_frames(task: Any) -> None:
@@ -839,50 +865,36 @@ def _hide_own_frames(task: Any) -> None:
         del task._source_traceback[-1]
 
 
-def _close_quietly(coro: Any) -> None:
-    # What a coroutine raises while it is closed after the end of its loop has no one left to go to.
-    with suppress(BaseException):
-        coro.close()
-
-
 def _seconds(coro: Any, timeout: float | None) -> float:
-    """Return a timeout as a float, 0 for none; refuse what is no positive number and close the coroutine."""
+    """Return a timeout as a float, 0 for none."""
     if timeout is None:
         return 0.0
-    if type(timeout) is float and timeout > 0.0:
+    if type(timeout) is float and 0.0 < timeout < math.inf:
         return timeout
-    try:
-        seconds = math.fsum((timeout,))
-    except (TypeError, ValueError, OverflowError):
-        seconds = -1.0
-    if not seconds > 0.0 or isinstance(timeout, bool):
-        errors.close_refused(coro)
-        raise errors.invalid_timeout(timeout)
-    return seconds
+    return check_timeout(coro, timeout)
 
 
 @final
-class Group:
-    """The tasks of one executor: how many have not ended, and how many may run at once.
+class TaskSet:
+    """The tasks or functions of one executor: how many have not ended, and how many may run at once.
 
-    Belongs to the thread of its loop, as the records of its tasks do. Places are asked for here first, then at the
-    registry.
+    Belongs to the thread of the executor's loop, as the records of its tasks do.
 
     Args:
-        registry: whose tasks they are.
-        owner: the executor; its ``_on_quiet`` is called when the last task ends.
-        max_running: how many coroutines may run at once; 0 for no limit.
+        registry: the registry that keeps their records.
+        owner: its ``on_idle()`` is called when the last one ends, its ``accept_failure`` by the manager.
+        max_running: how many of them may run at once; None for no limit.
 
     """
 
-    def __init__(self, registry: Registry, owner: Any, *, max_running: int = 0) -> None:
+    __slots__ = ("live", "owner", "registry", "slots")
+
+    def __init__(self, registry: RegistryCore, owner: Any, max_running: int | None) -> None:
         self.registry = registry
         self.owner = owner
+        # The executor's own limit comes first.
+        self.slots = registry._slots if max_running is None else Slots(max_running, registry._slots)
         self.live = 0
-        self.max_running = max_running
-        self.running = 0
-        # Records that wait for a place; those that ended meanwhile are passed over.
-        self.queue: deque[Record] = deque()
 
     def create_task(
         self,
@@ -891,99 +903,73 @@ class Group:
         timeout: float | None,
         eager_start: bool,
         contextvars_context: Context | None,
-        marks: int,
-    ) -> Task[Result] | None:
-        """Start a coroutine as ``Registry.create_task`` does, as one of this group."""
+        flags: int,
+    ) -> Task[Result]:
+        """Start a coroutine as ``RegistryCore.create_task`` does, as one of this set."""
         registry = self.registry
-        records = registry.records_here(coro)
-        if (
-            (registry._shut or registry._cap)
-            and registry.must_ask(records)
-            and not registry._admit(coro, DEFAULT_NAME if name is None else name)
-        ):
-            return None
+        records = _records_here(registry, coro)
         if type(name) is not str:
             name = DEFAULT_NAME if name is None else str(name)
+        if (registry._shut or registry._cap) and _must_ask(registry, records):
+            registry._admit(coro, name, False)
         seconds = _seconds(coro, timeout)
         record = records.enroll(coro, name, seconds, None, False)
-        record._group = self
-        record._marks = marks
+        record.task_set = self
+        record.flags = flags
         self.live += 1
-        if self.max_running:
-            return records.launch_in_group(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
+        if self.slots is not None:
+            return records.launch_in_set(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
         return records.launch(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
 
-    def take_place(self, record: Record) -> bool:
-        """Give a record a place among the running coroutines, or queue it and return False."""
-        if self.max_running == 0:
-            return True
-        if self.running < self.max_running and not self.queue:
-            self.running += 1
-            record.holds_group_place = True
-            return True
-        self.queue.append(record)
-        return False
+    def enroll_call(
+        self, records: LoopRecords, call: Any, name: str, timeout: float | None, flags: int, future: Any
+    ) -> Record:
+        """Return the record of a queued function, ``call`` standing for its coroutine. Safe from any thread."""
+        registry = self.registry
+        if (registry._shut or registry._cap) and _must_ask(registry, records):
+            registry._admit(call, name, False)
+        with _calls_lock:
+            record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
+            record.task = future
+            record.task_set = self
+            record.flags = flags
+            self.live += 1
+            record.queued = True
+            records.queued += 1
+        return record
 
-    def leave(self, record: Record) -> None:
-        """Take a record that ended out of the group and give its place to the next one."""
+    def leave(self) -> None:
         self.live -= 1
-        if record.holds_group_place:
-            record.holds_group_place = False
-            self.running -= 1
-        while self.queue and self.running < self.max_running:
-            following = self.queue.popleft()
-            if following._outcome != RUNNING or following.records is None:
-                continue
-            following.holds_group_place = True
-            self.running += 1
-            if self.registry._max_running == 0 or self.registry._take_place(following):
-                _grant(following)
         if self.live == 0:
-            self.owner._on_quiet()
+            self.owner.on_idle()
 
 
-class Registry:
-    """The records of all event loops of one manager, with what the manager may ask about them.
+class RegistryCore(RegistryHooks):
+    """The hot half of a registry: starting tasks, and the records of each event loop.
 
-    A manager derives from it and overrides the methods that begin with ``_on`` and ``_admit`` and ``_report``: they are
-    what the registry asks and tells its owner.
+    ``Registry`` derives from it and adds the cold half. Methods that this class calls and lacks are in ``_hooks.py``.
 
     Args:
-        history: how many finished tasks to remember as plain values; 0 for none.
         cap: how many tasks it owns before ``create_task`` and ``fire`` ask ``_admit``; 0 for no cap.
-        max_running: how many coroutines may run at once; 0 for no limit.
-        muted: the cache of a logger: while ``muted.get(muted_level)`` is False a completed task is not reported.
+        max_running: how many coroutines may run at once; None for no limit.
+        keeps_history: whether ``_remember`` is called at the end of each task.
+        muted: the cache of a logger: while ``muted.get(muted_level)`` is False only failures are reported.
         muted_level: the logging level of that report.
 
     """
 
     def __init__(
-        self,
-        *,
-        history: int = 0,
-        cap: int = 0,
-        max_running: int = 0,
-        muted: dict[int, bool] | None = None,
-        muted_level: int = 0,
+        self, cap: int, max_running: int | None, keeps_history: bool, muted: dict[int, bool] | None, muted_level: int
     ) -> None:
         self._current: LoopRecords | None = None
-        self._by_loop: dict[asyncio.AbstractEventLoop, LoopRecords] = {}
-        # Guards what several threads share: the table of loops, the counters of closed ones, ids, places and the queue.
-        self._lock = threading.RLock()
-        self._history: deque[tuple[Any, ...]] | None = deque(maxlen=history) if history else None
+        self._by_loop: dict[AbstractEventLoop, LoopRecords] = {}
         self._shut = False
         self._cap = cap
-        self._room_wanted = False
-        self._max_running = max_running
-        self._running = 0
-        # Not a dict: the first entry of one that shrinks at the front is found behind all that have gone.
-        self._queue: OrderedDict[Record, None] = OrderedDict()
+        self._capacity_wanted = False
+        self._slots = None if max_running is None else Slots(max_running, None)
+        self._keeps_history = keeps_history
         self._muted = muted
         self._muted_level = muted_level
-        self._ids_taken = 0
-        self._retired = NameStats()
-        self._retired_names: dict[str, NameStats] = {}
-        self._eager_tasks: bool | None = None
         self._eager_factory: Any = getattr(asyncio, "eager_task_factory", None)
 
     # -- starting tasks ------------------------------------------------------------------------------------------
@@ -1002,37 +988,36 @@ class Registry:
 
         Args:
             coro: a coroutine object.
-            name: what the task is called in logs, statistics and ``repr``; need not be unique.
+            name: the name of the task in logs, statistics and ``repr``; need not be unique.
             timeout: seconds after which the task is cancelled, > 0; None for no timeout.
-            context: a mapping that goes with the task's log records.
+            context: a mapping for the task's log records.
             eager_start: run up to the first suspension before this call returns (from Python 3.12 on; else ignored).
             contextvars_context: the ``contextvars.Context`` to run in; a copy of the current one by default.
 
         Returns:
-            The task; None if the manager drops new tasks at its cap.
+            The task.
 
         Raises:
-            NotACoroutineError: ``coro`` is something else; a coroutine function is to be called first.
+            NotACoroutineError: ``coro`` is something else; a coroutine function has to be called first.
             NoRunningLoopError: no event loop runs in this thread.
             ManagerClosedError: the manager was shut down.
             TaskRejectedError: the manager is at its cap.
-            InvalidTimeoutError: ``timeout`` is no positive number.
+            InvalidTimeoutError: ``timeout`` is no finite number greater than 0.
             InvalidContextError: ``context`` is no mapping, or ``contextvars_context`` no ``contextvars.Context``.
 
         After any of them the coroutine is closed.
 
         """
-        records = self.records_here(coro)
-        if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name):
-            return None  # type: ignore[return-value]
+        records = _records_here(self, coro)
+        if (self._shut or self._cap) and _must_ask(self, records):
+            self._admit(coro, name, False)
         if type(name) is not str:
             name = DEFAULT_NAME if name is None else str(name)
         seconds = _seconds(coro, timeout)
         if context is not None and type(context) is not dict:
-            _check_context(coro, context)
+            check_context(coro, context)
         if contextvars_context is not None and not isinstance(contextvars_context, Context):
-            errors.close_refused(coro)
-            raise errors.invalid_contextvars_context(contextvars_context)
+            refuse_contextvars_context(coro, contextvars_context)
         return records.launch(  # type: ignore[no-any-return]
             records.enroll(coro, name, seconds, context, False), eager_start, contextvars_context
         )
@@ -1044,36 +1029,40 @@ class Registry:
         name: str = DEFAULT_NAME,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Start a coroutine in the background for the least that it can cost, and return nothing.
+    ) -> bool:
+        """Start a coroutine in the background at the lowest cost, and return no task.
 
         The task is known at once and starts in the next iteration of the loop, in the order of the calls.
 
         Args:
             coro: a coroutine object.
-            name: what the task is called in logs, statistics and ``repr``; need not be unique.
+            name: the name of the task in logs, statistics and ``repr``; need not be unique.
             timeout: seconds after which the task is cancelled, > 0; None for no timeout.
-            context: a mapping that goes with the task's log records.
+            context: a mapping for the task's log records.
+
+        Returns:
+            True; False if the manager was at its cap and dropped the coroutine, which is closed.
 
         Raises:
             BgtasksError: what ``create_task`` raises, for the same reasons; the coroutine is closed.
 
         """
-        records = self.records_here(coro)
-        if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name):
-            return
+        records = _records_here(self, coro)
+        if (self._shut or self._cap) and _must_ask(self, records) and not self._admit(coro, name, True):
+            return False
         if type(name) is not str:
             name = DEFAULT_NAME if name is None else str(name)
         seconds = _seconds(coro, timeout)
         if context is not None and type(context) is not dict:
-            _check_context(coro, context)
+            check_context(coro, context)
         record = records.enroll(coro, name, seconds, context, False)
         if records.defers():
             records.defer(record)
         else:
             records.launch(record, False, None)
+        return True
 
-    def task_factory(self, loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> Any:
+    def task_factory(self, loop: AbstractEventLoop, coro: Coroutine[Any, Any, Any], **kwargs: Any) -> Any:
         """Build a task for ``loop.set_task_factory(manager.task_factory)``: every task of the program is tracked.
 
         Such tasks are observed, not owned: they are counted, timed and shown, and ``cancel`` reaches them by id or
@@ -1082,12 +1071,15 @@ class Registry:
         Args:
             loop: the loop that asks.
             coro: the coroutine.
-            kwargs: what the loop passes on to the task: ``name``, ``context``, ``eager_start``.
+            kwargs: what the loop passes to the task: ``name``, ``context``, ``eager_start``.
+
+        Returns:
+            The task.
 
         """
         if not iscoroutine(coro):
             return Task(coro, loop=loop, **kwargs)
-        records = self.records_of(loop)
+        records = _records_of(self, loop)
         record = records.enroll(coro, _name_of(coro), 0.0, None, True)
         wrapper = _wrap(record, run)
         try:
@@ -1103,318 +1095,34 @@ class Registry:
             # As in ``launch_specially``: the frame must not keep the task.
             del task
 
-    def must_ask(self, records: LoopRecords) -> bool:
-        # One loop's count is at hand; those of several are for _admit to add up.
-        return self._shut or records.live >= self._cap or len(self._by_loop) > 1
-
-    def records_here(self, coro: Any) -> LoopRecords:
-        if type(coro) is not CoroutineType and not iscoroutine(coro):
-            raise errors.not_a_coroutine(coro)
-        loop = _get_running_loop()
-        if loop is None:
-            errors.close_refused(coro)
-            raise errors.no_running_loop()
-        records = self._current
-        if records is not None and records.loop is loop:
-            return records
-        return self.records_of(loop)
-
-    def records_of(self, loop: asyncio.AbstractEventLoop) -> LoopRecords:
-        """Return the records of a loop, new ones at its first use; let go of loops that were closed."""
-        with self._lock:
-            records = self._by_loop.get(loop)
-            if records is None:
-                self._let_go_of_closed_loops()
-                records = self._by_loop[loop] = LoopRecords(self, loop)
-            self._current = records
-        return records
-
-    def _let_go_of_closed_loops(self) -> None:
-        """Drop what closed loops left behind, count it as abandoned and tell the owner."""
-        with self._lock:
-            for records in list(self._by_loop.values()):
-                if not records.loop.is_closed():
-                    continue
-                del self._by_loop[records.loop]
-                if self._current is records:
-                    self._current = None
-                names = records.abandon()
-                _merge(self._retired, self._retired_names, records)
-                if names:
-                    self._on_abandoned(names)
-
-    def _has_eager_tasks(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Tell whether tasks can start eagerly here, by trying it once; ``loop`` runs."""
-        if self._eager_tasks is None:
-            self._eager_tasks = starts_eagerly(loop)
-        return self._eager_tasks
-
-    def _take_ids(self) -> int:
-        """Reserve task ids for one loop and return the last one in use."""
-        with self._lock:
-            self._ids_taken += IDS_AT_ONCE
-            return self._ids_taken - IDS_AT_ONCE
-
-    def _renew_lock(self) -> None:
-        """Take a new lock in the child of a fork, where no thread is left that could let go of the old one."""
-        self._lock = threading.RLock()
-
-    def _make_group(self, owner: Any, max_running: int) -> Group:
-        """Return a ``Group`` for the tasks or functions of the executor ``owner``."""
-        return Group(self, owner, max_running=max_running)
-
-    # -- functions that an executor runs in threads --------------------------------------------------------------
-
-    def _add_host(self, host: Any) -> LoopRecords:
-        """Return the records of an executor's threads; ``host`` answers for them as a loop does for its tasks."""
-        with self._lock:
-            self._let_go_of_closed_loops()
-            records = self._by_loop[host] = LoopRecords(self, host)
-        return records
-
-    def _admits_call(self, records: LoopRecords, call: Any, name: str) -> bool:
-        """Say whether a function may be taken on; raise to refuse it with an error."""
-        return not (self._shut or self._cap) or not self.must_ask(records) or self._admit(call, name)
-
-    def _enroll_call(
-        self,
-        records: LoopRecords,
-        group: Group,
-        call: Any,
-        name: str,
-        timeout: float | None,
-        marks: int,
-        future: Any,
-    ) -> Record:
-        """Make the record of a queued function, ``call`` standing for its coroutine. Safe from any thread."""
-        with _calls_lock:
-            record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
-            record._task = future
-            record._group = group
-            record._marks = marks
-            group.live += 1
-            record.queued = True
-            records.queued += 1
-        return record
-
-    # -- places among the running coroutines ---------------------------------------------------------------------
-
-    def _take_place(self, record: Record) -> bool:
-        """Give a record a place among the running coroutines, or queue it and return False."""
-        with self._lock:
-            if self._running < self._max_running and not self._queue:
-                self._running += 1
-                record.holds_place = True
-                return True
-            self._queue[record] = None
-            return False
-
-    def _leave_place(self, record: Record) -> None:
-        """Take back the place of a record, or take it out of the queue, and let the next ones run."""
-        with self._lock:
-            self._queue.pop(record, None)
-            record.queued = False
-            if record.holds_place:
-                record.holds_place = False
-                self._running -= 1
-            while self._queue and self._running < self._max_running:
-                following = self._queue.popitem(last=False)[0]
-                loop = following.records.loop
-                try:
-                    if loop is _get_running_loop():
-                        _grant(following)
-                    else:
-                        loop.call_soon_threadsafe(_grant, following)
-                except RuntimeError:
-                    # Its loop is closed: it is counted as abandoned with the rest of that loop.
-                    continue
-                following.holds_place = True
-                self._running += 1
-
-    # -- questions, from any thread ------------------------------------------------------------------------------
-
-    def get_task_count(self) -> int:
-        """Return the number of tasks that have not ended, queued ones included."""
-        records = self._current
-        if records is not None and len(self._by_loop) == 1 and not records.loop.is_closed():
-            return records.live + records.observed
-        return sum([self._count(records) for records in self._all_records()])
-
-    def _count(self, records: LoopRecords) -> int:
-        """Return the number of tasks of one loop."""
-        return records.live + records.observed
-
-    def _count_queued(self, records: LoopRecords) -> int:
-        """Return the number of tasks of one loop that wait for a place."""
-        return records.queued
-
-    def _all_records(self) -> list[LoopRecords]:
-        """Return the ``LoopRecords`` of every open loop."""
-        with self._lock:
-            self._let_go_of_closed_loops()
-            return list(self._by_loop.values())
-
-    def _owned(self) -> int:
-        """Return how many tasks the manager owns: all but those that came through its task factory."""
-        return sum([records.live for records in self._all_records()])
-
-    def _owned_by_loop(self) -> list[tuple[asyncio.AbstractEventLoop, int]]:
-        """Return a list of (loop, number of owned tasks)."""
-        return [(records.loop, records.live) for records in self._all_records()]
-
-    def _live_records(self) -> list[Record]:
-        """Return the records of all tasks that have not ended."""
-        found: list[Record] = []
-        for records in self._all_records():
-            found += records.snapshot()
-        return found
-
-    def _record_of(self, task: Task[Any]) -> Record | None:
-        """Return the record of a live task of this manager, None for any other."""
-        if isinstance(task, TrackedTask):
-            record = record_of(task)
-            if record is None or record._outcome != RUNNING or record.records.registry is not self:
-                return None
-            return record
-        for record in self._live_records():
-            if record._task is task and task is not None:
-                return record
-        return None
-
-    def _bind_running_loop(self) -> None:
-        """Make the running loop known before its first task, so that other threads can hand work over to it."""
-        loop = _get_running_loop()
-        if loop is None:
-            raise errors.no_running_loop()
-        self.records_of(loop)
-
-    def _loop_of(self, record: Record) -> asyncio.AbstractEventLoop | None:
-        """Return the loop of a live record, None if it has ended."""
-        records = record.records
-        return None if records is None else records.loop
-
-    def get_task_info(self) -> list[TaskInfo]:
-        """Return a ``TaskInfo`` for every task that has not ended, oldest first on each loop."""
-        return [
-            record.info()
-            for record in self._live_records()
-            if record._outcome == RUNNING and record.records is not None
-        ]
-
-    def get_history(self) -> list[FinishedTask]:
-        """Return the finished tasks that are remembered, oldest first; empty unless ``history`` was given."""
-        if self._history is None:
-            return []
-        with self._lock:
-            entries = list(self._history)
-        return [
-            {
-                "task_id": task_id,
-                "name": name,
-                "coroutine": coroutine,
-                "outcome": outcome,
-                "duration_seconds": duration,
-                "ended_at": ended_at,
-                "error": error,
-            }
-            for task_id, name, coroutine, outcome, duration, ended_at, error in entries
-        ]
-
-    def _remember(self, record: Record, error: BaseException | None) -> None:
-        """Put a finished task into the history as plain values."""
-        assert self._history is not None, "asked for only where there is a history"
-        entry = (
-            record._task_id,
-            record.name,
-            _name_of(record._coro),
-            OUTCOMES[record._outcome],
-            record._duration,
-            wall_clock(),
-            None if error is None else errors.text_of(error),
-        )
-        with self._lock:
-            self._history.append(entry)
-
-    def _counters(self) -> ManagerStats:
-        """Return the counters of all loops, the closed ones included, and those of each name."""
-        total = NameStats()
-        names: dict[str, NameStats] = {}
-        with self._lock:
-            # First of all: it moves the counters of loops closed meanwhile to the retired ones.
-            open_loops = self._all_records()
-            total.add(self._retired)
-            for name, stats in self._retired_names.items():
-                _add_to(names, name, stats)
-            for records in open_loops:
-                _merge(total, names, records)
-            counters: Any = total.as_dict()
-            counters["queued"] = sum([self._count_queued(records) for records in open_loops])
-            counters["running"] = counters["in_flight"] - counters["queued"]
-        del counters["p50_seconds"]
-        del counters["p99_seconds"]
-        counters["names"] = {name: stats.as_dict() for name, stats in names.items()}
-        result: ManagerStats = counters
-        return result
-
-    # -- what the owner sets -------------------------------------------------------------------------------------
-
-    def _shut_gate(self) -> None:
-        """Have ``create_task`` and ``fire`` ask ``_admit`` for every task from now on."""
-        self._shut = True
-
-    def _wake_at(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
-        """Have ``_on_quiet`` called each time a task ends and ``loop`` is left with ``count`` owned ones or fewer."""
-        records = self._by_loop.get(loop)
-        if records is not None:
-            records.wake_at = count
-
-    # -- what the owner is asked and told ------------------------------------------------------------------------
-
-    def _admit(self, coro: Coroutine[Any, Any, Any], name: str) -> bool:
-        """Say whether a new task may start at the cap or behind a shut gate; raise to refuse it with an error."""
-        return True
-
-    def _report(self, record: Record, error: BaseException | None) -> None:
-        """Hear that a task ended, after its bookkeeping and before its references are cut."""
-
-    def _on_timeout(self, record: Record) -> None:
-        """Hear that the timeout of a task is over, and cancel it."""
-
-    def _on_abandoned(self, names: dict[str, int]) -> None:
-        """Hear that a closed loop left tasks behind: a dict of their names with the number of each."""
-
-    def _on_quiet(self) -> None:
-        """Hear that a loop is down to the number of tasks given to ``_wake_at``."""
-
-    def _on_room(self) -> None:
-        """Hear that a task ended while ``_room_wanted`` is set."""
+    def _forget_loop(self, loop: AbstractEventLoop) -> None:
+        """Remove a loop that was closed."""
+        if self._current is self._by_loop.pop(loop):
+            self._current = None
 
 
-def _check_context(coro: Any, context: object) -> None:
-    if isinstance(context, Context) or not isinstance(context, Mapping):
+def _must_ask(registry: RegistryCore, records: LoopRecords) -> bool:
+    # One loop's count is at hand; those of several are for _admit to add up.
+    return registry._shut or records.owned >= registry._cap or len(registry._by_loop) > 1
+
+
+def _records_here(registry: RegistryCore, coro: Any) -> LoopRecords:
+    if type(coro) is not CoroutineType and not iscoroutine(coro):
+        raise errors.not_a_coroutine(coro)
+    loop = _get_running_loop()
+    if loop is None:
         errors.close_refused(coro)
-        raise errors.invalid_context(context)
+        raise errors.no_running_loop()
+    records = registry._current
+    if records is not None and records.loop is loop:
+        return records
+    return _records_of(registry, loop)
 
 
-def _grant(record: Record) -> None:
-    """Let a queued task run."""
-    place = record.place
-    if place is not None and not place.done():
-        place.set_result(None)
-
-
-def _merge(total: NameStats, names: dict[str, NameStats], records: LoopRecords) -> None:
-    for name, stats in list(records.names.items()):
-        total.add(stats)
-        _add_to(names, name, stats)
-    if records.other_names.started:
-        total.add(records.other_names)
-        _add_to(names, OTHER_NAMES, records.other_names)
-
-
-def _add_to(names: dict[str, NameStats], name: str, stats: NameStats) -> None:
-    if name not in names:
-        if len(names) >= MAX_NAMES:
-            name = OTHER_NAMES
-        names.setdefault(name, NameStats())
-    names[name].add(stats)
+def _records_of(registry: RegistryCore, loop: AbstractEventLoop) -> LoopRecords:
+    """Return the records of a loop, new ones at its first use."""
+    records = registry._by_loop.get(loop)
+    if records is None:
+        records = registry._add_loop(loop, LoopRecords)
+    registry._current = records
+    return records

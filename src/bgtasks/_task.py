@@ -1,8 +1,8 @@
-"""The task object that shows the user's frames, and the native coroutines that run around the user's.
+"""The task type that shows the user's frames, and the native coroutines that run around the user's coroutine.
 
-The compiled registry needs these only where something follows native coroutines alone: ``python -m asyncio pstree``
-(Python 3.14), which reads them out of the process, and tasks of a foreign factory. Elsewhere its records take their
-place.
+The compiled registry needs these coroutines only where something follows native coroutines alone: ``python -m asyncio
+pstree`` (Python 3.14), which reads them out of the process, and tasks of a foreign task factory. Elsewhere its tasks
+step their records.
 """
 
 from __future__ import annotations
@@ -10,31 +10,75 @@ from __future__ import annotations
 import asyncio
 import inspect
 import types
+from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Generator
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import suppress
+from typing import Any, Final, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from bgtasks._registry_py import Record
+__all__ = [
+    "TrackedTask",
+    "close_quietly",
+    "do_nothing",
+    "drive",
+    "finish_unentered",
+    "grant_turn",
+    "is_running",
+    "record_of",
+    "retrieve_failure",
+    "run",
+    "run_queued",
+    "starts_eagerly",
+    "users_traceback",
+]
+
+Result = TypeVar("Result")
 
 # The modules whose frames stand between a task and the user's coroutine.
 AROUND: Final = frozenset({__name__, "bgtasks._registry"})
 
 _cancel = asyncio.Task.cancel
-# Not get_coro() where it can be helped: in early releases of Python 3.12 that crashes on an eager task that has ended.
-_get_wrapper = asyncio.Task._coro.__get__ if hasattr(asyncio.Task, "_coro") else asyncio.Task.get_coro
+# Not get_coro() where there is the attribute: in early releases of 3.12 that crashes on an eager task that has ended.
+_wrapper_attribute = getattr(asyncio.Task, "_coro", None)
+_get_wrapper = asyncio.Task.get_coro if _wrapper_attribute is None else _wrapper_attribute.__get__
+
+
+class TaskRecord(Protocol):
+    """What the coroutines here use of the record of a task."""
+
+    @property
+    def coro(self) -> Any:
+        """The user's coroutine."""
+
+    @property
+    def turn(self) -> Any:
+        """The future that a queued task waits on."""
+
+    paused: bool
+
+    def begin(self) -> None:
+        """Mark a queued task as running."""
+
+    def complete(self, result: Result, /) -> Result:
+        """Finish the record of a task that returned."""
+
+    def fail(self, error: BaseException, /) -> None:
+        """Finish the record of a task that raised."""
+
+    def finish_unentered(self, task: asyncio.Task[Any], /) -> None:
+        """Finish the record of a task that never entered its coroutine."""
 
 
 class TrackedTask(asyncio.Task[Any]):
     """An ``asyncio.Task`` that shows the user's coroutine instead of the one that runs around it.
 
-    ``get_coro()``, ``get_stack()``, ``print_stack()`` and ``repr()`` give what they give for a bare task. The registry
-    sets ``_record`` right after construction. The compiled registry has a type of its own for it (``_tracked_task.h``)
-    and puts the methods of this class on it.
+    ``get_coro()``, ``get_stack()``, ``print_stack()`` and ``repr()`` return what they return for a bare task. The
+    registry sets ``_record`` right after construction. The compiled registry has a task type of its own
+    (``_tracked_task.h``) and puts the methods of this class on it.
     """
 
     __slots__ = ("_record",)
 
-    _record: Record
+    _record: TaskRecord
 
     def get_coro(self) -> Any:
         """Return the user's coroutine."""
@@ -52,7 +96,7 @@ class TrackedTask(asyncio.Task[Any]):
         """Request cancellation, as ``asyncio.Task.cancel`` does.
 
         A task cancelled before its first step would never enter the native coroutine around the user's, so nothing in
-        there could settle the record. So that one is entered now, up to a pause before the user's coroutine.
+        there could finish the record. That coroutine is therefore entered now, up to a pause before the user's.
         """
         wrapper: Any = _get_wrapper(self)
         if type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED:
@@ -61,28 +105,27 @@ class TrackedTask(asyncio.Task[Any]):
         return _cancel(self, msg=msg)
 
 
-# asyncio prints this name in repr() and in "Task exception was never retrieved", for which logs are searched.
+# asyncio prints this name in repr() and in "Task exception was never retrieved", and people search logs for it.
 TrackedTask.__name__ = "Task"
 
 
-def record_of(task: Any) -> Record | None:
-    """Return the record of a tracked task, also from inside the first step of an eager one; None past saving."""
+def record_of(task: Any) -> Any:
+    """Return the record of a tracked task, also inside the first step of an eager one; None if it is not known."""
     try:
-        record: Record | None = task._record
+        return task._record  # noqa: SLF001  the slot of TrackedTask
     except AttributeError:
-        # It has not left its constructor. Of a native coroutine around the user's the record is an argument.
+        # The task has not left its constructor.
         wrapper: Any = _get_wrapper(task)
-        if type(wrapper) is not types.CoroutineType:
-            # The record is what the task steps, or the task has forgotten what it stepped.
-            record = wrapper
-        else:
-            record = None if wrapper.cr_frame is None else wrapper.cr_frame.f_locals.get("record")
-    return record
+    if type(wrapper) is not types.CoroutineType:
+        # The task steps its record, or has forgotten what it stepped.
+        return wrapper
+    # The record is an argument of the native coroutine.
+    return None if wrapper.cr_frame is None else wrapper.cr_frame.f_locals.get("record")
 
 
 @types.coroutine
 def drive(coro: Any) -> Generator[Any, Any, Any]:
-    """Run what asyncio takes for a coroutine although ``await`` may not: an object with send, throw and close."""
+    """Run an object with send, throw and close, which asyncio accepts as a coroutine although ``await`` may not."""
     try:
         step = coro.send(None)
         while True:
@@ -101,12 +144,12 @@ def drive(coro: Any) -> Generator[Any, Any, Any]:
 
 @types.coroutine
 def pause() -> Generator[None, None, None]:
-    """Give the step that the task is about to take a place to go on or to raise."""
+    """Suspend once: the step that the task is about to take goes on or raises here."""
     yield
 
 
-async def run(coro: Awaitable[Any], record: Record) -> Any:
-    """Run the user's coroutine and settle its record where it ends, not a loop iteration later."""
+async def run(coro: Awaitable[Any], record: TaskRecord) -> Any:
+    """Run the user's coroutine and finish its record where it ends, not a loop iteration later."""
     try:
         if record.paused:
             await pause()
@@ -117,18 +160,63 @@ async def run(coro: Awaitable[Any], record: Record) -> Any:
         raise
 
 
-async def run_queued(coro: Awaitable[Any], record: Record) -> Any:
-    """Wait for a place among the running coroutines, then do as ``run`` does."""
+async def run_queued(coro: Awaitable[Any], record: TaskRecord) -> Any:
+    """Wait for the turn of a queued task, then do as ``run`` does."""
     try:
         if record.paused:
             await pause()
             record.paused = False
-        await record.place
+        await record.turn
         record.begin()
         return record.complete(await coro)
     except BaseException as error:
         record.fail(error)
         raise
+
+
+def do_nothing() -> None:
+    """Do nothing."""
+
+
+def is_running(task: asyncio.Task[Any]) -> bool:
+    """Return whether the current step is one of this task."""
+    loop = _get_running_loop()
+    return loop is not None and asyncio.current_task(loop) is task
+
+
+def grant_turn(loop: Any, turn: asyncio.Future[None] | None) -> bool:
+    """Have a queued task of a loop run; return False if the loop is closed."""
+    try:
+        if loop is _get_running_loop():
+            _resolve(turn)
+        else:
+            loop.call_soon_threadsafe(_resolve, turn)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _resolve(turn: asyncio.Future[None] | None) -> None:
+    if turn is not None and not turn.done():
+        turn.set_result(None)
+
+
+def close_quietly(coro: Any) -> None:
+    """Close a coroutine after the end of its loop: what it raises then has nobody left to go to."""
+    with suppress(BaseException):
+        coro.close()
+
+
+def finish_unentered(record: TaskRecord, wrapper: Any, task: asyncio.Task[Any]) -> None:
+    """Finish the record of a task that a foreign factory built, which may never have entered the coroutine it got."""
+    wrapper.close()
+    record.finish_unentered(task)
+
+
+def retrieve_failure(task: asyncio.Task[Any]) -> None:
+    """Mark a failure as retrieved: it was reported, and asyncio's "never retrieved" must not follow."""
+    if not task.cancelled():
+        task.exception()
 
 
 def users_traceback(error: BaseException) -> types.TracebackType | None:
@@ -140,10 +228,10 @@ def users_traceback(error: BaseException) -> types.TracebackType | None:
 
 
 def starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
-    """Tell by trying whether a task built with ``eager_start=True`` runs inside its constructor.
+    """Return whether a task built with ``eager_start=True`` runs inside its constructor; tried on the running ``loop``.
 
     uvloop and others accept the argument in ``create_task`` on interpreters where it does nothing, so neither the
-    version nor the signature tells. To be called while ``loop`` runs.
+    version nor the signature tells.
     """
 
     async def probe() -> None:

@@ -154,7 +154,7 @@ def not_a_coroutine(value: object) -> NotACoroutineError:
 def invalid_timeout(value: object) -> InvalidTimeoutError:
     """Return the error for a task's timeout that is no positive number of seconds."""
     return InvalidTimeoutError(
-        f"timeout must be a number of seconds greater than 0, or None for no timeout; got {describe(value)}"
+        f"timeout must be a finite number of seconds, greater than 0, or None for no timeout; got {describe(value)}"
     )
 
 

@@ -1,26 +1,44 @@
-"""The dictionaries that a manager hands out: typed, JSON-safe but for what the user put into ``context``."""
+"""The dictionaries that a manager hands out: typed, and JSON-safe except for what the user put into ``context``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Final, Literal, TypeAlias, TypedDict
 
-__all__ = ["FinishedTask", "ManagerStats", "NameStats", "Outcome", "ShutdownStats", "TaskInfo", "TaskMetadata"]
+__all__ = [
+    "DEFAULT_NAME",
+    "FinishedTask",
+    "ManagerStats",
+    "NameStats",
+    "Outcome",
+    "Overflow",
+    "ShutdownStats",
+    "TaskInfo",
+    "TaskState",
+]
 
-Outcome = Literal["completed", "failed", "cancelled", "timed_out", "abandoned"]
+# The name of a task that was given none.
+DEFAULT_NAME: Final = "background_task"
+
+Outcome: TypeAlias = Literal["completed", "failed", "cancelled", "timed_out", "abandoned"]
+TaskState: TypeAlias = Literal["queued", "running", "completed", "failed", "cancelled", "timed_out", "abandoned"]
+
+# What becomes of new work that finds something full, for every option ``overflow`` of the package; each takes some of
+# these values. ``raise`` an error; ``drop_newest`` or ``drop_oldest`` and count it; ``block`` the coroutine that waits
+# for capacity; ``spool`` to the disk.
+Overflow: TypeAlias = Literal["raise", "drop_newest", "drop_oldest", "block", "spool"]
 
 
 class TaskInfo(TypedDict):
     """A task as it stands now.
 
-    ``age_seconds`` counts from creation, for a task that had to wait for a place from its start. ``state`` is
-    ``"queued"``, ``"running"`` or an outcome.
+    ``age_seconds`` counts from creation; for a task that waited for a concurrency slot, from its start.
     """
 
     task_id: int
     name: str
     coroutine: str
-    state: str
+    state: TaskState
     age_seconds: float
     timeout: float | None
     context: Mapping[str, Any]
@@ -60,8 +78,8 @@ class NameStats(TypedDict):
 class ManagerStats(TypedDict):
     """Counters of one manager since it was made; ``started`` is the sum of ``in_flight`` and the five outcomes.
 
-    ``in_flight`` is ``running`` plus ``queued``; ``dropped`` tasks never started. ``names`` holds at most 1,000 names,
-    the rest is counted together under ``"(other)"``.
+    ``in_flight`` is ``running`` plus ``queued``; ``dropped`` tasks never started. ``names`` holds at most 1,000 names;
+    all others are counted together under ``"(other)"``.
     """
 
     started: int
@@ -90,12 +108,3 @@ class ShutdownStats(TypedDict):
     remaining_tasks: int
     duration_seconds: float
     remaining_names: list[str]
-
-
-class TaskMetadata(NamedTuple):
-    """What a manager's ``_task_metadata`` holds on one live task; ``created_at`` is a point on the wall clock."""
-
-    name: str
-    created_at: float
-    timeout: float | None
-    context: Mapping[str, Any]

@@ -5,6 +5,8 @@ out: after a new binding both still give the old one, and for a class that nobod
 What is here looks into the active container at each call, and where that holds no manager it says how to bind one.
 """
 
+# ruff: noqa: SLF001  InjectQ's registry tells whether something is bound
+
 from __future__ import annotations
 
 import functools
@@ -23,7 +25,7 @@ except ModuleNotFoundError as error:
         raise
     raise errors.missing_extra("inject", "InjectQ", "inject managers") from None
 
-__all__ = ["Inject", "bind", "inject"]
+__all__ = ["Inject", "bind", "inject", "lookup"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -86,7 +88,7 @@ class Inject(injectq.Inject):  # type: ignore[type-arg, misc, unused-ignore]  # 
     """
 
     def _resolve(self) -> Any:
-        return _resolve(injectq.InjectQ.get_instance(), self.service_type)
+        return lookup(self.service_type, optional=False)
 
     def _is_bound(self) -> bool:
         return bool(injectq.InjectQ.get_instance().has(self.service_type))
@@ -180,6 +182,17 @@ def inject(function: Any = None, *, container: injectq.InjectQ | None = None) ->
         return function(*given.args, **given.kwargs)
 
     return filled
+
+
+def lookup(service_type: Any, *, optional: bool) -> Any:
+    """Return what the active container holds for a class now; None if ``optional`` and nothing is bound.
+
+    Raises:
+        ManagerNotBoundError: the class is a manager's, not ``optional``, and none is bound.
+
+    """
+    container = injectq.InjectQ.get_instance()
+    return None if optional and not container.has(service_type) else _resolve(container, service_type)
 
 
 def _is_manager(key: Any) -> bool:

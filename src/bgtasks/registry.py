@@ -1,45 +1,211 @@
-"""Picks the registry: the compiled one or its Python twin.
+"""The bookkeeping of a manager: picks the compiled or the pure-Python hot half, and adds the cold half.
 
 ``BGTASKS_IMPLEMENTATION`` chooses: ``auto`` (the default) takes the compiled one where it was built and a GIL is on,
-``cython`` demands it, ``python`` takes the twin. ``IMPLEMENTATION`` says which one runs.
+``cython`` demands it, ``python`` takes the other. ``IMPLEMENTATION`` says which one runs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import threading
+import time
+from asyncio import AbstractEventLoop, Task
+from asyncio.events import _get_running_loop
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
 
+from bgtasks import errors
+from bgtasks._hooks import RegistryHooks
 from bgtasks._implementation import choose
+from bgtasks._statistics import OTHER_NAMES, NameTotals, Snapshot
+from bgtasks._task import record_of, starts_eagerly
 
-__all__ = [
-    "CANCEL_ON_EXIT",
-    "DEFAULT_NAME",
-    "IMPLEMENTATION",
-    "MAX_NAMES",
-    "OTHER_NAMES",
-    "RERAISE_ON_EXIT",
-    "Record",
-    "Registry",
-]
+if TYPE_CHECKING:
+    from bgtasks.info import FinishedTask, TaskInfo
+
+__all__ = ["IMPLEMENTATION", "LoopRecords", "Record", "Registry", "TaskSet"]
 
 IMPLEMENTATION: Final = choose("bgtasks._registry", "registry")
 
 if TYPE_CHECKING or IMPLEMENTATION == "python":
-    from bgtasks._registry_py import (
-        CANCEL_ON_EXIT,
-        DEFAULT_NAME,
-        MAX_NAMES,
-        OTHER_NAMES,
-        RERAISE_ON_EXIT,
-        Record,
-        Registry,
-    )
+    from bgtasks._registry_py import LoopRecords, Record, RegistryCore, TaskSet, TrackedTask
 else:
-    from bgtasks._registry import (
-        CANCEL_ON_EXIT,
-        DEFAULT_NAME,
-        MAX_NAMES,
-        OTHER_NAMES,
-        RERAISE_ON_EXIT,
-        Record,
-        Registry,
-    )
+    from bgtasks._registry import LoopRecords, Record, RegistryCore, TaskSet, TrackedTask
+
+
+class Registry(RegistryCore, RegistryHooks):
+    """The records of all event loops of one manager, with what may be asked about them.
+
+    A manager derives from it; nothing else does. Questions may be asked from any thread and change nothing: what a
+    closed loop left behind is let go of when the next loop is used, and by ``shutdown``.
+
+    Args:
+        history: how many finished tasks to remember as plain values; 0 for none.
+        cap: how many tasks it owns before ``create_task`` and ``fire`` ask ``_admit``; None for no cap.
+        max_running: how many coroutines may run at once; None for no limit.
+        muted: the cache of a logger: while ``muted.get(muted_level)`` is False only failures are reported.
+        muted_level: the logging level of that report.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        history: int = 0,
+        cap: int | None = None,
+        max_running: int | None = None,
+        muted: dict[int, bool] | None = None,
+        muted_level: int = 0,
+    ) -> None:
+        super().__init__(cap or 0, max_running, history > 0, muted, muted_level)
+        # Guards what several threads share: the table of loops, the counters of closed ones, and ids.
+        self._lock = threading.RLock()
+        self._history: deque[FinishedTask] = deque(maxlen=history)
+        self._ids_taken = 0
+        # What the loops counted that were closed since.
+        self._retired = NameTotals()
+        self._eager_tasks: bool | None = None
+
+    def after_fork(self) -> None:
+        """Begin anew in the child of a fork: no thread is left there that could release the old lock."""
+        self._lock = threading.RLock()
+
+    # -- loops ----------------------------------------------------------------------------------------------------
+
+    def _add_loop(self, loop: AbstractEventLoop, make: Callable[..., LoopRecords] = LoopRecords) -> LoopRecords:
+        with self._lock:
+            records = self._by_loop.get(loop)
+            if records is None:
+                self._release_closed_loops()
+                records = self._by_loop[loop] = make(self, loop)
+        return records
+
+    def _bind_running_loop(self) -> None:
+        """Make the running loop known before its first task, so that other threads can hand work over to it."""
+        loop = _get_running_loop()
+        if loop is None:
+            raise errors.no_running_loop()
+        self._add_loop(loop)
+
+    def _release_closed_loops(self) -> None:
+        """Abandon what closed loops left behind, keep their counters and report the abandoned tasks by name."""
+        with self._lock:
+            for loop, records in list(self._by_loop.items()):
+                if not loop.is_closed():
+                    continue
+                self._forget_loop(loop)
+                live = records.snapshot()
+                names = Counter(record.name for record in live)
+                for record in live:
+                    record.abandon()
+                self._retired.add(_snapshots(records))
+                if names:
+                    self._on_abandoned(names)
+
+    def _open_loops(self) -> list[LoopRecords]:
+        """Return the records of every loop that is not closed."""
+        with self._lock:
+            return [records for loop, records in self._by_loop.items() if not loop.is_closed()]
+
+    # -- what the hot half asks -----------------------------------------------------------------------------------
+
+    def _has_eager_tasks(self, loop: AbstractEventLoop) -> bool:
+        if self._eager_tasks is None:
+            self._eager_tasks = starts_eagerly(loop)
+        return self._eager_tasks
+
+    def _reserve_ids(self, count: int) -> int:
+        with self._lock:
+            self._ids_taken += count
+            return self._ids_taken - count
+
+    def _make_task_set(self, owner: Any, max_running: int | None) -> TaskSet:
+        """Return a ``TaskSet`` for the tasks or functions of an executor."""
+        return TaskSet(self, owner, max_running)
+
+    # -- questions, from any thread -------------------------------------------------------------------------------
+
+    def get_task_count(self) -> int:
+        """Return the number of tasks that have not ended, queued ones included."""
+        return sum([records.owned + records.observed for records in self._open_loops()])
+
+    def get_task_info(self) -> list[TaskInfo]:
+        """Return a ``TaskInfo`` for every task that has not ended, oldest first on each loop."""
+        found: list[TaskInfo] = []
+        for records in self._open_loops():
+            found += records.infos()
+        return found
+
+    def get_history(self) -> list[FinishedTask]:
+        """Return the finished tasks that are remembered, oldest first; empty unless ``history`` was given."""
+        with self._lock:
+            return [finished.copy() for finished in self._history]
+
+    def _remember(self, record: Record, error: BaseException | None) -> None:
+        finished: Any = {
+            "task_id": record.task_id,
+            "name": record.name,
+            "coroutine": record.coroutine_name,
+            "outcome": record.outcome,
+            "duration_seconds": record.duration,
+            "ended_at": time.time(),
+            "error": None if error is None else errors.text_of(error),
+        }
+        with self._lock:
+            self._history.append(finished)
+
+    def _owned(self) -> int:
+        """Return the number of tasks that the manager owns: all but those that its task factory built."""
+        return sum([records.owned for records in self._open_loops()])
+
+    def _owned_by_loop(self) -> list[tuple[AbstractEventLoop, int]]:
+        """Return a list of (loop, number of owned tasks)."""
+        return [(records.loop, records.owned) for records in self._open_loops()]
+
+    def _live_records(self) -> list[Record]:
+        """Return the records of all tasks that have not ended."""
+        found: list[Record] = []
+        for records in self._open_loops():
+            found += records.snapshot()
+        return found
+
+    def _record_of(self, task: Task[Any]) -> Record | None:
+        """Return the record of a live task of this manager, None for any other."""
+        if not isinstance(task, TrackedTask):
+            # A foreign factory built it, or it is none of ours.
+            return next((found for found in self._live_records() if found.task is task), None)
+        record: Record | None = record_of(task)
+        return record if record is not None and record.registry is self else None
+
+    def _counters(self) -> dict[str, Any]:
+        """Return the counters of all loops, the closed ones included, and those of each name."""
+        totals = NameTotals()
+        queued = 0
+        with self._lock:
+            totals.add(self._retired.snapshots())
+            for loop, records in self._by_loop.items():
+                totals.add(_snapshots(records))
+                if loop.is_closed():
+                    for record in records.snapshot():
+                        totals.add_abandoned(record.name)
+                else:
+                    queued += records.queued
+        counters: dict[str, Any] = totals.total.counters()
+        counters["queued"] = queued
+        counters["running"] = counters["in_flight"] - queued
+        counters["names"] = totals.by_name()
+        return counters
+
+    def _set_idle_threshold(self, loop: AbstractEventLoop, count: int) -> None:
+        """Have ``_on_idle`` called each time a task ends and ``loop`` is left with ``count`` owned ones or fewer."""
+        records = self._by_loop.get(loop)
+        if records is not None:
+            records.idle_threshold = count
+
+
+def _snapshots(records: LoopRecords) -> Iterator[tuple[str, Snapshot]]:
+    for name, stats in list(records.names.items()):
+        yield name, stats.snapshot()
+    other = records.other_names.snapshot()
+    if other[0]:
+        yield OTHER_NAMES, other

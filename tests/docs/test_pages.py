@@ -87,17 +87,6 @@ def test_every_example_is_named():
     assert [file.name for file in examples if f"examples/{file.name}" not in pages and file.stem not in imported] == []
 
 
-def test_every_part_of_the_package_is_in_the_architecture():
-    """Each file of the package, of its events and each folder stands in a table of ARCHITECTURE.md."""
-    text = (ROOT / "ARCHITECTURE.md").read_text()
-    package = ROOT / "src/bgtasks"
-    files = [*package.glob("_*.py*"), *package.glob("*.py*"), *package.glob("events/*.py*"), *package.glob("*.h")]
-    files = [file for file in files if file.name not in ("__init__.py", "py.typed")]
-    assert [file.name for file in files if f"`{file.name}`" not in text] == []
-    folders = [file.parent.name for file in package.glob("**/__init__.py") if file.parent != package]
-    assert [name for name in folders if f"`{name}/`" not in text] == []
-
-
 def test_the_docstring_of_the_manager_names_every_argument(manager_of_twin):
     """Each constructor argument of design and code is described."""
     manager = manager_of_twin.BackgroundTaskManager

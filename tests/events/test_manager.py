@@ -112,10 +112,13 @@ async def test_what_closes_itself_is_forgotten_and_what_fails_is_told(make_manag
     """Of what is attached."""
 
     class Failing:
-        async def flush(self, deadline):
+        def attached(self, manager):
+            self.manager = manager
+
+        async def flush(self, timeout):
             raise RuntimeError("cannot flush")
 
-        async def close(self, deadline):
+        async def close(self, timeout):
             raise RuntimeError("cannot close")
 
     manager = make_manager()

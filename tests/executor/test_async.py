@@ -344,7 +344,7 @@ async def test_a_cancelled_exit_cancels_and_settles_its_tasks(make):
             children.extend(submit(child) for _ in range(5))
 
     closer = asyncio.create_task(block())
-    await until(lambda: executor._quiet is not None)
+    await until(lambda: executor._idle is not None)
     closer.cancel("enough")
     with pytest.raises(asyncio.CancelledError, match="enough"):
         await closer
@@ -362,7 +362,7 @@ async def test_a_cancelled_exit_outlasts_more_cancellations(make):
             submit(stubborn, 1, release)
 
     closer = asyncio.create_task(block())
-    await until(lambda: executor._quiet is not None)
+    await until(lambda: executor._idle is not None)
     for _ in range(20):
         closer.cancel()
         await asyncio.sleep(0)
@@ -382,7 +382,7 @@ async def test_a_task_that_swallows_its_cancellation_is_named_and_let_go(make_ma
             submit(stubborn, 99, release, __name__="swallows")
 
     closer = asyncio.create_task(block())
-    await until(lambda: executor._quiet is not None)
+    await until(lambda: executor._idle is not None)
     closer.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closer
@@ -571,7 +571,7 @@ async def test_a_thread_that_is_refused_at_the_end_does_not_hold_it_up(make):
         with pytest.raises(ExecutorClosedError):
             await in_thread(lambda: submit(value))
         executor._is_open = True
-    assert not executor._handed_over
+    assert not executor._handovers
 
 
 async def test_a_thread_is_refused_after_the_end_and_after_the_loop(make):
@@ -644,7 +644,7 @@ async def test_what_cannot_be_run_is_refused(make):
 
 async def test_the_managers_refusals_hold(make_manager):
     """A manager that was shut down or is full takes nothing from an executor either."""
-    manager = make_manager(max_pending_tasks=1, overflow="drop_new")
+    manager = make_manager(max_pending_tasks=1, overflow="drop_newest")
     release = asyncio.Event()
     async with AsyncBackgroundExecutor(manager=manager) as submit:
         submit(after, release)

@@ -93,7 +93,7 @@ def test_a_cancellation_that_comes_while_the_outcome_is_set_is_too_late(make, mo
     gate = threading.Event()
     with make() as submit:
         future = submit(gate.wait)
-        monkeypatch.setattr(_call, "_watching", Moment())
+        monkeypatch.setattr(_call, "_making", Moment())
         gate.set()
     assert answers == [None, False]
     assert future.result(timeout=10) is True
@@ -151,7 +151,7 @@ def test_the_child_of_a_fork_is_not_held_up_by_a_lock_of_the_parent(make):
     held, gate = threading.Event(), threading.Event()
 
     def hold():
-        with _call._watching, _registry_py._calls_lock:
+        with _call._making, _registry_py._calls_lock:
             held.set()
             gate.wait()
 

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, ours_in, question, recording_publisher
+from internals import release_closed_loops
 from work import after, failing, forever, stubborn, until, value
 
 from bgtasks import BackgroundTaskManager, InvalidOptionError, InvalidTimeoutError
@@ -553,7 +554,7 @@ async def test_a_cap_of_0_is_none(make):
 
 
 def test_tasks_of_a_closed_loop_do_not_count_against_the_cap(make):
-    """They are let go when the manager next looks."""
+    """They are released when the manager uses its next loop."""
     manager = make(max_pending_tasks=1)
 
     def leave_one_behind():
@@ -569,6 +570,7 @@ def test_tasks_of_a_closed_loop_do_not_count_against_the_cap(make):
     leave_one_behind()
     assert manager.pending_count == 0
     assert (manager.stats()["abandoned"], manager.dropped_count) == (2, 0)
+    release_closed_loops(manager)
 
 
 async def test_a_timeout_of_0_is_none_and_a_negative_one_is_refused(make):

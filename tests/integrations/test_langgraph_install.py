@@ -159,7 +159,7 @@ def test_what_is_no_manager_is_refused(manager):
     try:
         ours.install(manager={manager})
     except bgtasks.errors.InvalidOptionError as error:
-        assert "manager must be a BackgroundTaskManager or None" in str(error)
+        assert "manager must be a BackgroundTaskManager, or None" in str(error)
     else:
         raise AssertionError
     assert held() == before

@@ -238,3 +238,27 @@ async def test_the_stack_of_running_work_holds_no_frame_of_the_compiled_registry
     native = twin == "python" or request.config.option.native or sys.version_info >= (3, 14)
     assert names[-1][1] == "look"
     assert (names[-2] == ("_task.py", "run")) == native
+
+
+@pytest.mark.parametrize(
+    ("level", "outcomes"), [(logging.INFO, ["failed"]), (logging.DEBUG, ["cancelled", "completed", "failed"])]
+)
+async def test_without_debug_only_failures_are_reported(make_manager, monkeypatch, caplog, level, outcomes):
+    """The registry asks the logger's cache, and calls nobody for what would not be logged."""
+    manager = make_manager()
+    reported = []
+    report = manager._report
+
+    def note(record, error):
+        reported.append(record.outcome)
+        report(record, error)
+
+    monkeypatch.setattr(type(manager), "_report", lambda self, record, error: note(record, error))
+    with caplog.at_level(level, logger="bgtasks"):
+        # Fills the cache.
+        logging.getLogger("bgtasks").isEnabledFor(logging.DEBUG)
+        manager.create_task(value())
+        manager.create_task(failing(ValueError("expected")))
+        manager.create_task(forever()).cancel()
+        await manager.wait_for_all(return_exceptions=True)
+    assert sorted(reported) == outcomes

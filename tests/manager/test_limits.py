@@ -27,14 +27,19 @@ async def test_at_the_cap_raise(make_manager):
 
 
 async def test_at_the_cap_drop(make_manager, caplog):
-    """With overflow="drop_new" None is returned, the drop counted, and one warning logged however many follow."""
-    manager = make_manager(max_pending_tasks=1, overflow="drop_new")
-    manager.create_task(forever())
-    for _ in range(50):
-        assert manager.create_task(forever(), name="dropped") is None
-        assert manager.fire(forever()) is None
+    """With overflow="drop_newest" fire returns False, the drop is counted, one warning logged however many follow."""
+    manager = make_manager(max_pending_tasks=1, overflow="drop_newest")
+    assert manager.fire(forever()) is True
+    coros = [forever() for _ in range(100)]
+    for coro in coros:
+        assert manager.fire(coro, name="dropped") is False
+        assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
     assert manager.dropped_count == 100
     assert manager.stats()["dropped"] == 100
+    # What returns a task raises where there is none.
+    with pytest.raises(TaskRejectedError):
+        manager.create_task(forever())
+    assert manager.dropped_count == 100
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "'dropped'" in caplog.records[0].getMessage()
     await manager.shutdown()
@@ -192,7 +197,7 @@ async def test_a_fired_task_waits_for_a_place_too(make_manager):
 
 async def test_spawn_at_the_cap_of_a_draining_manager_is_refused(make_manager):
     """Nobody waits for room that shutdown will not give: the error is named, and the coroutine closed."""
-    manager = make_manager(max_pending_tasks=1, overflow="drop_new")
+    manager = make_manager(max_pending_tasks=1, overflow="drop_newest")
     draining = asyncio.Event()
     refused = []
 

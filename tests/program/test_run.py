@@ -70,7 +70,7 @@ def test_options_are_those_of_the_manager():
     async def main(manager):
         return manager._drain_timeout, manager._default_shutdown_timeout, manager._max_pending_tasks
 
-    assert bgtasks.run(main) == (20.0, 5.0, 0)
+    assert bgtasks.run(main) == (20.0, 5.0, None)
     assert bgtasks.run(main, drain_timeout=1.0, max_pending_tasks=7) == (1.0, 5.0, 7)
 
 
@@ -153,7 +153,7 @@ def test_off_the_main_thread_it_runs_without_signals(caplog):
         thread.start()
         thread.join()
     assert results == [42]
-    assert "not watched outside the main thread" in caplog.text
+    assert "in the main thread only" in caplog.text
 
 
 PROGRAM = """

@@ -288,4 +288,4 @@ def test_off_the_main_thread_it_does_nothing_and_says_so(make_manager, taken, ca
         thread.join()
     assert seen == [False, True]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "not watched outside the main thread" in caplog.text
+    assert "in the main thread only" in caplog.text

@@ -305,18 +305,6 @@ async def test_a_manager_is_true_when_empty_and_made_without_a_loop(make_manager
     assert "open, 0 tasks" in repr(manager)
 
 
-async def test_the_private_names_of_the_replaced_manager_are_there(make_manager):
-    """_tasks is a set and _task_metadata a dict with name, created_at, timeout and context."""
-    manager = make_manager()
-    task = manager.create_task(forever(), name="waits", timeout=9, context={"a": 1})
-    assert manager._tasks == {task}
-    metadata = manager._task_metadata[task]
-    assert (metadata.name, metadata.timeout, metadata.context) == ("waits", 9.0, {"a": 1})
-    assert metadata.created_at > 0
-    assert manager.pending_count == 1
-    await manager.cancel_all()
-
-
 @pytest.mark.parametrize("queued", [False, True])
 async def test_a_task_cancelled_before_its_first_step_is_counted_when_its_awaiter_wakes(make_manager, queued):
     """Its coroutine is never entered; whoever awaited it before the cancellation finds it gone."""

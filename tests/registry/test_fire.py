@@ -35,7 +35,7 @@ async def test_starts_in_the_next_iteration_in_order(make_manager, loop_kind):
 async def test_returns_nothing_and_is_known_at_once(make_manager):
     """A fired task shows in the info, with name, timeout and context, before it has started."""
     manager = make_manager()
-    assert manager.fire(forever(), name="fired", timeout=5, context={"a": 1}) is None
+    assert manager.fire(forever(), name="fired", timeout=5, context={"a": 1}) is True
     (info,) = manager.get_task_info()
     assert (info["name"], info["timeout"], info["context"], info["state"]) == ("fired", 5.0, {"a": 1}, "running")
     assert info["age_seconds"] >= 0

@@ -38,7 +38,7 @@ async def test_stacks_show_the_users_frames(make_manager, way):
         manager.create_task(outer())
     bare = asyncio.Task(outer(), loop=loop)
     await asyncio.sleep(0)
-    (task,) = manager._tasks
+    task = manager.get_task(manager.get_task_info()[0]["task_id"])
     frames = [(frame.f_code.co_name, frame.f_lineno) for frame in task.get_stack()]
     assert frames == [(frame.f_code.co_name, frame.f_lineno) for frame in bare.get_stack()]
     assert frames[0][0] == "outer"

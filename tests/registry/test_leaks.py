@@ -225,7 +225,7 @@ def test_the_child_of_a_fork_is_not_held_up_by_a_thread_it_has_not(run):
         loop = Loop()
 
         def ask():
-            manager._add_host(loop)
+            manager._add_loop(loop)
             manager.get_task_count()
 
         async def main():

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from internals import release_closed_loops
 from loops import LOOPS
 from work import after, forever, until, value
 
@@ -50,7 +51,13 @@ def test_what_a_closed_loop_left_is_abandoned_and_said_once(make_manager, caplog
     loop = LOOPS[kind]()
     loop.run_until_complete(start())
     loop.close()
+    # A question changes nothing, and counts already what is to come.
     assert manager.get_task_count() == 0
+    assert manager.stats()["abandoned"] == 4
+    assert "open, 0 tasks" in repr(manager)
+    assert not ended
+    assert not caplog.records
+    release_closed_loops(manager)
     assert manager.stats()["abandoned"] == 4
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "4 background tasks" in record.getMessage()

@@ -120,12 +120,12 @@ class Twin:
                 after()
 
             def _report(self, record: Any, error: BaseException | None) -> None:
-                # Nobody is told of a completed task while that is not logged.
-                if record.outcome != "completed" or twin.module.logger.isEnabledFor(logging.DEBUG):
-                    twin.note("report", record.task_id, record.outcome)
+                twin.note("report", record.task_id, record.outcome)
                 super()._report(record, error)
 
         self.manager = Manager(on_error=self.on_error, **options)
+        # Every end is reported: the end of a coroutine that was never entered shows in no other way.
+        self.manager._muted = None
 
     def open_loop(self, now: float) -> None:
         """Go on with a new loop."""
@@ -191,7 +191,7 @@ class Twin:
             return
         if key not in self.entered and inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED:
             self.note("dropped", key, self.handles[key])
-        if self.handles[key] is None:
+        if work.method == "fire":
             del self.handles[key]
 
     def create_all(self, keys: list[str], works: list[Work]) -> None:

@@ -17,16 +17,23 @@ def twins_chosen(config: Any) -> list[str]:
     return list(MODULES) if config.option.twin == "both" else [config.option.twin]
 
 
-def registry_module(twin: str) -> ModuleType:
-    """Return the registry of a twin; a compiled one that was not built is an error, not a second run of the other."""
+def core_module(twin: str) -> ModuleType:
+    """Return the hot half of a twin; a compiled one that was not built is an error, not a second run of the other."""
     return importlib.import_module(MODULES[twin])
 
 
 @cache
+def registry_module(twin: str) -> ModuleType:
+    """Return a copy of ``bgtasks.registry`` whose class derives from the hot half of ``twin``."""
+    core_module(twin)
+    chooser: Any = SimpleNamespace(choose=lambda extension, what: twin)
+    return _copy("bgtasks.registry", {"bgtasks._implementation": chooser})
+
+
+@cache
 def manager_module(twin: str) -> ModuleType:
-    """Return a copy of ``bgtasks.manager`` whose class derives from the registry of ``twin``."""
-    chosen: Any = SimpleNamespace(**vars(registry_module(twin)))
-    return _copy("bgtasks.manager", {"bgtasks.registry": chosen})
+    """Return a copy of ``bgtasks.manager`` whose class derives from the registry on ``twin``."""
+    return _copy("bgtasks.manager", {"bgtasks.registry": registry_module(twin)})
 
 
 @cache

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from bgtasks._bell import Bell
+from bgtasks._notifier import Notifier
 from bgtasks.errors import text_of
 from bgtasks.events._dead_letters import DeadLetters
 from bgtasks.events.errors import Reject, Retry
@@ -136,7 +136,7 @@ class Delivery:
         # Held while the sink is opened, and while its client waits to be closed.
         self._opening = asyncio.Lock()
         # Rings when nobody uses the client any more.
-        self._unused = Bell()
+        self._unused = Notifier()
         self._under_way: set[Batch] = set()
 
     async def deliver(self, batch: Batch, settle: Settle) -> None:
@@ -194,7 +194,7 @@ class Delivery:
         finally:
             client.users -= 1
             if not client.users and self._unused:
-                self._unused.ring()
+                self._unused.notify()
 
     async def _let_go(self, client: _Client | None) -> None:
         """Close a client once no write uses it, unless that was done."""

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import uuid
+from asyncio.events import _get_running_loop
 from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -16,7 +17,7 @@ from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol
 
-from bgtasks._bell import Bell
+from bgtasks._notifier import Notifier
 from bgtasks.errors import text_of
 from bgtasks.events._dead_letters import DeadLetters
 from bgtasks.events._delivery import Batch, Delivery, Settle
@@ -129,8 +130,8 @@ class Flusher:
         # Taken out and not settled, oldest first.
         self._pending: deque[Batch] = deque()
         # Rings whenever the books have changed, and when the ring has got room.
-        self.progress = Bell()
-        self.room = Bell()
+        self.progress = Notifier()
+        self.room = Notifier()
 
     # -- starting and stopping ----------------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class Flusher:
                 pass
             else:
                 return
-        here = asyncio._get_running_loop()
+        here = _get_running_loop()
         if here is None:
             # Nobody to do it; the next event asks again.
             self._ask_again()
@@ -194,7 +195,7 @@ class Flusher:
         loop, task = self._loop, self._task
         if loop is None or loop.is_closed() or (task is not None and task.done()):
             return False
-        return loop.is_running() or asyncio._get_running_loop() is None
+        return loop.is_running() or _get_running_loop() is None
 
     def _is_needed(self) -> bool:
         return bool(self._pending or len(self._ring))
@@ -395,7 +396,7 @@ class Flusher:
             if not len(self._ring):
                 waker.emptied(at)
             if self.room:
-                self.room.ring(len(events))
+                self.room.notify(len(events))
             self._encode(events, place, since)
             if len(events) < limits.events:
                 break
@@ -464,7 +465,7 @@ class Flusher:
     def on_progress(self) -> None:
         """Have those look again who wait for the books to change."""
         if self.progress:
-            self.progress.ring()
+            self.progress.notify()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

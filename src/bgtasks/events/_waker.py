@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from asyncio.events import _get_running_loop
 from contextvars import Context
 
 from bgtasks.events.ring import Ring
@@ -100,7 +101,7 @@ class Waker:
             RuntimeError: the loop is closed.
 
         """
-        if asyncio._get_running_loop() is self._loop:
+        if _get_running_loop() is self._loop:
             self._woken()
         else:
             self._loop.call_soon_threadsafe(self._woken, context=Context())

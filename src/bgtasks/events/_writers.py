@@ -7,7 +7,7 @@ import logging
 from contextlib import suppress
 from typing import Final
 
-from bgtasks._bell import Bell
+from bgtasks._notifier import Notifier
 from bgtasks.events._delivery import Batch, Delivery, Settle
 
 __all__ = ["Writers"]
@@ -38,7 +38,7 @@ class Writers:
         self._tasks: dict[Batch, asyncio.Task[None]] = {}
         self._stopping = False
         # Rings when one of them has ended.
-        self._ended = Bell()
+        self._ended = Notifier()
 
     def __contains__(self, batch: Batch) -> bool:
         return batch in self._tasks
@@ -77,7 +77,7 @@ class Writers:
 
     def _forget(self, batch: Batch, task: asyncio.Task[None]) -> None:
         del self._tasks[batch]
-        self._ended.ring()
+        self._ended.notify()
         flusher = self._flusher
         if task.cancelled() and not self._stopping and flusher is not None and not flusher.cancelling():
             flusher.cancel()

@@ -23,7 +23,6 @@ class _NotInjected:
         return MissingExtraError(f"publish_event() was called without {argument}=, and {self._text}")
 
 
-_inject: Any = None
 try:
     from bgtasks import injection
 except MissingExtraError as _error:
@@ -31,11 +30,10 @@ except MissingExtraError as _error:
     _manager_default: Any = _publisher_default
     _STAND_INS: tuple[type, ...] = (_NotInjected,)
 else:
-    _inject = injection.Inject
-    _publisher_default = _inject[BasePublisher]
-    _manager_default = _inject[BackgroundTaskManager]
+    _publisher_default = injection.Inject[BasePublisher]  # type: ignore[type-abstract]
+    _manager_default = injection.Inject[BackgroundTaskManager]
     # InjectQ's own, too: agentflow's functions pass theirs on.
-    _STAND_INS = tuple(kind for kind in _inject.__mro__ if kind.__name__ == "Inject")
+    _STAND_INS = tuple(kind for kind in injection.Inject.__mro__ if kind.__name__ == "Inject")
 
 
 def publish_event(
@@ -97,5 +95,4 @@ def _resolved(value: Any, argument: str) -> Any:
         return value
     if isinstance(value, _NotInjected):
         raise value.missing(argument)
-    inject = _inject[value.service_type]
-    return None if argument == "publisher" and not inject._is_bound() else inject._resolve()
+    return injection.lookup(value.service_type, optional=argument == "publisher")

@@ -290,10 +290,13 @@ class BasePublisher(ABC):
 
         The first manager stays; without one the publisher is its own.
         """
+        manager.attach(self)
+
+    def attached(self, manager: BackgroundTaskManager) -> None:
+        """Take note of the manager that shows the flusher's task; the first one stays."""
         if self._manager is None:
             self._manager = manager
             self._flusher.manager = manager
-            manager.attach(self)
 
     @property
     def is_attached(self) -> bool:
@@ -366,7 +369,7 @@ class BasePublisher(ABC):
         """
         self._ring.close()
         # Whoever waits for room is refused.
-        self._flusher.room.ring()
+        self._flusher.room.notify()
         here = asyncio.get_running_loop()
         loop = self._flusher.loop
         if loop is not None and loop is not here and loop.is_running():

@@ -11,7 +11,7 @@ from typing import Any
 
 from bgtasks import errors
 from bgtasks.executor._call import Call
-from bgtasks.executor._runners import wants_a_loop
+from bgtasks.executor._refusals import wants_loop
 
 
 def packed(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
@@ -33,7 +33,7 @@ def answer_to(payload: bytes) -> bytes:
         result = fn(*args, **kwargs)
         if type(result) is CoroutineType:
             result.close()
-            raise errors.InvalidFunctionError(wants_a_loop(errors.describe(fn)))
+            raise wants_loop(errors.describe(fn))
     except BaseException as error:
         error.add_note(f"in process {os.getpid()}:\n{_traceback_of(error)}")
         return _packed_outcome(None, error)

@@ -14,15 +14,16 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from bgtasks import errors
-from bgtasks.executor import _options
-from bgtasks.executor._call import Call, CallFuture
+from bgtasks._internals import ManagerInternals
+from bgtasks.executor import _refusals
+from bgtasks.executor._base import CANCEL_ON_EXIT, RERAISE_ON_EXIT, ExecutorBase
+from bgtasks.executor._call import Call, CallFuture, Runner
 from bgtasks.executor._deadlines import Deadlines
-from bgtasks.executor._host import Host
-from bgtasks.executor._rules import Rules
-from bgtasks.executor._runners import Kind, Runner, default_concurrency, runners_of, wants_a_loop
+from bgtasks.executor._kinds import Kind, default_concurrency, runners_of
 from bgtasks.executor._submit import Submit
+from bgtasks.executor._threads_loop import ThreadsLoop
 from bgtasks.manager import BackgroundTaskManager
-from bgtasks.registry import CANCEL_ON_EXIT, RERAISE_ON_EXIT
+from bgtasks.registry import LoopRecords
 
 logger = logging.getLogger("bgtasks")
 
@@ -32,17 +33,17 @@ Result = TypeVar("Result")
 _ASYNC_FUNCTION = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-class BackgroundExecutor(Rules):
+class BackgroundExecutor(ExecutorBase):
     """Runs functions in the background of a ``with`` block, in threads, and waits for them at its end.
 
     The block gets ``submit``. At its end what was submitted with ``__cancel_on_exit__`` is cancelled and all else
     awaited, functions submitted meanwhile included; then the first failure in the order of submission is raised, unless
     it was submitted with ``__reraise_on_exit__=False`` or the block itself raised. If that wait is interrupted
-    (``KeyboardInterrupt``), what has not started is cancelled, what runs is abandoned, and the interrupt goes on.
+    (``KeyboardInterrupt``), what has not started is cancelled, what runs is abandoned, and the interrupt is raised.
 
     A function that runs in a thread cannot be interrupted. One that is to be cancelled, or whose timeout is over, is
-    abandoned: its future is settled at once, nothing waits for its thread, neither the block nor the interpreter, its
-    result is thrown away and its error logged. Its thread is outside ``max_concurrency`` from then on.
+    abandoned: its future has its outcome at once, nothing waits for its thread, neither the block nor the interpreter,
+    its result is discarded and its error logged. Its thread does not count in ``max_concurrency`` from then on.
 
     Args:
         config: a mapping; its ``max_concurrency`` counts where the keyword is not given. A LangChain
@@ -50,7 +51,7 @@ class BackgroundExecutor(Rules):
         max_concurrency: how many threads there may be, started as they are needed; what waits for one is shown as
             queued. None for what ``ThreadPoolExecutor`` takes: the number of processors and 4, 32 at most; for
             processes and interpreters the number of processors.
-        manager: the manager that keeps the books; one of its own by default.
+        manager: the manager that keeps the functions; one of its own by default.
         abandon_running: False to wait at the end of the block for functions that run although they are to be cancelled.
         kind: ``"threads"``; or ``"processes"`` or ``"interpreters"`` (Python 3.14) for functions that compute. For
             those two, functions, arguments and results are pickled, and context variables stay behind. A process is
@@ -78,13 +79,15 @@ class BackgroundExecutor(Rules):
         super().__init__()
         self._make_runner = runners_of(kind)
         self._pickles = kind != "threads"
-        limit = _options.limit_of(config, max_concurrency, self._zero_is_no_limit)
+        limit = _refusals.limit_of(config, max_concurrency, self._zero_is_no_limit)
         self._limit = default_concurrency(kind) if limit is None else limit
         self._abandon_running = abandon_running
-        self.manager = _options.manager_for(manager)
-        self._group = self.manager._make_group(self, 0)
-        self._host = Host()
-        self._records: Any = None
+        self.manager = BackgroundTaskManager() if manager is None else manager
+        self._internals = ManagerInternals(self.manager)
+        # The end of the block waits until the futures have their outcomes, not only until the last record is gone.
+        self._task_set = self._internals.make_task_set(lambda: None, self._accept_failure)
+        self._loop = ThreadsLoop()
+        self._records: LoopRecords | None = None
         self._was_entered = False
         self._is_open = False
         self._is_exiting = False
@@ -92,7 +95,7 @@ class BackgroundExecutor(Rules):
         # operation each, and look at them afterwards: of two that race at least one sees what the other did.
         self._live: dict[Call, None] = {}
         self._running: dict[Call, None] = {}
-        self._quiet = threading.Event()
+        self._idle = threading.Event()
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         # Guards what is rare: starting and leaving threads, and failures. Re-entrant, for a finaliser may submit.
         self._lock = threading.RLock()
@@ -116,10 +119,10 @@ class BackgroundExecutor(Rules):
         Args:
             fn: a function.
             args: its positional arguments.
-            __name__: what it is called; its qualified name by default.
+            __name__: the name of the task; the qualified name of the function by default.
             __cancel_on_exit__: cancel it at the end of the block instead of waiting for it.
             __reraise_on_exit__: raise its failure at the end of the block.
-            __next_tick__: have its thread let others run first.
+            __next_tick__: let the submitter go on first.
             __timeout__: seconds from its start after which the future fails with ``TimeoutError``, > 0; the function
                 is then abandoned.
             kwargs: its keyword arguments.
@@ -131,36 +134,35 @@ class BackgroundExecutor(Rules):
             ExecutorClosedError: the block has not begun or has ended.
             InvalidFunctionError: ``fn`` cannot be called, or is a coroutine function.
             InvalidOptionError: an unknown option.
-            InvalidTimeoutError: ``__timeout__`` is no positive number.
+            InvalidTimeoutError: ``__timeout__`` is no finite number greater than 0.
             NotPicklableError: ``fn`` or an argument cannot go to another process or interpreter.
             ManagerClosedError: the manager was shut down.
             TaskRejectedError: the manager is at its cap.
-            RuntimeError: the system gives no thread, and the executor has none.
+            RuntimeError: no thread could be started, and the executor has none.
 
         """
         if not self._is_open:
-            raise _options.closed(self, self._was_entered)
+            raise _refusals.closed(self, self._was_entered)
         _check_function(fn)
         if kwargs:
-            _options.check_options(kwargs)
+            _refusals.check_submit_options(kwargs)
         if __timeout__ is not None:
-            _options.check_timeout(__timeout__)
-        call = Call(self, fn, args, kwargs, copy_context(), __next_tick__, __timeout__)
+            _refusals.check_timeout(__timeout__)
+        assert self._records is not None, "the executor is open"
+        call = Call(fn, args, kwargs, copy_context(), __next_tick__, __timeout__, self._cancel_call)
         if self._pickles:
             from bgtasks.executor._pickled import packed
 
             call.args = (packed(fn, args, kwargs),)
         name = call.__qualname__ if __name__ is None else str(__name__)
-        if not self.manager._admits_call(self._records, call, name):
-            raise errors.TaskRejectedError(self.manager._full_text(name))
-        marks = (CANCEL_ON_EXIT if __cancel_on_exit__ else 0) | (RERAISE_ON_EXIT if __reraise_on_exit__ else 0)
+        flags = (CANCEL_ON_EXIT if __cancel_on_exit__ else 0) | (RERAISE_ON_EXIT if __reraise_on_exit__ else 0)
         future = CallFuture(call)
         call.future = future
-        call.record = self.manager._enroll_call(self._records, self._group, call, name, __timeout__, marks, future)
+        call.record = self._task_set.enroll_call(self._records, call, name, __timeout__, flags, future)
         self._live[call] = None
         if not self._is_open:
             self._cancel_call(call)
-            raise _options.closed(self, True)
+            raise _refusals.closed(self, True)
         self._queue.put(call)
         threads = len(self._threads)
         if threads < self._limit and self._queue.qsize() > threads - len(self._running):
@@ -174,7 +176,7 @@ class BackgroundExecutor(Rules):
             future.cancel()
         return future
 
-    # -- threads ------------------------------------------------------------------------------------------------------
+    # -- threads --------------------------------------------------------------------------------------------------
 
     def _add_worker(self) -> None:
         """Start a thread if more calls wait than threads are idle, and there may be another.
@@ -202,9 +204,9 @@ class BackgroundExecutor(Rules):
         """Serve the queue until its end is reached or the function that ran was abandoned."""
         runner = self._make_runner()
         worker = threading.current_thread()
-        take, running = self._queue.get, self._running
+        next_call, running = self._queue.get, self._running
         try:
-            while (call := take()) is not None:
+            while (call := next_call()) is not None:
                 call.worker = worker
                 call.runner = runner
                 running[call] = None
@@ -219,7 +221,7 @@ class BackgroundExecutor(Rules):
                         self._log_escaped(call)
                         is_ours = worker in self._threads
                 running.pop(call, None)
-                # The next one may be long in coming: nothing of this one is to wait for it.
+                # The next one may be long in coming: nothing may keep this one until then.
                 del call
                 if not is_ours:
                     return
@@ -227,7 +229,7 @@ class BackgroundExecutor(Rules):
             runner.close()
 
     def _run(self, call: Call, runner: Runner) -> bool:
-        """Run a function and settle it; return False if it was abandoned meanwhile, and its thread with it."""
+        """Run a function and finish its call; return False if it was abandoned meanwhile, and its thread with it."""
         call.is_running = True
         result, error = self._outcome_of(call, runner)
         is_first = call.record.finish_call("completed" if error is None else "failed", error)
@@ -235,7 +237,7 @@ class BackgroundExecutor(Rules):
         if call.timeout is not None:
             self._deadlines.discard()
         if is_first:
-            self._settle(call, result, error)
+            self._finish(call, result, error)
         elif error is not None and not isinstance(error, errors.WorkerDiedError):
             record = call.record
             logger.error(
@@ -257,22 +259,22 @@ class BackgroundExecutor(Rules):
             return None, error
 
     def _log_escaped(self, call: Call) -> None:
-        """Log what a done callback or a hook raised that is no Exception: above our threads nobody takes it."""
+        """Log what a done callback or a hook raised that is no Exception: above these threads nobody catches it."""
         logger.error("A done callback or hook of background task '%s' raised", call.record.name, exc_info=True)
 
-    # -- settling -----------------------------------------------------------------------------------------------------
+    # -- outcomes -------------------------------------------------------------------------------------------------
 
-    def _settle(self, call: Call, result: Any, error: BaseException | None) -> None:
+    def _finish(self, call: Call, result: Any, error: BaseException | None) -> None:
         """Report a call whose record is finished, and give its outcome to its future."""
         record, future = call.record, call.future
-        if error is not None and record.marks & RERAISE_ON_EXIT:
+        if error is not None and record.flags & RERAISE_ON_EXIT:
             with self._lock:
                 self._failures.keep(record.task_id, future)
         try:
             record.report_call(error)
         finally:
             try:
-                future.settle(result, error)
+                future.set_outcome(result, error)
             finally:
                 self._leave(call)
 
@@ -290,7 +292,7 @@ class BackgroundExecutor(Rules):
             record.report_call()
         finally:
             try:
-                future.settle_cancelled()
+                future.set_cancelled()
             finally:
                 self._leave(call)
         return True
@@ -302,9 +304,9 @@ class BackgroundExecutor(Rules):
         self._abandon(call)
         try:
             try:
-                self.manager._warn_of_timeout(call.record)
+                self._internals.report_timeout(call.record)
             finally:
-                self._settle(call, None, TimeoutError(f"timed out after {call.timeout} seconds"))
+                self._finish(call, None, TimeoutError(f"timed out after {call.timeout} seconds"))
         except BaseException:
             self._log_escaped(call)
 
@@ -314,28 +316,23 @@ class BackgroundExecutor(Rules):
             self._threads.discard(call.worker)
             self._running.pop(call, None)
         call.runner.interrupt()
-        # Where there is none to be had, the next submission tries again.
+        # If none can be started, the next submission tries again.
         with contextlib.suppress(RuntimeError):
             self._add_worker()
 
     def _leave(self, call: Call) -> None:
         del self._live[call]
         if self._is_exiting and not self._live:
-            self._quiet.set()
+            self._idle.set()
 
-    # -- what the manager and the registry tell -----------------------------------------------------------------------
-
-    def _on_quiet(self) -> None:
-        """Hear that the last record is gone; the exit waits until the futures are settled, too."""
-
-    # -- the block ----------------------------------------------------------------------------------------------------
+    # -- the block ------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Submit:
         """Open the executor and return ``submit``."""
         if self._was_entered:
-            raise _options.closed(self, True)
+            raise _refusals.closed(self, True)
         self._was_entered = True
-        self._records = self.manager._add_host(self._host)
+        self._records = self._internals.add_loop(self._loop)
         self._is_open = True
         return self.submit  # type: ignore[return-value]
 
@@ -346,7 +343,7 @@ class BackgroundExecutor(Rules):
         self._is_exiting = True
         try:
             self._cancel_live(CANCEL_ON_EXIT, self._abandon_running)
-            self._close_when_quiet()
+            self._close_when_idle()
         except BaseException:
             self._is_open = False
             self._cancel_live(0, True)
@@ -355,21 +352,21 @@ class BackgroundExecutor(Rules):
             self._end_threads()
         self._end_block(kind)
 
-    def _cancel_live(self, marks: int, abandon: bool) -> None:
-        """Cancel the calls that have these marks: first those that wait, lest they start where others are abandoned."""
-        calls = [call for call in list(self._live) if call.record.marks & marks == marks]
+    def _cancel_live(self, flags: int, abandon: bool) -> None:
+        """Cancel the calls that have these flags: first those that wait, so that none takes the place of another."""
+        calls = [call for call in list(self._live) if call.record.flags & flags == flags]
         for call in calls:
             self._cancel_call(call)
         if abandon:
             for call in calls:
                 self._cancel_call(call, abandon=True)
 
-    def _close_when_quiet(self) -> None:
-        """Wait until every call has ended, those submitted meanwhile included, and take no more."""
+    def _close_when_idle(self) -> None:
+        """Wait until every call has ended, those submitted meanwhile included, and accept no more."""
         while True:
-            self._quiet.clear()
+            self._idle.clear()
             if self._live:
-                self._quiet.wait()
+                self._idle.wait()
                 continue
             self._is_open = False
             if not self._live:
@@ -379,7 +376,7 @@ class BackgroundExecutor(Rules):
 
     def _end_threads(self) -> None:
         """End the threads, but not those left to abandoned functions."""
-        self._host.close()
+        self._loop.close()
         self._deadlines.stop()
         with self._lock:
             workers = list(self._threads)
@@ -393,7 +390,7 @@ class BackgroundExecutor(Rules):
 def _check_function(fn: Callable[..., Any]) -> None:
     """Refuse what is no plain function."""
     if not callable(fn):
-        raise _options.not_callable(fn)
+        raise _refusals.not_callable(fn)
     code = getattr(fn, "__code__", None)
     if code is None:
         is_async = inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn)
@@ -401,5 +398,5 @@ def _check_function(fn: Callable[..., Any]) -> None:
         is_async = bool(code.co_flags & _ASYNC_FUNCTION)
     if is_async:
         if inspect.isasyncgenfunction(fn):
-            raise _options.async_generator(fn)
-        raise errors.InvalidFunctionError(wants_a_loop(errors.describe(fn)))
+            raise _refusals.async_generator(fn)
+        raise _refusals.wants_loop(errors.describe(fn))

@@ -1,47 +1,120 @@
-"""The manager that takes the place of agentflow's and 10xGraph's: our own, with their defaults, names and texts."""
+"""The manager that takes the place of agentflow's and 10xGraph's: ours, with their defaults, names and texts."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import logging
+import time
 from collections.abc import Coroutine, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from bgtasks import errors
-from bgtasks.info import ShutdownStats
-from bgtasks.manager import SECOND_CANCEL_GRACE, BackgroundTaskManager, checked_wait, log_extra, users_part
-from bgtasks.registry import DEFAULT_NAME, Record
+from bgtasks._checks import check_seconds
+from bgtasks._reporting import TaskLog, log_extra, users_part
+from bgtasks.info import DEFAULT_NAME, ShutdownStats
+from bgtasks.manager import SECOND_CANCEL_GRACE, BackgroundTaskManager
+from bgtasks.registry import Record
 
 if TYPE_CHECKING:
     from bgtasks.integrations._agentflow_metrics import Totals
 
+__all__ = ["FrameworkManager"]
+
 Result = TypeVar("Result")
 
 
-class FrameworkManager(BackgroundTaskManager):
-    """A manager with the behaviour that the programs of one framework know; ``install`` derives one class for each.
+class FrameworkLog(TaskLog):
+    """Writes the framework's texts into the framework's logger.
 
     Args:
-        default_shutdown_timeout: seconds that ``shutdown`` takes at most, >= 0.
-        max_pending_tasks: how many tasks may be in flight; a new one is then dropped. 0 for no cap.
+        framework: the module whose manager is replaced. Its logger is looked up at each use: tests put another one in
+            its place.
 
     """
 
-    # The module whose class this one replaces. Its logger is looked up at each use: tests put another in its place.
+    def __init__(self, framework: ModuleType) -> None:
+        self._framework = framework
+        self._levels: dict[int, bool] = {}
+
+    @property
+    def logger(self) -> logging.Logger:
+        """The framework's logger."""
+        logger: logging.Logger = self._framework.logger
+        return logger
+
+    def muted_levels(self) -> dict[int, bool]:
+        """Return a dict that ``is_debug`` fills, so that a logger put in the place of the framework's is heeded."""
+        return self._levels
+
+    def is_debug(self) -> bool:
+        """Return whether the level DEBUG is on now."""
+        debug = self._levels[logging.DEBUG] = self.logger.isEnabledFor(logging.DEBUG)
+        return debug
+
+    def ended(self, record: Record) -> None:
+        """Log a task that ended otherwise than by a failure."""
+        outcome = record.outcome
+        if outcome == "abandoned":
+            super().ended(record)
+        else:
+            arguments: tuple[Any, ...] = ("Background task '%s' was cancelled", record.name)
+            if outcome == "completed":
+                text = "Background task '%s' completed successfully (duration=%.2fs)"
+                arguments = (text, record.name, record.duration)
+            self.logger.debug(*arguments, extra=log_extra(record))
+
+    def failed(self, record: Record, error: BaseException) -> None:
+        """Log a task that raised."""
+        # Formatted here, not by the logger: tests of the frameworks' programs read the text from a logger's arguments.
+        text = f"Background task raised an exception - {record.name}: {error} (duration={record.duration:.2f}s)"
+        self.logger.error(text, exc_info=users_part(error), extra=log_extra(record))
+
+    def dropped(self, name: str, reason: str, in_flight: int, total: int) -> None:
+        """Log a task that was dropped at the limit."""
+        self.logger.warning(
+            "Background task queue is full (%d in flight); dropping task '%s'. %d dropped so far.",
+            in_flight,
+            name,
+            total,
+        )
+
+    def cancelling(self, count: int) -> None:
+        """Log that tasks are cancelled."""
+        self.logger.info("Cancelling %d background tasks...", count)
+
+
+class FrameworkManager(BackgroundTaskManager):
+    """A manager with the behaviour that the programs of one framework expect; ``install`` derives one class for each.
+
+    Args:
+        default_shutdown_timeout: seconds that ``shutdown`` takes at most, >= 0.
+        max_pending_tasks: how many tasks may be in flight; a new one is then dropped. 0 for no limit.
+
+    """
+
+    # The module whose class this one replaces.
     _framework: ClassVar[ModuleType]
     _totals: ClassVar[Totals]
     _drains: ClassVar[float]
+    _log: FrameworkLog
 
     # InjectQ takes every annotated parameter for one that it may fill in: there are these two and no more.
     def __init__(self, default_shutdown_timeout: float = 30.0, max_pending_tasks: int = 1000) -> None:
-        self._levels: dict[int, bool] = {}
-        super().__init__(default_shutdown_timeout, max_pending_tasks, overflow="drop_new", drain_timeout=self._drains)
+        super().__init__(
+            default_shutdown_timeout,
+            None if max_pending_tasks == 0 else max_pending_tasks,
+            overflow="drop_newest",
+            drain_timeout=self._drains,
+        )
         self._totals.add(self)
 
     def __del__(self) -> None:
         self._totals.retire(self)
+
+    def _make_log(self) -> FrameworkLog:
+        return FrameworkLog(self._framework)
 
     def create_task(
         self,
@@ -53,41 +126,49 @@ class FrameworkManager(BackgroundTaskManager):
         eager_start: bool = False,
         contextvars_context: contextvars.Context | None = None,
     ) -> asyncio.Task[Result]:
-        """Do as ``BackgroundTaskManager.create_task``; a timeout of 0 is none, and a shut manager takes work, too."""
-        logger = self._framework.logger
-        debug = self._levels[logging.DEBUG] = logger.isEnabledFor(logging.DEBUG)
-        task = super().create_task(
-            coro,
-            name=name,
-            timeout=timeout or None,
-            context=context,
-            eager_start=eager_start,
-            contextvars_context=contextvars_context,
-        )
-        if task is None:
-            return task
-        if task._source_traceback and task._source_traceback[-1].filename == __file__:  # type: ignore[attr-defined]
+        """Do as ``BackgroundTaskManager.create_task``, but return None for a task that is dropped at the limit.
+
+        A timeout of 0 is none, and a manager that was shut down accepts work.
+        """
+        debug = self._log.is_debug()
+        try:
+            task = super().create_task(
+                coro,
+                name=name,
+                timeout=timeout or None,
+                context=context,
+                eager_start=eager_start,
+                contextvars_context=contextvars_context,
+            )
+        except errors.TaskRejectedError:
+            self._count_drop(name)
+            # What the framework's programs expect, against the type that they inherit.
+            return None  # type: ignore[return-value]
+        trace = task._source_traceback  # type: ignore[attr-defined]  # noqa: SLF001  asyncio's debug mode
+        if trace and trace[-1].filename == __file__:
             # In debug mode a task tells where it was created: not here.
-            del task._source_traceback[-1]  # type: ignore[attr-defined]
+            del trace[-1]
         if debug:
-            logger.debug("Created background task: %s (timeout=%s)", name, timeout, extra={"task_context": context})
+            self._log.logger.debug(
+                "Created background task: %s (timeout=%s)", name, timeout, extra={"task_context": context}
+            )
         return task
 
     async def cancel_all(self) -> None:
-        """Do as ``BackgroundTaskManager.cancel_all``, and say so in the log."""
+        """Do as ``BackgroundTaskManager.cancel_all``, and log it."""
         if self._owned():
-            self._logger.info("Cancelling %d background tasks...", self._owned())
+            self._log.cancelling(self._owned())
             await super().cancel_all()
 
     async def wait_for_all(self, timeout: float | None = None, return_exceptions: bool = False) -> None:
-        """Do as ``BackgroundTaskManager.wait_for_all``, and say so in the log; a timeout of 0 is none."""
+        """Do as ``BackgroundTaskManager.wait_for_all``, and log it; a timeout of 0 is none."""
         if not self._owned():
             return
-        self._logger.info("Waiting for %d background tasks to finish...", self._owned())
+        self._log.logger.info("Waiting for %d background tasks to finish...", self._owned())
         if await self._all_ended(timeout or None, return_exceptions):
-            self._logger.info("All background tasks finished.")
+            self._log.logger.info("All background tasks finished.")
         else:
-            self._logger.warning("Timeout waiting for background tasks, some may still be running")
+            self._log.logger.warning("Timeout waiting for background tasks, some may still be running")
             self._totals.count("wait_timeout")
 
     async def shutdown(self, timeout: float | None = None, *, drain: float | None = None) -> ShutdownStats:
@@ -97,19 +178,20 @@ class FrameworkManager(BackgroundTaskManager):
         """
         timeout = self._default_shutdown_timeout if timeout is None else timeout
         drain = self._drain_timeout if drain is None else drain
-        checked_wait("timeout", timeout, errors.InvalidTimeoutError)
-        drain = min(checked_wait("drain", drain, errors.InvalidTimeoutError), timeout)
+        check_seconds("timeout", timeout, error=errors.InvalidTimeoutError)
+        drain = min(check_seconds("drain", drain, error=errors.InvalidTimeoutError), timeout)
+        logger = self._log.logger
         if self._phase == "open":
-            self._logger.info(
+            logger.info(
                 "Initiating graceful shutdown of BackgroundTaskManager (%d tasks, timeout=%ss)", self._owned(), timeout
             )
         else:
-            self._logger.debug("BackgroundTaskManager already shut down")
-        # Tasks that drained to the end of the time still need a moment to hear of their cancellation.
+            logger.debug("BackgroundTaskManager already shut down")
+        # Tasks that drained to the end of the time still need a moment to end after their cancellation.
         rest = max(timeout - drain, SECOND_CANCEL_GRACE) if drain else timeout
         stats = await super().shutdown(rest, drain=drain)
         if stats["status"] == "completed":
-            self._logger.info(
+            logger.info(
                 "BackgroundTaskManager shutdown completed: %d/%d tasks finished (%.2fs)",
                 stats["completed_tasks"],
                 stats["initial_tasks"],
@@ -117,7 +199,7 @@ class FrameworkManager(BackgroundTaskManager):
             )
             self._totals.count("shutdown_completed")
         elif stats["status"] == "timeout":
-            self._logger.warning(
+            logger.warning(
                 "BackgroundTaskManager shutdown timed out: %d tasks still running after %.2fs",
                 stats["remaining_tasks"],
                 stats["duration_seconds"],
@@ -128,53 +210,27 @@ class FrameworkManager(BackgroundTaskManager):
             stats = again
         return stats
 
+    # -- what tests and programs of the framework read of its own manager -----------------------------------------
+
+    @property
+    def _tasks(self) -> set[asyncio.Task[Any]]:
+        """A set of the live tasks, made for the caller."""
+        return {record.task for record in self._live_records() if record.task is not None}
+
     @property
     def _task_metadata(self) -> dict[asyncio.Task[Any], Any]:
         """A dict with the framework's own ``TaskMetadata`` for each live task, made for the caller."""
-        return {task: self._framework.TaskMetadata(*data) for task, data in super()._task_metadata.items()}
+        now = time.time()
+        return {
+            record.task: self._framework.TaskMetadata(
+                record.name, now - record.duration, record.timeout, record.context
+            )
+            for record in self._live_records()
+            if record.task is not None
+        }
 
-    # -- the manager's choices ----------------------------------------------------------------------------------------
+    # -- the manager's choices ------------------------------------------------------------------------------------
 
-    @property
-    def _logger(self) -> logging.Logger:
-        logger: logging.Logger = self._framework.logger
-        return logger
-
-    def _muted_levels(self) -> dict[int, bool]:
-        # Filled by create_task, so that a logger put in the place of the framework's is heeded.
-        return self._levels
-
-    def _takes_work(self) -> bool:
+    def _accepts_work(self) -> bool:
         # A default value of a function may hold the manager of a graph that is long closed.
         return True
-
-    def _cancel_others(self) -> None:
-        others = len(self._others())
-        # Not for the second time, which is for stragglers.
-        if others and self._phase != "cancelling":
-            self._logger.info("Cancelling %d background tasks...", others)
-        super()._cancel_others()
-
-    def _log_drop(self, name: str) -> None:
-        self._logger.warning(
-            "Background task queue is full (%d in flight); dropping task '%s'. %d dropped so far.",
-            self._owned(),
-            name,
-            self._dropped,
-        )
-
-    def _report(self, record: Record, error: BaseException | None) -> None:
-        outcome = record.outcome
-        if outcome not in ("completed", "cancelled", "timed_out"):
-            super()._report(record, error)
-        elif self._logger.isEnabledFor(logging.DEBUG):
-            arguments: tuple[Any, ...] = ("Background task '%s' was cancelled", record.name)
-            if outcome == "completed":
-                text = "Background task '%s' completed successfully (duration=%.2fs)"
-                arguments = (text, record.name, record.duration)
-            self._guarded(record, self._logger.debug, *arguments, extra=log_extra(record))
-
-    def _log_failure(self, record: Record, error: BaseException) -> None:
-        # Formatted here, not by the logger: tests of the frameworks' programs read the text from a logger's arguments.
-        text = f"Background task raised an exception - {record.name}: {error} (duration={record.duration:.2f}s)"
-        self._logger.error(text, exc_info=users_part(error), extra=log_extra(record))

@@ -1,5 +1,7 @@
 """Managers for the parameters of graph nodes that ask for one."""
 
+# ruff: noqa: SLF001  what is replaced is private in the frameworks
+
 from __future__ import annotations
 
 import functools

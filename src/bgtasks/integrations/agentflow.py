@@ -5,6 +5,8 @@ After ``install()`` every ``StateGraph`` builds one of ours, and whatever names 
 ``bgtasks.events``.
 """
 
+# ruff: noqa: SLF001  what is replaced is private in the frameworks
+
 from __future__ import annotations
 
 import contextlib
@@ -21,10 +23,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from bgtasks import errors
+from bgtasks._checks import check_seconds
 from bgtasks.integrations._agentflow_manager import FrameworkManager
 from bgtasks.integrations._agentflow_metrics import Totals
 from bgtasks.integrations._agentflow_publisher import FrameworkPublisher, publisher_of, straight
-from bgtasks.manager import BackgroundTaskManager, checked_wait
+from bgtasks.manager import BackgroundTaskManager
 
 if TYPE_CHECKING:
     from bgtasks.events import BasePublisher
@@ -68,7 +71,7 @@ def install(*frameworks: str, drain_timeout: float | None = None) -> None:
 
     """
     if drain_timeout is not None:
-        checked_wait("drain_timeout", drain_timeout)
+        check_seconds("drain_timeout", drain_timeout)
     with _lock:
         modules = {_package_of(module): module for module in map(_manager_module, _checked(frameworks) or _found())}
         for name in modules:

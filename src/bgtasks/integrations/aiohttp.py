@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final, Unpack
 
 from bgtasks import errors
-from bgtasks._draining import ManagerOptions, new_manager, running
+from bgtasks._options import ManagerOptions, check_options
 from bgtasks.integrations._extra import extra
 from bgtasks.manager import BackgroundTaskManager
+from bgtasks.program._draining import running
 
 with extra("aiohttp", "aiohttp"):
     from aiohttp import web
@@ -41,7 +42,7 @@ def cleanup_context(**options: Unpack[ManagerOptions]) -> Callable[[web.Applicat
         InvalidOptionError: an option is outside its values.
 
     """
-    new_manager(options)
+    check_options(options)
 
     async def with_manager(app: web.Application) -> AsyncIterator[None]:
         async with running(options) as manager:

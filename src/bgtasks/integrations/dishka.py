@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterable
 from typing import Unpack
 
-from bgtasks._draining import ManagerOptions, new_manager, running
+from bgtasks._options import ManagerOptions, check_options
 from bgtasks.integrations._extra import extra
 from bgtasks.manager import BackgroundTaskManager
+from bgtasks.program._draining import running
 
 with extra("dishka", "dishka"):
     from dishka import Provider, Scope, provide
@@ -39,7 +40,7 @@ class TaskManagerProvider(Provider):
 
     def __init__(self, **options: Unpack[ManagerOptions]) -> None:
         super().__init__()
-        new_manager(options)
+        check_options(options)
         self._options = options
 
     @provide

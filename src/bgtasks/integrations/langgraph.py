@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from bgtasks import errors, executor
-from bgtasks.executor._options import manager_for
+from bgtasks._internals import ManagerInternals
 from bgtasks.manager import BackgroundTaskManager
 
 __all__ = ["AsyncBackgroundExecutor", "BackgroundExecutor", "install", "uninstall"]
@@ -177,7 +177,7 @@ def install(*, manager: BackgroundTaskManager | None = None) -> None:
     """
     global _manager
     if manager is not None:
-        manager_for(manager)
+        ManagerInternals(manager)
     with _lock:
         _replace(_load().originals, OURS)
         _manager = manager

@@ -21,9 +21,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Unpack
 
 from bgtasks import errors
-from bgtasks._draining import ManagerOptions, new_manager, running
+from bgtasks._options import ManagerOptions, check_options
 from bgtasks.integrations._extra import extra
 from bgtasks.manager import BackgroundTaskManager
+from bgtasks.program._draining import running
 
 with extra("litestar", "Litestar"):
     from litestar import Litestar
@@ -46,7 +47,7 @@ def lifespan(**options: Unpack[ManagerOptions]) -> Callable[[Litestar], Abstract
         InvalidOptionError: an option is outside its values.
 
     """
-    new_manager(options)
+    check_options(options)
 
     @contextlib.asynccontextmanager
     async def with_manager(app: Litestar) -> AsyncIterator[None]:

@@ -17,9 +17,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar, Unpack
 
 from bgtasks import errors
-from bgtasks._draining import ManagerOptions, close, new_manager, running
+from bgtasks._options import ManagerOptions, check_options
 from bgtasks.integrations._extra import extra
 from bgtasks.manager import BackgroundTaskManager
+from bgtasks.program._draining import close, running
 
 with extra("starlette", "Starlette"):
     from starlette.applications import Starlette
@@ -56,7 +57,7 @@ def lifespan(
             "a lifespan is a function that takes the application and returns an async context manager: decorate it "
             f"with @contextlib.asynccontextmanager; got {errors.describe(inner)}"
         )
-    new_manager(options)
+    check_options(options)
 
     @contextlib.asynccontextmanager
     async def with_manager(app: App) -> AsyncIterator[Mapping[str, Any]]:

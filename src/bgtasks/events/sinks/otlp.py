@@ -110,7 +110,8 @@ class OtlpPublisher(BasePublisher):
         from opentelemetry import context
 
         # Traces of the exporter's own requests would be events of the next batch, and so on.
-        token = context.attach(context.set_value(context._SUPPRESS_INSTRUMENTATION_KEY, True))
+        key = context._SUPPRESS_INSTRUMENTATION_KEY  # noqa: SLF001  the key has no public name
+        token = context.attach(context.set_value(key, True))
         try:
             return exporter.export([self._record(event) for event in batch])
         finally:

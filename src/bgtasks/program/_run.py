@@ -1,4 +1,4 @@
-"""A program on the fastest loop there is, with a manager that ends before the loop does."""
+"""A program on the fastest loop that is installed, with a manager that ends before the loop does."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import asyncio
 import contextlib
 import inspect
 import logging
+from asyncio.events import _get_running_loop
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, Unpack
 
 from bgtasks import errors
-from bgtasks._draining import ManagerOptions, new_manager
-from bgtasks._signals import SignalWatch
+from bgtasks._internals import ManagerInternals
+from bgtasks._options import ManagerOptions
 from bgtasks.manager import BackgroundTaskManager
+from bgtasks.program._draining import new_manager
+from bgtasks.program._signals import SignalHolder
+
+__all__ = ["run"]
 
 logger = logging.getLogger("bgtasks")
 
@@ -26,18 +31,19 @@ def run(
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
     **options: Unpack[ManagerOptions],
 ) -> Result:
-    """Run ``main(manager)`` on a new event loop, as ``asyncio.run`` would, and end its background tasks in good order.
+    """Run ``main(manager)`` on a new event loop, as ``asyncio.run`` would, and shut its background tasks down cleanly.
 
-    When ``main`` returns, new work is refused, and tasks get 20 s to finish and then 5 s to heed their cancellation.
+    When ``main`` returns, new work is refused; tasks get 20 s to finish, and then 5 s to end after their cancellation.
     After an exception in ``main`` they are cancelled at once. On SIGINT or SIGTERM the tasks end first, in the same
     way, while ``main`` goes on; only then ``main`` is cancelled, so what it holds open is there for them. A second
-    signal cuts the draining short, a third one has its usual effect at once. A task that swallows its cancellation
-    does not hold the end up.
+    signal ends the draining, a third one has its usual effect at once. A task that swallows its cancellation does not
+    hold the end up.
 
     After SIGINT, KeyboardInterrupt is raised, as by ``asyncio.run``; after SIGTERM, SystemExit with status 143, by
-    which shells and containers know a process that SIGTERM ended, so that ``finally`` blocks and ``atexit`` functions
-    run. A handler that the program itself has set before is called instead, and ``main`` is not cancelled. If ``main``
-    fails with ``ManagerClosedError`` after a signal, that is its end by the signal, with a warning in the log.
+    which shells and containers recognise a process that SIGTERM ended, so that ``finally`` blocks and ``atexit``
+    functions run. A handler that the program itself has set before is called instead, and ``main`` is not cancelled. If
+    ``main`` fails with ``ManagerClosedError`` after a signal, the program ends as by the signal, with a warning in the
+    log.
 
     Args:
         main: a coroutine function that takes the manager.
@@ -69,7 +75,7 @@ def run(
         raise errors.InvalidProgramError(
             f"run() needs a coroutine function that takes the manager, got {errors.describe(main)}"
         )
-    if asyncio._get_running_loop() is not None:
+    if _get_running_loop() is not None:
         raise errors.RunningLoopError(
             "run() starts an event loop, and one runs in this thread already: there, await main(manager) inside "
             "'async with BackgroundTaskManager() as manager' and 'async with drain_on_signals(manager)'"
@@ -84,8 +90,7 @@ def run(
             raise
         status = 128 + program.ended_by
     finally:
-        # Asked for its tasks, the manager lets go of those of the closed loop, and names them.
-        program.manager.get_task_count()
+        program.internals.release_closed_loops()
     raise SystemExit(status)
 
 
@@ -96,6 +101,8 @@ class _Program:
         self, main: Callable[[BackgroundTaskManager], Coroutine[Any, Any, Any]], manager: BackgroundTaskManager
     ) -> None:
         self.manager = manager
+        self.internals = ManagerInternals(manager)
+        # The number of the signal that ended the program.
         self.ended_by: int | None = None
         self._main = main
         self._task: asyncio.Task[Any] | None = None
@@ -103,15 +110,15 @@ class _Program:
     async def run(self) -> Any:
         """Run ``main``, then shut the manager down, with signals held back in between."""
         self._task = asyncio.current_task()
-        watch = SignalWatch(self.manager, asyncio.get_running_loop(), default=self._end_main)
+        signals = SignalHolder(self.manager, asyncio.get_running_loop(), default=self._end_main)
         try:
             async with self.manager:
-                with watch:
-                    return await self._run_main(watch)
+                with signals:
+                    return await self._run_main(signals)
         finally:
             self._leave_stragglers()
 
-    async def _run_main(self, watch: SignalWatch) -> Any:
+    async def _run_main(self, signals: SignalHolder) -> Any:
         try:
             coro: Any = self._main(self.manager)
             if not inspect.isawaitable(coro):
@@ -120,29 +127,29 @@ class _Program:
                 )
             result = await coro
         except BaseException as error:
-            # A signal passed on at the end of the shutdown cancels this task: what main raised goes before that.
+            # A signal passed on at the end of the shutdown cancels this task: what main raised takes precedence.
             with contextlib.suppress(asyncio.CancelledError):
-                await watch.close(drain=0.0)
-            if watch.held and isinstance(error, errors.ManagerClosedError):
+                await signals.close(drain=0.0)
+            if signals.held and isinstance(error, errors.ManagerClosedError):
                 logger.warning(
                     "The program wanted to start a background task after the signal that ended it: %s", error
                 )
                 raise asyncio.CancelledError from error
             raise
-        await watch.close()
+        await signals.close()
         return result
 
     def _end_main(self, number: int) -> None:
         """Cancel ``main`` in place of the default action of a signal."""
         self.ended_by = number
-        assert self._task is not None, "signals are taken inside run()"
+        assert self._task is not None, "signals are handled inside run()"
         self._task.cancel()
 
     def _leave_stragglers(self) -> None:
-        """Hide from the loop's owner the tasks that outlast the shutdown: it would wait for them without a limit."""
-        for record in self.manager._live_records():
-            if not record.is_observed and record.task is not None:
-                asyncio._unregister_task(record.task)
+        """Hide the tasks that outlast the shutdown from the loop's owner, which would wait for them without a limit."""
+        for record in self.internals.owned_records():
+            if record.task is not None:
+                asyncio._unregister_task(record.task)  # noqa: SLF001  asyncio has no other way
 
 
 def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -1,4 +1,4 @@
-"""What an executor's threads have in the place of an event loop."""
+"""What stands for an event loop where an executor runs functions in threads."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+__all__ = ["ThreadsLoop"]
+
 logger = logging.getLogger("bgtasks")
 
 
-class Host:
-    """Answers to the registry and the manager for the functions of one executor, as a loop does for its tasks.
+class ThreadsLoop:
+    """Answers the registry and the manager for the functions of one executor, as a loop does for its tasks.
 
-    The registry keeps its records by loop, asks the loop for the time and whether it still runs, and lets go of its
+    The registry keeps its records by loop, asks the loop for the time and whether it still runs, and releases its
     records when it is closed. With that much of a loop, functions in threads are in the manager's info, statistics and
     history, are cancelled by id or name, and are waited for by ``shutdown``, without code of their own for each.
     """
@@ -25,15 +27,15 @@ class Host:
         self._is_closed = False
 
     def close(self) -> None:
-        """Have the registry let go of the records: the executor has ended."""
+        """Have the registry release the records: the executor has ended."""
         self._is_closed = True
 
     def is_closed(self) -> bool:
-        """Tell whether the executor has ended."""
+        """Return whether the executor has ended."""
         return self._is_closed
 
     def is_running(self) -> bool:
-        """Tell whether the executor has not ended."""
+        """Return whether the executor has not ended."""
         return not self._is_closed
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
@@ -41,5 +43,5 @@ class Host:
         callback(*args)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Log an error that has nobody else to go to."""
+        """Log an error that nobody else handles."""
         logger.error("%s", context["message"], exc_info=context["exception"])

@@ -1,4 +1,4 @@
-"""What the pytest plugin does once a test asks: it finds the tasks that are left, and the failures nobody looked at."""
+"""What the pytest plugin does once a test asks for it: it finds tasks that are left, and failures nobody looked at."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bgtasks._task import users_traceback
-from bgtasks.manager import BackgroundTaskManager, managers, where
+from bgtasks._internals import ManagerInternals
+from bgtasks._observers import Observer, all_managers, observe_all, stop_observing_all
+from bgtasks._reporting import location_of
+from bgtasks._task import retrieve_failure, users_traceback
 from bgtasks.registry import Record
+
+__all__ = ["LeakChecker"]
 
 
 class Failure(NamedTuple):
@@ -27,31 +31,31 @@ class Failure(NamedTuple):
 
     def was_seen(self) -> bool:
         """Say whether the exception was retrieved from the task, or raised anew by ``wait_for_all``."""
-        retrieved = self.task is not None and not self.task._log_traceback
-        return retrieved or self.error.__traceback__ is not self.traceback
+        is_retrieved = self.task is not None and not self.task._log_traceback  # noqa: SLF001  asyncio's own mark
+        return is_retrieved or self.error.__traceback__ is not self.traceback
 
     def __str__(self) -> str:
         lines = "".join(traceback.format_exception(type(self.error), self.error, users_traceback(self.error)))
         return f"{self.text} failed:\n{lines.rstrip()}"
 
 
-class WatchedTest:
+class CheckedTest:
     """What was found out about the background tasks of one test."""
 
     def __init__(self, item: pytest.Item, mode: str) -> None:
         self.item = item
         self.mode = mode
-        # Tasks that its own part started and left.
+        # Tasks that the test itself started and left.
         self.left: set[Record] = set()
         self._leaks: list[str] = []
         self._failures: list[Failure] = []
 
     def add_leak(self, text: str) -> None:
-        """Note a task that is left."""
+        """Add a task that is left."""
         self._leaks.append(text)
 
     def add_failure(self, failure: Failure) -> None:
-        """Note a task that failed."""
+        """Add a task that failed."""
         self._failures.append(failure)
 
     def take_report(self) -> str:
@@ -59,7 +63,7 @@ class WatchedTest:
         failures = [failure for failure in self._failures if not failure.was_seen()]
         for failure in failures:
             if failure.task is not None:
-                # Reported here: the loop's "never retrieved" must not follow.
+                # Reported here: asyncio's "never retrieved" must not follow.
                 failure.task.exception()
         parts = [str(failure) for failure in failures]
         if self._leaks:
@@ -78,7 +82,7 @@ class WatchedTest:
 
     @contextlib.contextmanager
     def beside_errors(self, when: str) -> Iterator[None]:
-        """Put what was found into the report of a test that fails anyway, in place of failing it for that."""
+        """Add what was found to the report of a test that fails for another reason."""
         try:
             yield
         except BaseException:
@@ -88,18 +92,28 @@ class WatchedTest:
             raise
 
 
-class Watch:
+class LeakChecker(Observer):
     """The hooks of the plugin that cost something; registered when the first test asks for them."""
 
     def __init__(self, config: pytest.Config, mode_of: Callable[[pytest.Item], str]) -> None:
         self._mode_of = mode_of
-        self._test: WatchedTest | None = None
+        self._test: CheckedTest | None = None
         # Tasks that outlast the test which started them, with its name.
         self._left_by: weakref.WeakKeyDictionary[asyncio.Task[Any], str] = weakref.WeakKeyDictionary()
-        self._patch(config, BackgroundTaskManager, "_report_failure", after=self._on_failure)
-        self._patch(config, BackgroundTaskManager, "_on_abandoned", after=self._on_abandoned)
-        # The last moment to see what a test leaves: the runner cancels all tasks of its loop.
-        self._patch(config, asyncio.Runner, "close", before=self._on_runner_close)
+        observe_all(self)
+        config.add_cleanup(lambda: stop_observing_all(self))
+        self._follow_runners(config)
+
+    def _follow_runners(self, config: pytest.Config) -> None:
+        """Look at the tasks when a runner closes: the last moment to see what a test leaves, the runner cancels all."""
+        close = asyncio.Runner.close
+
+        def look_and_close(runner: asyncio.Runner) -> None:
+            self._on_runner_close(runner)
+            close(runner)
+
+        setattr(asyncio.Runner, "close", look_and_close)  # noqa: B010  mypy sees a method
+        config.add_cleanup(lambda: setattr(asyncio.Runner, "close", close))
 
     def _patch(
         self,
@@ -124,15 +138,15 @@ class Watch:
         setattr(owner, name, patched)
         config.add_cleanup(lambda: setattr(owner, name, original) if own else delattr(owner, name))
 
-    # -- the run of a test ------------------------------------------------------------------------------------------
+    # -- the run of a test ----------------------------------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Watch one test, with coroutines that know where they were created."""
+        """Check one test, with coroutines that know where they were created."""
         mode = self._mode_of(item)
         if mode == "off":
             return (yield)
-        self._test = WatchedTest(item, mode)
+        self._test = CheckedTest(item, mode)
         depth = sys.get_coroutine_origin_tracking_depth()
         sys.set_coroutine_origin_tracking_depth(max(depth, 1))
         try:
@@ -143,16 +157,16 @@ class Watch:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Fail a test for what its own part left or broke; what it starts and its fixtures end is none of it."""
+        """Fail a test for what it left itself or what failed; not for what it started and its fixtures end."""
         test = self._test
         if test is None:
             return (yield)
-        before = {record for _, record in _in_flight()}
+        before = set(_in_flight())
         with test.beside_errors("call"):
             try:
                 result = yield
             finally:
-                test.left = {record for _, record in _in_flight()} - before
+                test.left = set(_in_flight()) - before
             test.judge()
         return result
 
@@ -166,7 +180,7 @@ class Watch:
             try:
                 result = yield
             finally:
-                for _, record in _in_flight():
+                for record in _in_flight():
                     if record in test.left:
                         if record.task is not None:
                             self._left_by[record.task] = item.nodeid
@@ -174,13 +188,14 @@ class Watch:
             test.judge()
         return result
 
-    # -- what happens meanwhile -------------------------------------------------------------------------------------
+    # -- what happens meanwhile -----------------------------------------------------------------------------------
 
-    def _on_failure(self, manager: BackgroundTaskManager, record: Record, error: BaseException) -> None:
+    def task_failed(self, record: Record, error: BaseException) -> None:
+        """Add a failure to the test that runs."""
         test = self._test
-        if test is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
+        if test is None:
             return
-        if record.group is not None:
+        if record.task_set is not None:
             # An executor's: the failure belongs to the future that it gave out.
             return
         text = _describe(record)
@@ -190,11 +205,12 @@ class Watch:
             test.item.warn(pytest.PytestWarning(f"{text}, left by {culprit}, failed: {type(error).__name__}: {error}"))
             return
         if task is not None:
-            # The registry marks failures as seen when they are logged; here it matters whether the test looks at them.
-            task.remove_done_callback(vars(sys.modules[type(record).__module__])["_retrieve"])
+            # The registry marks failures as retrieved when they are logged; here it matters whether the test does.
+            task.remove_done_callback(retrieve_failure)
         test.add_failure(Failure(text, task, error, error.__traceback__))
 
-    def _on_abandoned(self, manager: BackgroundTaskManager, names: dict[str, int]) -> None:
+    def tasks_abandoned(self, names: dict[str, int]) -> None:
+        """Add what a closed loop left behind."""
         if self._test is not None:
             for name, count in names.items():
                 self._test.add_leak(f"Background task '{name}' ({count} times), abandoned with its closed loop")
@@ -209,27 +225,26 @@ class Watch:
         except RuntimeError:
             # Closed before.
             return
-        for manager, record in in_flight:
-            if manager._loop_of(record) is loop:
+        for record in in_flight:
+            if record.loop is loop:
                 test.add_leak(_describe(record))
 
 
-def _in_flight() -> Iterator[tuple[BackgroundTaskManager, Record]]:
-    """Give every task that managers own and that has not ended."""
-    for reference in managers.valuerefs():
-        manager = reference()
-        if manager is not None:
-            for record in manager._live_records():
-                if not record.is_observed:
-                    yield manager, record
+def _in_flight() -> Iterator[Record]:
+    """Yield the record of every task that a manager owns and that has not ended."""
+    for manager in all_managers():
+        internals = ManagerInternals(manager)
+        # What a closed loop left behind is reported as such: see tasks_abandoned.
+        internals.release_closed_loops()
+        yield from internals.owned_records()
 
 
 def _describe(record: Record) -> str:
     coro = record.coro
     origin = getattr(coro, "cr_origin", None)
-    created = "where it was created is not known"
+    created = "created at an unknown place"
     if origin:
         file, line, function = origin[0]
         created = f"created at {file}:{line} in {function}"
     text = f"Background task '{record.name}' ({record.coroutine_name}), {created}"
-    return text if coro is None or getattr(coro, "cr_frame", None) is None else f"{text}, {where(coro)}"
+    return text if coro is None or getattr(coro, "cr_frame", None) is None else f"{text}, {location_of(coro)}"

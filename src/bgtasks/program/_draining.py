@@ -1,33 +1,25 @@
-"""The end of a manager that lives as long as a server or a program: it drains first, and says what it had to cancel."""
+"""Managers that live as long as a server or a program: made with a drain time, shut down with names in the log."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from typing import Final, Literal, TypedDict
+from collections.abc import AsyncIterator
+from typing import Final
 
-from bgtasks.info import ManagerStats, TaskInfo
+from bgtasks._options import ManagerOptions
+from bgtasks._reporting import listed
+from bgtasks.info import ManagerStats
 from bgtasks.manager import BackgroundTaskManager
+
+__all__ = ["close", "new_manager", "running"]
 
 logger = logging.getLogger("bgtasks")
 
 # Their sum stays below the 30 s that container runtimes leave between SIGTERM and SIGKILL.
 DRAIN_TIMEOUT: Final = 20.0
 SHUTDOWN_TIMEOUT: Final = 5.0
-
-
-class ManagerOptions(TypedDict, total=False):
-    """The options of ``BackgroundTaskManager``, for functions that make one."""
-
-    default_shutdown_timeout: float
-    max_pending_tasks: int
-    overflow: Literal["raise", "drop_new"]
-    max_concurrency: int | None
-    drain_timeout: float
-    on_error: Callable[[TaskInfo, BaseException], object] | None
-    history: int
 
 
 def new_manager(options: ManagerOptions) -> BackgroundTaskManager:
@@ -39,7 +31,7 @@ def new_manager(options: ManagerOptions) -> BackgroundTaskManager:
 
 @contextlib.asynccontextmanager
 async def running(options: ManagerOptions) -> AsyncIterator[BackgroundTaskManager]:
-    """Give a manager made by ``new_manager`` and close it at the end, also after an exception of the body."""
+    """Make a manager with ``new_manager``, and close it at the end, also after an exception of the body."""
     async with new_manager(options) as manager:
         try:
             yield manager
@@ -48,7 +40,7 @@ async def running(options: ManagerOptions) -> AsyncIterator[BackgroundTaskManage
 
 
 async def close(manager: BackgroundTaskManager, *, drain: float | None = None) -> None:
-    """Shut a manager down and name in the log the tasks that did not end by themselves.
+    """Shut a manager down, and name in the log the tasks that did not end by themselves.
 
     Args:
         manager: the manager.
@@ -60,10 +52,10 @@ async def close(manager: BackgroundTaskManager, *, drain: float | None = None) -
     try:
         remaining = (await manager.shutdown(drain=drain))["remaining_names"]
     finally:
-        _tell(before, manager.stats(), remaining)
+        _report(before, manager.stats(), remaining)
 
 
-def _tell(before: ManagerStats, after: ManagerStats, remaining: list[str]) -> None:
+def _report(before: ManagerStats, after: ManagerStats, remaining: list[str]) -> None:
     cancelled = {
         name: stats["cancelled"] - (before["names"][name]["cancelled"] if name in before["names"] else 0)
         for name, stats in after["names"].items()
@@ -77,8 +69,3 @@ def _tell(before: ManagerStats, after: ManagerStats, remaining: list[str]) -> No
         )
     if remaining:
         logger.warning("%d background tasks outlast the shutdown: %s", len(remaining), listed(Counter(remaining)))
-
-
-def listed(names: dict[str, int]) -> str:
-    """Return names as text, each with its number; those with none are left out."""
-    return ", ".join(f"{name} ({count})" for name, count in sorted(names.items()) if count)

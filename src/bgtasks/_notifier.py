@@ -1,27 +1,31 @@
-"""A bell that coroutines on several loops wait for and any thread rings."""
+"""Waiting for a condition on several event loops at once: any thread may change it and notify those that wait."""
 
 from __future__ import annotations
 
 import asyncio
+from asyncio.events import _get_running_loop
 from collections.abc import Callable
 
+__all__ = ["Notifier"]
 
-class Bell:
-    """Wakes coroutines that wait for a condition; the condition may change in any thread, each change rings."""
+
+class Notifier:
+    """Wakes coroutines that wait for a condition. Whoever changes the condition calls ``notify``, from any thread."""
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}
 
     def __bool__(self) -> bool:
+        """Return True if a coroutine waits."""
         return bool(self._waiting)
 
     async def wait_until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
-        """Wait until ``condition()`` is true or ``timeout`` seconds are over; return whether it is true."""
+        """Wait until ``condition()`` is true, at most ``timeout`` seconds; return whether it is true."""
         loop = asyncio.get_running_loop()
         deadline = None if timeout is None else loop.time() + timeout
         while True:
             future = loop.create_future()
-            # Listed before the question is asked: a ring from another thread in between is not lost.
+            # Listed before the condition is tested: a notification from another thread in between is not lost.
             self._waiting[future] = loop
             try:
                 if condition():
@@ -33,22 +37,22 @@ class Bell:
             finally:
                 self._waiting.pop(future, None)
 
-    def ring(self, most: int | None = None) -> None:
-        """Wake all that wait, or the ``most`` that have waited longest."""
-        for future, loop in list(self._waiting.items())[:most]:
-            # Out of the list at once, so that two rings wake two.
+    def notify(self, limit: int | None = None) -> None:
+        """Wake all coroutines that wait, or the ``limit`` that have waited longest."""
+        for future, loop in list(self._waiting.items())[:limit]:
+            # Removed at once, so that two notifications wake two coroutines.
             if self._waiting.pop(future, None) is None:
                 continue
-            if loop is asyncio._get_running_loop():
-                _answer(future)
+            if loop is _get_running_loop():
+                _resolve(future)
             else:
                 try:
-                    loop.call_soon_threadsafe(_answer, future)
+                    loop.call_soon_threadsafe(_resolve, future)
                 except RuntimeError:
-                    # That loop is closed, and whoever waited on it with it.
+                    # The loop is closed, and the coroutine that waited on it is gone.
                     continue
 
 
-def _answer(future: asyncio.Future[None]) -> None:
+def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM held back until the background tasks have ended, then given to whoever had them before."""
+"""SIGINT and SIGTERM held back until the background tasks have ended, then passed to their former handlers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from collections.abc import AsyncIterator, Callable
 from types import FrameType
 from typing import Any, Final
 
-from bgtasks import _draining
 from bgtasks.manager import BackgroundTaskManager
+from bgtasks.program import _draining
+
+__all__ = ["SignalHolder", "drain_on_signals"]
 
 logger = logging.getLogger("bgtasks")
 
@@ -21,14 +23,14 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.asynccontextmanager
 async def drain_on_signals(manager: BackgroundTaskManager) -> AsyncIterator[bool]:
-    """Inside this context a SIGINT or SIGTERM takes its effect when the manager has shut down, not before.
+    """Inside this context a SIGINT or SIGTERM takes effect when the manager has shut down, not before.
 
     The first signal calls ``manager.shutdown()``: new work is refused, tasks get the manager's ``drain_timeout`` to
-    finish and its ``default_shutdown_timeout`` to heed their cancellation. Then the signal goes where it would have
-    gone: a handler that was there is called, ``asyncio.run`` raises its KeyboardInterrupt, and the default action ends
-    the process. The second signal cuts the draining short, the third one is no longer held back. Handlers on the loop
-    (``loop.add_signal_handler``) are not replaced and run at once. When the context ends, the handlers are again those
-    that were there before; one that somebody else set inside the context stays. An ignored signal stays ignored.
+    finish and its ``default_shutdown_timeout`` to end after their cancellation. Then the signal is passed on: an
+    earlier handler is called, ``asyncio.run`` raises its KeyboardInterrupt, and the default action ends the process.
+    The second signal ends the draining, the third one is not held back any more. Handlers on the loop
+    (``loop.add_signal_handler``) are not replaced and run at once. When the context ends, the earlier handlers are
+    back; one that was set inside the context stays. An ignored signal stays ignored.
 
     The body of the context is not cancelled; it goes on while the manager drains. The context does not end before the
     shutdown that a signal began. Without a signal it does not touch the manager.
@@ -37,7 +39,8 @@ async def drain_on_signals(manager: BackgroundTaskManager) -> AsyncIterator[bool
         manager: the manager to shut down; give it a ``drain_timeout``, which is 0 by default.
 
     Yields:
-        True if signals are watched. False outside the main thread, where Python lets nobody: a warning is logged.
+        True if signals are held back. False outside the main thread, where Python does not allow it: a warning is
+        logged.
 
     Example:
         >>> async def main():
@@ -46,17 +49,17 @@ async def drain_on_signals(manager: BackgroundTaskManager) -> AsyncIterator[bool
         ...             await serve(manager)
 
     """
-    watch = SignalWatch(manager, asyncio.get_running_loop(), default=signal.raise_signal)
-    with watch:
+    holder = SignalHolder(manager, asyncio.get_running_loop(), default=signal.raise_signal)
+    with holder:
         try:
-            yield watch.is_watching
+            yield holder.is_active
         finally:
-            if watch.held:
-                await watch.close()
+            if holder.held:
+                await holder.close()
 
 
-class SignalWatch:
-    """Takes SIGINT and SIGTERM, shuts a manager down at the first one, and passes them on afterwards.
+class SignalHolder:
+    """Handles SIGINT and SIGTERM: shuts a manager down at the first one, and passes them on afterwards.
 
     Args:
         manager: the manager to shut down.
@@ -74,34 +77,35 @@ class SignalWatch:
         self._default = default
         self._previous: dict[int, Any] = {}
         self._closing: asyncio.Task[None] | None = None
-        self._cut_short = False
-        self._over = False
+        self._is_cut_short = False
+        self._is_over = False
 
     @property
-    def is_watching(self) -> bool:
+    def is_active(self) -> bool:
         """True if there is a signal that would be held back."""
         return bool(self._previous)
 
     def __enter__(self) -> None:
-        """Take the signals that can be given back."""
+        """Handle the signals whose handlers can be restored."""
         if threading.current_thread() is not threading.main_thread():
             logger.warning(
-                "Signals are not watched outside the main thread: %r will not be drained by one", self._manager
+                "Signals can be handled in the main thread only: none will drain %r, whose loop runs in another thread",
+                self._manager,
             )
             return
         for number in SIGNALS:
             previous = signal.getsignal(number)
             if previous is None:
-                logger.warning("%s has a handler that Python cannot give back; it is left alone", _name(number))
+                logger.warning("%s has a handler that Python cannot restore; it is left alone", _name(number))
             elif previous is not signal.SIG_IGN:
                 self._previous[number] = previous
                 signal.signal(number, self._on_signal)
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back, and pass on what was held."""
-        self._give_back()
+        """Restore the handlers, and pass on what was held."""
+        self._restore()
         self._pass_held_on()
-        self._over = True
+        self._is_over = True
 
     async def close(self, *, drain: float | None = None) -> None:
         """Shut the manager down, now or as a signal began it, and wait for the end."""
@@ -111,28 +115,28 @@ class SignalWatch:
         await asyncio.wait((self._closing,))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Between two instructions of anything: only what is safe there. It wakes the loop, too.
-        if self._over or self._loop.is_closed():
+        # Called between any two instructions: only what is safe there. It wakes the loop, too.
+        if self._is_over or self._loop.is_closed():
             self._pass_on(number, frame)
         else:
             self._loop.call_soon_threadsafe(self._hold, number)
 
     def _hold(self, number: int) -> None:
-        if self._over:
+        if self._is_over:
             self._pass_on(number, None)
             return
-        first = not self.held
+        is_first = not self.held
         if number not in self.held:
             self.held.append(number)
-        if first:
+        if is_first:
             logger.info(
                 "%s: no new background tasks, %d have to end first", _name(number), self._manager.get_task_count()
             )
             self._begin(None)
             return
         logger.warning("%s again: background tasks are cancelled", _name(number))
-        self._cut_short = True
-        self._give_back()
+        self._is_cut_short = True
+        self._restore()
         if self._closing is not None:
             # Not now: a task that is cancelled before its first step never begins to shut down.
             self._loop.call_soon(self._closing.cancel)
@@ -147,14 +151,14 @@ class SignalWatch:
         try:
             await _draining.close(self._manager, drain=drain)
         except asyncio.CancelledError:
-            if not self._cut_short:
+            if not self._is_cut_short:
                 raise
 
     def _pass_held_on(self) -> None:
-        """Let the held signals have their effect, once."""
-        if self.held and not self._over:
-            self._over = True
-            self._give_back()
+        """Let the held signals take effect, once."""
+        if self.held and not self._is_over:
+            self._is_over = True
+            self._restore()
             for number in self.held:
                 self._pass_on(number, None)
 
@@ -165,9 +169,9 @@ class SignalWatch:
         else:
             self._default(number)
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         for number, previous in self._previous.items():
-            # Who set a handler after us took ours for the one to give back: theirs stays, ours passes on.
+            # A handler installed after ours saved ours as its predecessor; leave it, and let ours forward.
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, previous)
 

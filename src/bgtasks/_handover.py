@@ -1,0 +1,144 @@
+"""Coroutines that threads hand over to event loops, and the futures that the threads hold."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from bgtasks import errors
+
+__all__ = ["Handovers"]
+
+AnyFuture = concurrent.futures.Future[Any]
+
+
+class Handovers:
+    """Coroutines on their way to a loop, from the call of a thread to the end of their tasks.
+
+    Args:
+        on_end: called on the loop with a future and its task when the future has its outcome; the task is None if none
+            could be started.
+
+    """
+
+    def __init__(self, on_end: Callable[[AnyFuture, asyncio.Task[Any] | None], object]) -> None:
+        self._on_end = on_end
+        # Coroutines that their loops have not started yet.
+        self._pending: dict[AnyFuture, tuple[asyncio.AbstractEventLoop, Any]] = {}
+        self._started: set[AnyFuture] = set()
+
+    def __len__(self) -> int:
+        """Return the number of coroutines that have no outcome yet."""
+        return len(self._pending) + len(self._started)
+
+    def hand_over(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coro: Any,
+        start: Callable[[AnyFuture], asyncio.Task[Any]],
+        check: Callable[[], object] | None = None,
+    ) -> AnyFuture:
+        """Have ``start`` called on a loop; from any thread.
+
+        Args:
+            loop: the loop.
+            coro: the coroutine that ``start`` starts a task of; closed if that does not come to pass.
+            start: called with the future; returns the task. What it raises is set on the future, a CancelledError
+                cancels it.
+            check: called when the coroutine is counted here and not handed over yet; may raise to refuse it.
+
+        Returns:
+            A future with the outcome of the task. Cancelling it cancels the task.
+
+        Raises:
+            NoRunningLoopError: the loop is closed.
+            BaseException: what ``check`` raises.
+
+        """
+        future: AnyFuture = concurrent.futures.Future()
+        self._pending[future] = (loop, coro)
+        try:
+            if check is not None:
+                check()
+            loop.call_soon_threadsafe(self._start, future, start)
+        except BaseException as error:
+            self._refuse(loop, future)
+            if isinstance(error, errors.BgtasksError) or not isinstance(error, RuntimeError):
+                raise
+            raise errors.NoRunningLoopError(
+                "the event loop is closed: hand work over to a loop that runs, while it runs"
+            ) from None
+        return future
+
+    def _refuse(self, loop: asyncio.AbstractEventLoop, future: AnyFuture) -> None:
+        """Forget a coroutine that was not handed over, and close it."""
+        pending = self._pending.pop(future, None)
+        if pending is not None:
+            errors.close_refused(pending[1])
+        # Somebody on the loop may have waited for it meanwhile; on a closed loop nobody does.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._on_end, future, None)
+
+    def _start(self, future: AnyFuture, start: Callable[[AnyFuture], asyncio.Task[Any]]) -> None:
+        """Start the task of a coroutine; runs on the loop."""
+        loop, coro = self._pending.pop(future)
+        if future.cancelled():
+            errors.close_refused(coro)
+            self._on_end(future, None)
+            return
+        try:
+            task = start(future)
+        except BaseException as error:
+            errors.close_refused(coro)
+            if isinstance(error, asyncio.CancelledError):
+                future.cancel()
+            else:
+                set_outcome(future, None, error)
+            self._on_end(future, None)
+            if not isinstance(error, (Exception, asyncio.CancelledError)):
+                raise
+            return
+        self._started.add(future)
+        task.add_done_callback(partial(self._finish, future))
+
+        def cancel_task(cancelled: AnyFuture) -> None:
+            if cancelled.cancelled() and not loop.is_closed():
+                loop.call_soon_threadsafe(task.cancel)
+
+        future.add_done_callback(cancel_task)
+
+    def _finish(self, future: AnyFuture, task: asyncio.Task[Any]) -> None:
+        """Give the outcome of a task to the future of its thread."""
+        if task.cancelled():
+            future.cancel()
+            future.set_running_or_notify_cancel()
+        else:
+            error = task.exception()
+            set_outcome(future, None if error else task.result(), error)
+        self._started.discard(future)
+        self._on_end(future, task)
+
+    def fail_on_closed_loops(self) -> None:
+        """Fail the futures of coroutines that their loop can never start, because it was closed."""
+        for future, (loop, _) in list(self._pending.items()):
+            if loop.is_closed() and (pending := self._pending.pop(future, None)) is not None:
+                errors.close_refused(pending[1])
+                set_outcome(
+                    future,
+                    None,
+                    errors.NoRunningLoopError("the event loop was closed before it could start the task"),
+                )
+
+
+def set_outcome(future: AnyFuture, result: Any, error: BaseException | None) -> None:
+    """Set the outcome of a future that nobody set or cancelled before."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)

@@ -1,0 +1,86 @@
+"""Waiting until a manager is idle: until it owns no task that has not ended, save those that wait for that."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from bgtasks._notifier import Notifier
+
+__all__ = ["IdleWait"]
+
+
+class IdleWait:
+    """The coroutines that wait until a manager is idle, on any of its loops.
+
+    A task of the manager may wait, too. It does not count then: it cannot end before its own wait does.
+
+    Args:
+        owned_by_loop: returns a list of (loop, number of tasks that the manager owns there).
+        set_threshold: called as ``set_threshold(loop, count)`` to have ``notify`` called when a task ends and so many
+            owned ones are left on the loop, or fewer; -1 for never.
+
+    """
+
+    def __init__(
+        self,
+        owned_by_loop: Callable[[], Sequence[tuple[asyncio.AbstractEventLoop, int]]],
+        set_threshold: Callable[[asyncio.AbstractEventLoop, int], object],
+    ) -> None:
+        self._owned_by_loop = owned_by_loop
+        self._set_threshold = set_threshold
+        self._notifier = Notifier()
+        self._waits = 0
+        # The tasks of the manager that wait, by loop.
+        self._waiting_tasks: Counter[asyncio.AbstractEventLoop] = Counter()
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Begin with a new lock."""
+        self._lock = threading.RLock()
+
+    def notify(self) -> None:
+        """Look again; called when a loop is down to its threshold."""
+        self._notifier.notify()
+
+    async def wait(self, timeout: float | None, *, in_task: bool) -> bool:
+        """Wait at most ``timeout`` seconds; return whether the manager is idle.
+
+        Args:
+            timeout: seconds; None for no limit.
+            in_task: whether the coroutine that waits belongs to a task that the manager owns.
+
+        """
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._waits += 1
+            if in_task:
+                self._waiting_tasks[loop] += 1
+        if in_task:
+            # Others that wait have one task less to wait for.
+            self.notify()
+        try:
+            if not await self._notifier.wait_until(self._is_idle, timeout):
+                return False
+        finally:
+            with self._lock:
+                self._waits -= 1
+                if in_task:
+                    self._waiting_tasks[loop] -= 1
+                    self._waiting_tasks += Counter()
+            self._set_thresholds()
+        # The last task notified from inside its last step: one iteration later its done callbacks have run, too.
+        await asyncio.sleep(0)
+        return True
+
+    def _is_idle(self) -> bool:
+        self._set_thresholds()
+        with self._lock:
+            return all(owned <= self._waiting_tasks[loop] for loop, owned in self._owned_by_loop() if loop.is_running())
+
+    def _set_thresholds(self) -> None:
+        with self._lock:
+            for loop, _ in self._owned_by_loop():
+                self._set_threshold(loop, self._waiting_tasks[loop] if self._waits else -1)

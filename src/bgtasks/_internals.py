@@ -1,0 +1,80 @@
+"""The one internal interface of managers: what executors, programs and integrations use and users do not see."""
+
+# ruff: noqa: SLF001  this file is the door to what is private in a manager
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bgtasks.errors import InvalidOptionError, describe
+from bgtasks.manager import BackgroundTaskManager
+from bgtasks.registry import LoopRecords, Record, TaskSet
+
+__all__ = ["ManagerInternals"]
+
+
+class _Owner(NamedTuple):
+    """What a ``TaskSet`` and the manager call of an executor."""
+
+    on_idle: Callable[[], object]
+    accept_failure: Callable[[Record, BaseException], bool]
+
+
+class ManagerInternals:
+    """What the rest of the package may ask of a manager.
+
+    Args:
+        manager: the manager.
+
+    Raises:
+        InvalidOptionError: it is no manager.
+
+    """
+
+    def __init__(self, manager: BackgroundTaskManager) -> None:
+        # Not by class: the tests run a copy of the manager on each twin.
+        if not hasattr(manager, "_live_records"):
+            raise InvalidOptionError(f"manager must be a BackgroundTaskManager, or None; got {describe(manager)}")
+        self._manager = manager
+
+    def live_records(self) -> list[Record]:
+        """Return the records of all tasks that have not ended."""
+        return self._manager._live_records()
+
+    def owned_records(self) -> list[Record]:
+        """Return the records of all tasks that have not ended and that the manager owns."""
+        return [record for record in self._manager._live_records() if not record.observed]
+
+    def release_closed_loops(self) -> None:
+        """Abandon what closed loops left behind, and log it."""
+        self._manager._release_closed_loops()
+
+    def make_task_set(
+        self,
+        on_idle: Callable[[], object],
+        accept_failure: Callable[[Record, BaseException], bool],
+        max_running: int | None = None,
+    ) -> TaskSet:
+        """Return a set for the tasks or functions of an executor.
+
+        Args:
+            on_idle: called when the last task of the set has ended.
+            accept_failure: called with the record and the error of a task that failed; returns whether the manager
+                reports it.
+            max_running: how many of them may run at once; None for no limit.
+
+        """
+        return self._manager._make_task_set(_Owner(on_idle, accept_failure), max_running)
+
+    def add_loop(self, loop: Any) -> LoopRecords:
+        """Return the records of what stands for an event loop: an executor's threads."""
+        return self._manager._add_loop(loop)
+
+    def report_timeout(self, record: Record) -> None:
+        """Log that the timeout of a function is over."""
+        self._manager._report_timeout(record)
+
+    def report_still_running(self, records: list[Record], when: str) -> None:
+        """Log tasks that did not end in time."""
+        self._manager._log.still_running(records, when)

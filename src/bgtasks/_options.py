@@ -1,0 +1,50 @@
+"""The options of a manager: their types, for functions that make one, and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Literal, TypedDict
+
+from bgtasks._checks import check_callable, check_choice, check_count, check_limit, check_seconds
+from bgtasks.info import TaskInfo
+
+__all__ = ["ManagerOptions", "check_options"]
+
+OVERFLOWS: Final = ("raise", "drop_newest")
+
+
+class ManagerOptions(TypedDict, total=False):
+    """The options of ``BackgroundTaskManager``, for functions that make one."""
+
+    default_shutdown_timeout: float
+    max_pending_tasks: int | None
+    overflow: Literal["raise", "drop_newest"]
+    max_concurrency: int | None
+    drain_timeout: float
+    on_error: Callable[[TaskInfo, BaseException], object] | None
+    history: int
+
+
+def check_options(options: ManagerOptions) -> None:
+    """Check the options that are given.
+
+    Raises:
+        InvalidOptionError: one is outside its values.
+        TypeError: a manager has no such option.
+
+    """
+    for option, value in options.items():
+        match option:
+            case "default_shutdown_timeout" | "drain_timeout":
+                check_seconds(option, value)
+            case "max_pending_tasks" | "max_concurrency":
+                check_limit(option, value)
+            case "overflow":
+                check_choice(option, value, OVERFLOWS, "to wait for capacity, await spawn()")
+            case "on_error":
+                check_callable(option, value)
+            case "history":
+                check_count(option, value)
+            case _:
+                known = ", ".join(ManagerOptions.__annotations__)
+                raise TypeError(f"BackgroundTaskManager has no option {option!r}; it has: {known}")

@@ -1,0 +1,83 @@
+"""What both executors do with failures, and what an executor that takes the place of another one may change."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from typing import Any, ClassVar, Final, TypeAlias
+
+from bgtasks.registry import Record
+
+__all__ = ["CANCEL_ON_EXIT", "RERAISE_ON_EXIT", "AnyFuture", "ExecutorBase"]
+
+# The flags of a record: what its executor is to do with the task at the end of the block.
+CANCEL_ON_EXIT: Final = 1
+RERAISE_ON_EXIT: Final = 2
+
+AnyFuture: TypeAlias = asyncio.Future[Any] | concurrent.futures.Future[Any]
+
+
+class Failures(dict[int, AnyFuture]):
+    """The futures that failed and may be re-raised at the end of the block, by the order of their submission.
+
+    Args:
+        decides_late: keep every failure; else only the one submitted first, so that many of them cost no memory.
+
+    """
+
+    def __init__(self, decides_late: bool) -> None:
+        super().__init__()
+        self._decides_late = decides_late
+
+    def keep(self, order: int, future: AnyFuture) -> None:
+        """Keep a failure if it may be the one to raise."""
+        if self._decides_late or not self:
+            self[order] = future
+        elif order < (first := next(iter(self))):
+            del self[first]
+            self[order] = future
+
+    def in_order(self) -> list[AnyFuture]:
+        """Return the futures in the order of their submission."""
+        return [self[order] for order in sorted(self)]
+
+
+class ExecutorBase:
+    """The base of the executors."""
+
+    # For an executor that takes the place of one with other rules: 0 means no limit; and whether a failure is raised is
+    # decided at the end of the block, so that all of them are kept until then.
+    _zero_is_no_limit: ClassVar[bool] = False
+    _decides_late: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._failures = Failures(self._decides_late)
+
+    def _accept_failure(self, record: Record, error: BaseException) -> bool:
+        """Take note of a failure; return whether the manager reports it."""
+        return self._reports(error)
+
+    def _reports(self, error: BaseException) -> bool:
+        """Return whether a failure goes to the log and to the manager's ``on_error``."""
+        return True
+
+    def _reraises(self, future: AnyFuture) -> bool:
+        """Return, at the end of the block, whether the failure of this future is raised."""
+        return True
+
+    def _end_block(self, kind: type[BaseException] | None) -> None:
+        """Raise the first failure in the order of submission, unless the block raised; forget them all."""
+        failures = self._failures.in_order()
+        self._failures.clear()
+        if kind is not None:
+            return
+        try:
+            for future in failures:
+                if self._reraises(future):
+                    failure = future.exception()
+                    assert failure is not None, "it failed"
+                    raise failure
+        finally:
+            # The traceback of what is raised keeps this frame: the frame must not keep what failed.
+            failures.clear()
+            future = failure = None  # type: ignore[assignment]

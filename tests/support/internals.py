@@ -1,0 +1,17 @@
+"""What tests do with a manager that users cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bgtasks._internals import ManagerInternals
+
+
+def release_closed_loops(manager: Any) -> None:
+    """Have a manager abandon what closed loops left behind, as it does when its next loop is used."""
+    ManagerInternals(manager).release_closed_loops()
+
+
+def tasks_of(manager: Any) -> set[Any]:
+    """Return the live tasks of a manager."""
+    return {record.task for record in ManagerInternals(manager).live_records() if record.task is not None}
