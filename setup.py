@@ -1,4 +1,4 @@
-"""Builds the compiled registry and event ring; everything else stands in pyproject.toml."""
+"""Builds the compiled registry and event queue; everything else stands in pyproject.toml."""
 
 import os
 import sys
@@ -50,13 +50,13 @@ def extensions() -> list[Extension]:
         define_macros=macros,
         optional=BUILD == "auto",
     )
-    ring = Extension(
-        "bgtasks.events._ring",
-        ["src/bgtasks/events/_ring.pyx"],
+    queue = Extension(
+        "bgtasks.events._queue",
+        ["src/bgtasks/events/_queue.pyx"],
         define_macros=macros,
         optional=BUILD == "auto",
     )
-    return cythonize([registry, ring], compiler_directives={"linetrace": TRACE == "1"}, annotate=TRACE == "1")
+    return cythonize([registry, queue], compiler_directives={"linetrace": TRACE == "1"}, annotate=TRACE == "1")
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildRegistry})

@@ -26,7 +26,7 @@ TICK = 0.001
 
 
 def make_event(number: int) -> EventModel:
-    """Return an event like ours, with the fields of agentflow's model."""
+    """Return an event like those of ``sinks.py``, with the fields of agentflow's model."""
     return EventModel(
         event=Event.NODE_EXECUTION,
         event_type=EventType.PROGRESS,
@@ -50,7 +50,7 @@ async def main(url: str) -> None:
             publish_event(make_event(number), publisher, manager)
         offered = due
         await asyncio.sleep(TICK)
-    # What is pending when the time is up does not count as delivered at this rate, but gets two more seconds.
+    # Tasks that are pending when the time is up get two more seconds.
     await asyncio.sleep(2)
     async with Redis.from_url(url) as client:
         delivered = await client.xlen("events")

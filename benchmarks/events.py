@@ -29,10 +29,10 @@ from typing import Any
 import msgspec
 import uvloop
 
-from bgtasks.events import BasePublisher, publisher
-from bgtasks.events.sinks.jsonl import JsonlPublisher
+from bgtasks.events import Publisher, Sink, publisher
+from bgtasks.events.sinks.jsonl import JsonlSink
 
-RINGS = {"compiled": "bgtasks.events._ring", "twin": "bgtasks.events._ring_py"}
+QUEUES = {"compiled": "bgtasks.events._queue", "twin": "bgtasks.events._queue_py"}
 # Emitted between two looks of the loop at its other work.
 AT_ONCE = 1000
 
@@ -40,7 +40,7 @@ missed: list[str] = []
 
 
 class NodeEvent(msgspec.Struct, gc=False):
-    """An event whose JSON has 226 bytes."""
+    """An event whose JSON has 229 bytes."""
 
     event: str
     event_type: str
@@ -52,7 +52,7 @@ class NodeEvent(msgspec.Struct, gc=False):
 
 
 def node_event(number: int) -> NodeEvent:
-    """Return an event of its own: no string is shared but those that a program would share."""
+    """Return a new event, which shares only the strings that the events of a program would share."""
     return NodeEvent(
         "node_execution",
         "progress",
@@ -64,7 +64,7 @@ def node_event(number: int) -> NodeEvent:
     )
 
 
-class NullPublisher(BasePublisher):
+class NullSink(Sink):
     """Takes encoded batches and counts."""
 
     count = 0
@@ -85,41 +85,41 @@ def say(what: str, value: float, unit: str, must: float | None = None, at_most: 
     print(line, flush=True)
 
 
-def use_ring(name: str) -> None:
-    """Have publishers use this ring."""
-    publisher.Ring = importlib.import_module(RINGS[name]).Ring  # type: ignore[misc]
+def use_queue(name: str) -> None:
+    """Have publishers use this event queue."""
+    publisher.EventQueue = importlib.import_module(QUEUES[name]).EventQueue  # type: ignore[misc]
 
 
 def time_emit(count: int = 100_000) -> float:
     """Return the nanoseconds of one emit of a ready event, the loop around it included."""
-    target = NullPublisher(max_events=1 << 30, max_bytes=1 << 50)
+    target = Publisher(NullSink(), max_events=1 << 30, max_bytes=1 << 50)
     # A flusher that sleeps until a batch that never comes: emit alone is timed.
-    target._ring.arm(1 << 60, 0)
+    target._queue.arm(1 << 60, 0)
     event = node_event(1)
     emit = target.emit
     gc.disable()
-    # The time of this thread: what others do on the machine is not the ring's.
+    # The time of this thread: other threads and programs do not count.
     begin = time.thread_time()
     for _ in range(count):
         emit(event)
     seconds = time.thread_time() - begin
     gc.enable()
-    target.after_fork()
+    target._after_fork()
     return seconds / count * 1e9
 
 
 def measure_emit() -> None:
     """Print what emit costs."""
-    times: dict[str, list[float]] = {name: [] for name in RINGS}
+    times: dict[str, list[float]] = {name: [] for name in QUEUES}
     for _ in range(15):
-        for name in RINGS:
-            use_ring(name)
+        for name in QUEUES:
+            use_queue(name)
             times[name].append(time_emit())
-    say("emit, compiled ring", statistics.median(times["compiled"]), "ns", 100, at_most=True)
+    say("emit, compiled queue", statistics.median(times["compiled"]), "ns", 100, at_most=True)
     say("emit, Python twin", statistics.median(times["twin"]), "ns", 400, at_most=True)
 
 
-async def flat_out(target: BasePublisher, events: list[Any], count: int) -> float:
+async def flat_out(target: Publisher, events: list[Any], count: int) -> float:
     """Emit as fast as the loop and the queue allow, and flush; return events/s. Nothing is dropped."""
     emit = target.emit
     await target.start()
@@ -139,21 +139,21 @@ async def flat_out(target: BasePublisher, events: list[Any], count: int) -> floa
     return done / seconds
 
 
-def measure_throughput(what: str, make: Callable[[], BasePublisher], must: float, count: int, rounds: int = 5) -> None:
-    """Print the throughput on both rings, events ready."""
+def measure_throughput(what: str, make: Callable[[], Publisher], must: float, count: int, rounds: int = 5) -> None:
+    """Print the throughput on both event queues, of events that are ready."""
     events = [node_event(number) for number in range(AT_ONCE)]
-    rates: dict[str, list[float]] = {name: [] for name in RINGS}
+    rates: dict[str, list[float]] = {name: [] for name in QUEUES}
     for _ in range(rounds):
-        for name in RINGS:
-            use_ring(name)
+        for name in QUEUES:
+            use_queue(name)
             rates[name].append(uvloop.run(flat_out(make(), events, count)))
-    say(f"{what}, compiled ring", statistics.median(rates["compiled"]), "events/s", must)
+    say(f"{what}, compiled queue", statistics.median(rates["compiled"]), "events/s", must)
     say(f"{what}, Python twin", statistics.median(rates["twin"]), "events/s")
 
 
 def measure_sink() -> None:
     """Print how many events are accepted, encoded and handed over."""
-    measure_throughput("memory sink, flat out", NullPublisher, 1_000_000, 1_000_000)
+    measure_throughput("memory sink, flat out", lambda: Publisher(NullSink()), 1_000_000, 1_000_000)
 
 
 def measure_jsonl() -> None:
@@ -161,15 +161,15 @@ def measure_jsonl() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = iter(range(1000))
 
-        def make() -> BasePublisher:
+        def make() -> Publisher:
             for path in Path(folder).iterdir():
                 path.unlink()
-            return JsonlPublisher(Path(folder) / f"{next(paths)}.jsonl")
+            return Publisher(JsonlSink(Path(folder) / f"{next(paths)}.jsonl"))
 
         measure_throughput("JSON lines, flat out", make, 500_000, 1_000_000)
 
 
-async def paced(target: BasePublisher, rate: int, seconds: float) -> tuple[float, float]:
+async def paced(target: Publisher, rate: int, seconds: float) -> tuple[float, float]:
     """Offer a rate in ticks of a millisecond; return the share of a CPU and the 99th percentile of the loop's lag."""
     lags = []
     # Not the loop's clock: uvloop's stands still within an iteration.
@@ -192,10 +192,10 @@ async def paced(target: BasePublisher, rate: int, seconds: float) -> tuple[float
 
 def measure_paced() -> None:
     """Print CPU and lag at a steady rate into JSON lines, building and encoding included."""
-    use_ring("compiled")
+    use_queue("compiled")
     with tempfile.TemporaryDirectory() as folder:
         for rate in (100_000, 250_000):
-            share, lag = uvloop.run(paced(JsonlPublisher(Path(folder) / f"{rate}.jsonl"), rate, 3.0))
+            share, lag = uvloop.run(paced(Publisher(JsonlSink(Path(folder) / f"{rate}.jsonl")), rate, 3.0))
             say(f"JSON lines, {rate:,} offered a second: CPU", share, "%")
             print(f"{'    and the lag of the loop, 99th percentile':<56} {lag:>12.1f} ms")
 
@@ -204,18 +204,18 @@ def measure_size() -> None:
     """Print the memory of a queued event, its own included."""
     size = len(msgspec.json.encode(node_event(1)))
     count = 200_000
-    for name in RINGS:
-        use_ring(name)
+    for name in QUEUES:
+        use_queue(name)
         gc.collect()
         tracemalloc.start()
-        target = NullPublisher(max_events=count)
-        target._ring.arm(1 << 60, 0)
+        target = Publisher(NullSink(), max_events=count)
+        target._queue.arm(1 << 60, 0)
         before = tracemalloc.get_traced_memory()[0]
         for number in range(count):
             assert target.emit(node_event(number))
         used = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
-        target.after_fork()
+        target._after_fork()
         say(f"memory of a queued event of {size} bytes of JSON, {name}", used / count, "bytes", 450, at_most=True)
 
 
@@ -230,8 +230,8 @@ def resident() -> int:
 
 async def run_flat(count: int) -> None:
     """Send many events through one publisher and look at the memory on the way."""
-    use_ring("compiled")
-    target = NullPublisher()
+    use_queue("compiled")
+    target = Publisher(NullSink())
     sizes = []
     begin = time.perf_counter()
     step = count // 20

@@ -37,18 +37,19 @@ import uvloop
 from servers import KafkaBroker, NatsServer, RabbitServer, RedisServer
 
 import bgtasks
-from bgtasks.events.sinks.kafka import KafkaPublisher
-from bgtasks.events.sinks.memory import MemoryPublisher
-from bgtasks.events.sinks.nats import NatsPublisher
-from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
-from bgtasks.events.sinks.redis import RedisPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.kafka import KafkaSink
+from bgtasks.events.sinks.memory import MemorySink
+from bgtasks.events.sinks.nats import NatsSink
+from bgtasks.events.sinks.rabbitmq import RabbitMQSink
+from bgtasks.events.sinks.redis import RedisSink
 
 TICK = 0.001
 PADDING = "x" * 88
 
 
 class Event(msgspec.Struct, gc=False):
-    """What agent programs tell of: 226 bytes as JSON, give or take a digit."""
+    """An event of an agent program: 226 bytes as JSON, give or take a digit."""
 
     event: str
     event_type: str
@@ -61,7 +62,7 @@ class Event(msgspec.Struct, gc=False):
 
 
 def make_event(number: int) -> Event:
-    """Return an event of its own time."""
+    """Return an event with the time of now."""
     return Event("node_execution", "progress", "t-1", "r-1", "reply", number, PADDING, time.time())
 
 
@@ -122,7 +123,7 @@ async def produce_paced(emit: Callable[[Any], bool], rate: int, seconds: float) 
 
 
 async def produce_flat_out(publisher: Any, seconds: float) -> tuple[int, int]:
-    """Emit whenever there is room; return how many were offered and accepted."""
+    """Emit whenever the queue has capacity; return how many were offered and accepted."""
     emit = publisher.emit
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
@@ -208,7 +209,7 @@ async def make_queue(server: RabbitServer) -> None:
 @contextlib.contextmanager
 def targets(names: set[str], fsync: bool) -> Iterator[dict[str, Target]]:
     """Start the servers that the sinks need."""
-    found: dict[str, Target] = {"memory": Target(MemoryPublisher, None)}
+    found: dict[str, Target] = {"memory": Target(lambda: Publisher(MemorySink()), None)}
     with contextlib.ExitStack() as stack:
 
         def folder() -> Path:
@@ -218,28 +219,30 @@ def targets(names: set[str], fsync: bool) -> Iterator[dict[str, Target]]:
             options = () if fsync else ("--appendonly", "no")
             redis_server = stack.enter_context(RedisServer(folder(), options=options))
             found["redis"] = Target(
-                lambda: RedisPublisher(redis_server.url, key="events"), lambda: redis_entries(redis_server)
+                lambda: Publisher(RedisSink(redis_server.url, key="events")), lambda: redis_entries(redis_server)
             )
-            found["redis-list"] = Target(lambda: RedisPublisher(redis_server.url, key="list", mode="list"), None)
+            found["redis-list"] = Target(lambda: Publisher(RedisSink(redis_server.url, key="list", mode="list")), None)
         if names & {"jetstream", "jetstream-events", "nats"}:
             nats_server = stack.enter_context(NatsServer(folder()))
             asyncio.run(make_stream(nats_server))
             url = nats_server.url
-            found["jetstream"] = Target(lambda: NatsPublisher(url, subject="events", envelope=True), None)
+            found["jetstream"] = Target(lambda: Publisher(NatsSink(url, subject="events", envelope=True)), None)
             found["jetstream-events"] = Target(
-                lambda: NatsPublisher(url, subject="events"), lambda: nats_messages(nats_server)
+                lambda: Publisher(NatsSink(url, subject="events")), lambda: nats_messages(nats_server)
             )
-            found["nats"] = Target(lambda: NatsPublisher(url, subject="other", jetstream=False), None)
+            found["nats"] = Target(lambda: Publisher(NatsSink(url, subject="other", jetstream=False)), None)
         if "kafka" in names:
             broker = stack.enter_context(KafkaBroker().running())
-            found["kafka"] = Target(lambda: KafkaPublisher(broker.url, topic="events"), None)
+            found["kafka"] = Target(lambda: Publisher(KafkaSink(broker.url, topic="events")), None)
         if names & {"rabbitmq", "rabbitmq-events"}:
             rabbit_server = stack.enter_context(RabbitServer(folder()))
             asyncio.run(make_queue(rabbit_server))
             found["rabbitmq"] = Target(
-                lambda: RabbitMQPublisher(rabbit_server.url, routing_key="events", envelope=True), None
+                lambda: Publisher(RabbitMQSink(rabbit_server.url, routing_key="events", envelope=True)), None
             )
-            found["rabbitmq-events"] = Target(lambda: RabbitMQPublisher(rabbit_server.url, routing_key="events"), None)
+            found["rabbitmq-events"] = Target(
+                lambda: Publisher(RabbitMQSink(rabbit_server.url, routing_key="events")), None
+            )
         yield {name: target for name, target in found.items() if name in names}
 
 
@@ -269,24 +272,24 @@ def show(name: str, offered: str, runs: list[Run]) -> None:
 
 
 def compare_with_agentflow(python: str, rounds: int) -> None:
-    """Offer 100,000 events a second to agentflow's publisher, and 250,000 to ours, in turn, for 3 seconds each."""
+    """Offer 100,000 events a second to agentflow's publisher and 250,000 to bgtasks, in turn, for 3 seconds each."""
     program = Path(__file__).with_name("agentflow_publisher.py")
-    theirs, ours = [], []
+    agentflow_rates, our_rates = [], []
     for _ in range(rounds):
         options = ("--appendonly", "no")
         with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder), options=options) as server:
             done = subprocess.run([python, program, server.url], capture_output=True, text=True, check=True)
         found = json.loads(done.stdout)
-        theirs.append(found["delivered"] / found["seconds"])
+        agentflow_rates.append(found["delivered"] / found["seconds"])
         print(f"agentflow: {found['delivered']:,} of {found['offered']:,} delivered", flush=True)
         with targets({"redis"}, fsync=False) as sinks:
             run = on_a_loop(run_once(sinks["redis"], 250_000, 3))
-        ours.append(run.arrived / run.seconds)
+        our_rates.append(run.arrived / run.seconds)
         print(f"bgtasks: {run.arrived:,} of {run.offered:,} delivered", flush=True)
-    ratio = statistics.median(our / max(their, 1) for our, their in zip(ours, theirs, strict=True))
+    ratio = statistics.median(our / max(other, 1) for our, other in zip(our_rates, agentflow_rates, strict=True))
     print(
-        f"Redis stream, delivered a second: agentflow, offered 100,000/s, {statistics.median(theirs):,.0f}; "
-        f"bgtasks, offered 250,000/s, {statistics.median(ours):,.0f}: {ratio:,.1f} x (must 20)"
+        f"Redis stream, delivered a second: agentflow, offered 100,000/s, {statistics.median(agentflow_rates):,.0f}; "
+        f"bgtasks, offered 250,000/s, {statistics.median(our_rates):,.0f}: {ratio:,.1f} x (must 20)"
     )
 
 
@@ -307,9 +310,7 @@ def main() -> None:
     names = set(arguments.sinks or SINKS)
     if unknown := names - set(SINKS):
         parser.error(f"no such sink: {', '.join(sorted(unknown))}")
-    print(
-        f"Python {platform.python_version()}, uvloop {uvloop.__version__}, registry and ring: {bgtasks.IMPLEMENTATION}"
-    )
+    print(f"Python {platform.python_version()}, uvloop {uvloop.__version__}, implementation: {bgtasks.IMPLEMENTATION}")
     if arguments.agentflow:
         compare_with_agentflow(arguments.agentflow, arguments.rounds)
         return

@@ -3,7 +3,7 @@
 A loop makes events of 226 bytes of JSON as fast as it can, encodes them in batches of 500 and hands those to the
 spool's thread, never more than a few ahead. Each round runs every contender once; printed is the median::
 
-    python benchmarks/spool.py                 # some 30 s
+    python benchmarks/spool.py                 # about 30 s
     python benchmarks/spool.py --directory /mnt/disk --events 2000000 --rounds 9
 
 ``must`` is the floor.
@@ -57,7 +57,7 @@ def produce(first: int) -> list[bytes]:
 
 
 async def only_produce(events: int, directory: Path) -> float:
-    """Make and encode, and throw away: what the loop alone could do."""
+    """Make and encode, and discard: the most that the loop alone can do."""
     begun = time.perf_counter()
     for first in range(0, events, BATCH):
         produce(first)
@@ -77,7 +77,7 @@ async def commit(events: int, directory: Path, sync: Sync, forward: bool) -> flo
 
     async def drain() -> None:
         sent: list[str] = []
-        while sent or not produced.is_set() or spool.size()[0]:
+        while sent or not produced.is_set() or spool.stats()["events"]:
             sent = await loop.run_in_executor(thread, turn_over, sent)
 
     produced = asyncio.Event()
@@ -90,7 +90,7 @@ async def commit(events: int, directory: Path, sync: Sync, forward: bool) -> flo
             if len(ahead) >= AHEAD:
                 await ahead.pop(0)
             ahead.append(loop.run_in_executor(thread, spool.append, produce(first), f"benchmark-{first}"))
-            # Its turn for whatever else the loop has to do.
+            # Lets the loop run its other callbacks.
             await asyncio.sleep(0)
         await asyncio.gather(*ahead)
         produced.set()

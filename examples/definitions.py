@@ -26,7 +26,7 @@ KINDS: Final[dict[type[ast.AST], str]] = {
     ast.AsyncFunctionDef: "async_function",
     ast.ClassDef: "class",
 }
-# The fields of a node that hold statements, or nodes that do, last one first: the walk takes from the end of its stack.
+# The fields of a node that hold statements, or nodes that do, last one first: the walk pops from the end of its stack.
 BLOCKS: Final = ("cases", "finalbody", "orelse", "handlers", "body")
 
 encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -73,17 +73,17 @@ class Definitions:
                 with _ctrl_c_ignored():
                     parsed.append(loop.run_in_executor(pool, _parse_files, self.root, paths))
                 if len(parsed) > 2 * workers:
-                    yield self._take(await parsed.popleft())
+                    yield self._count(await parsed.popleft())
             while parsed:
-                yield self._take(await parsed.popleft())
+                yield self._count(await parsed.popleft())
         finally:
             for future in parsed:
-                # What nobody will wait for any more must not be called "never retrieved" if the pool broke.
+                # If the pool broke, asyncio would log "exception was never retrieved" for these futures.
                 if not future.cancel():
                     future.exception()
             pool.shutdown(wait=False)
 
-    def _take(self, parsed: _Parsed) -> list[Event]:
+    def _count(self, parsed: _Parsed) -> list[Event]:
         self.files += parsed.files
         self.skipped += parsed.skipped
         return parsed.events
@@ -118,7 +118,7 @@ def _prepare_worker() -> None:
     """Set up a process that does nothing but parse."""
     # On Windows it is not inherited.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What the compiler thinks of other people's source is not our report.
+    # The compiler's warnings about this source do not belong in the report.
     warnings.simplefilter("ignore")
     # A syntax tree has no cycles: the collector would find nothing, in a sixth of the time.
     gc.disable()

@@ -6,12 +6,12 @@
     python examples/langgraph_fan_out.py --sync json         # functions in threads
     python examples/langgraph_fan_out.py --answer no email   # stop where the graph asks
 
-    find --> measure (one branch a module) --> ask --> report
+    find --> measure (one branch per module) -> ask --> report
                                                 `----> end, if the answer is no
 
-The graph finds the modules, measures each in a branch of its own, so many at once as ``--max-concurrency`` says, and
-then interrupts itself to ask whether to go on. Its state waits in a checkpointer; the answer resumes it. What the nodes
-tell is streamed as they run. At the end the manager shows what ran: a task for each node, under its name.
+The graph finds the modules, measures each in a branch of its own, up to ``--max-concurrency`` of them at once, and then
+interrupts itself to ask whether to go on. Its state waits in a checkpointer; the answer resumes it. What the nodes
+write is streamed as they run. At the end the manager shows what ran: a task for each node, under its name.
 
 Exit status: 0 with a report, 1 without one, 2 for bad arguments.
 """
@@ -38,7 +38,7 @@ from bgtasks.integrations import langgraph as drop_in
 
 
 class Measure(TypedDict):
-    """What is known of one module: a plain dict, since checkpoints take no class of ours."""
+    """What is known of one module: a plain dict, since a checkpoint holds no classes of the program."""
 
     name: str
     lines: int
@@ -56,13 +56,13 @@ class State(TypedDict, total=False):
 
 
 class Branch(TypedDict):
-    """What one branch is told."""
+    """The input of one branch."""
 
     module: str
 
 
 def directory_of(package: str) -> Path:
-    """Return where a package lies; leave with an error if it is none."""
+    """Return the directory of a package; raise an error if there is no such package."""
     try:
         spec = importlib.util.find_spec(package)
     except ImportError:
@@ -86,7 +86,7 @@ def find(state: State) -> State:
 
 
 def fan_out(state: State) -> list[Send]:
-    """Start one branch a module."""
+    """Start one branch per module."""
     return [Send("measure", Branch(module=module)) for module in state["modules"]]
 
 
@@ -98,14 +98,14 @@ def measure_in_thread(branch: Branch) -> State:
 
 
 async def measure_in_task(branch: Branch) -> State:
-    """Measure one module; the loop is left free meanwhile."""
+    """Measure one module in a thread, so that the loop stays free."""
     measured = await asyncio.to_thread(measure, Path(branch["module"]))
     get_stream_writer()(measured["name"])
     return {"measures": [measured]}
 
 
 def ask(state: State) -> State:
-    """Interrupt the graph; it goes on here when the answer has come."""
+    """Interrupt the graph; it resumes here with the answer."""
     return {"wanted": interrupt(f"{len(state['measures'])} modules were measured. Write the report?") == "yes"}
 
 
@@ -183,7 +183,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("package", nargs="?", default="asyncio", help="a package of this Python (asyncio)")
     parser.add_argument("--sync", action="store_true", help="functions in threads instead of coroutines in tasks")
     parser.add_argument("--max-concurrency", type=int, default=4, metavar="N", help="branches at once, 0 for all (4)")
-    parser.add_argument("--answer", choices=["yes", "no"], default="yes", help="what the graph is told (yes)")
+    parser.add_argument("--answer", choices=["yes", "no"], default="yes", help="the answer to the graph (yes)")
     parsed = parser.parse_args(arguments)
     try:
         directory_of(parsed.package)
@@ -195,7 +195,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the graph and print what came of it."""
+    """Run the graph and print its result."""
     options = parse_arguments(arguments)
     manager = BackgroundTaskManager()
     drop_in.install(manager=manager)

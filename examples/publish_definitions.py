@@ -33,15 +33,15 @@ from typing import Final, NamedTuple, Protocol
 
 from definitions import Definitions, Event
 from lines import Lines
-from sinks import Announcement, Contents, JsonlSink, RedisSink, Sink, checksum_of
+from sinks import Announcement, Contents, Destination, JsonlFile, RedisStream, checksum_of
 
 from bgtasks import BackgroundTaskManager
 from bgtasks.errors import BgtasksError
-from bgtasks.events import IMPLEMENTATION, BasePublisher, PublisherStats
+from bgtasks.events import IMPLEMENTATION, Publisher, PublisherStats
 
-# So many events are published before the loop gets its turn, a millisecond or two.
+# How many events are published before the loop runs other callbacks, in a millisecond or two.
 EVENTS_AT_ONCE: Final = 500
-# Beyond the time in which a sink may recover, for what is left to write then.
+# Seconds for what is left to write when a sink recovers at the last moment.
 DRAIN_MARGIN: Final = 5.0
 LOG_RECORDS_SHOWN: Final = 10
 GAPS_SHOWN: Final = 10
@@ -100,7 +100,7 @@ class Screen(logging.Handler):
         print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
-        """Leave standard error in order, with the number of log records that were not shown."""
+        """Remove the progress, and show the number of log records that were not shown."""
         self.wipe()
         if self._records > LOG_RECORDS_SHOWN:
             print(f"{self._records - LOG_RECORDS_SHOWN:,} more log records", file=sys.stderr)
@@ -109,7 +109,7 @@ class Screen(logging.Handler):
 class Run:
     """Publishes the events of a source, numbered from 1 in their order, until one of them is given up."""
 
-    def __init__(self, publisher: BasePublisher, limit: int) -> None:
+    def __init__(self, publisher: Publisher, limit: int) -> None:
         self._publisher = publisher
         self._limit = limit
         self.published = 0
@@ -117,7 +117,7 @@ class Run:
         self.source_seconds = 0.0
 
     async def publish_all(self, source: Source) -> None:
-        """Publish as fast as the source has events and the queue has room.
+        """Publish as fast as the source has events and the queue has capacity.
 
         Raises:
             OSError: the source cannot be read any further.
@@ -142,7 +142,7 @@ class Run:
     async def _publish(self, events: list[Event]) -> None:
         for event in events[: self._limit - self.published]:
             number = self.published + 1
-            # Waits where the queue is full; never refused before the publisher is closed.
+            # It waits while the queue is full.
             await self._publisher.publish(Announcement.of(number, event))
             self.published = number
             self.checksum += checksum_of(number, event.payload)
@@ -159,19 +159,24 @@ class Outcome(NamedTuple):
     was_interrupted: bool
 
 
-async def publish(source: Source, sink: Sink, options: Options, screen: Screen) -> Outcome:
-    """Publish the events of a source into a sink until the source ends, an event is lost or Ctrl-C comes.
+async def publish(source: Source, destination: Destination, options: Options, screen: Screen) -> Outcome:
+    """Publish the events of a source until the source ends, an event is lost or Ctrl-C comes.
 
     Raises:
         OSError, BgtasksError: the sink cannot be opened.
 
     """
-    publisher = sink.publisher(
-        max_events=options.queue, overflow="block", retry_for=options.retry_for, connect=True, name="publisher"
-    )
     manager = BackgroundTaskManager(default_shutdown_timeout=options.retry_for + DRAIN_MARGIN)
-    # The manager shows the publisher's task, and its shutdown flushes and closes the publisher.
-    publisher.attach(manager)
+    publisher = Publisher(
+        destination.make_sink(),
+        max_events=options.queue,
+        overflow="block",
+        retry_for=options.retry_for,
+        name="publisher",
+        # It shows the publisher's task, and its shutdown flushes and closes the publisher.
+        manager=manager,
+        connect=True,
+    )
     run = Run(publisher, options.limit)
     halt = ""
     was_interrupted = False
@@ -202,7 +207,7 @@ async def publish(source: Source, sink: Sink, options: Options, screen: Screen) 
     return Outcome(run, stats, seconds, loop, halt, was_interrupted)
 
 
-async def _show_progress(publisher: BasePublisher, screen: Screen) -> None:
+async def _show_progress(publisher: Publisher, screen: Screen) -> None:
     """Show again and again how far a publisher is, until cancelled."""
     delivered = 0
     shown_at = time.perf_counter()
@@ -215,15 +220,15 @@ async def _show_progress(publisher: BasePublisher, screen: Screen) -> None:
         screen.show_progress(f"{delivered:,} published  {rate:,.0f} events/s  {stats['queue_events']:,} in the queue")
 
 
-def report(outcome: Outcome, source: Source, sink: Sink, contents: Contents) -> bool:
+def report(outcome: Outcome, source: Source, destination: Destination, contents: Contents) -> bool:
     """Print how a publication went; return whether every event arrived."""
     run, stats, seconds = outcome.run, outcome.stats, outcome.seconds
     lost = sum(last - first + 1 for first, last in contents.gaps)
     found = run.published - lost
     python = f"{platform.python_implementation()} {platform.python_version()}"
     print(f"source     {run.published:,} {source}")
-    print(f"into       {sink}")
-    print(f"ran on     {outcome.loop}, {python}, {IMPLEMENTATION} event ring")
+    print(f"into       {destination}")
+    print(f"ran on     {outcome.loop}, {python}, {IMPLEMENTATION} event queue")
     print(f"published  {stats['delivered']:,} in {seconds:.2f} s: {stats['delivered'] / seconds:,.0f} events/s")
     print(f"waited     {run.source_seconds:.2f} s for the source")
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in stats["dropped"].items())
@@ -276,10 +281,10 @@ def _source(file: str | None, stack: contextlib.ExitStack) -> Source:
     return Lines(stack.enter_context(FileIO(0, closefd=False) if file == "-" else FileIO(file)))
 
 
-def _sink(options: Options, stack: contextlib.ExitStack) -> Sink:
+def _destination(options: Options, stack: contextlib.ExitStack) -> Destination:
     if options.redis is not None:
-        return RedisSink(options.redis, options.key)
-    return JsonlSink(options.sink or Path(stack.enter_context(tempfile.TemporaryDirectory()), "events.jsonl"))
+        return RedisStream(options.redis, options.key)
+    return JsonlFile(options.sink or Path(stack.enter_context(tempfile.TemporaryDirectory()), "events.jsonl"))
 
 
 def _options() -> Options:
@@ -312,10 +317,10 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         try:
             source = _source(options.file, stack)
-            sink = _sink(options, stack)
-            sink.refuse_used()
+            destination = _destination(options, stack)
+            destination.refuse_used()
             runner = stack.enter_context(asyncio.Runner(loop_factory=_loop_factory(options.loop)))
-            outcome = runner.run(publish(source, sink, options, screen))
+            outcome = runner.run(publish(source, destination, options, screen))
         except (OSError, ImportError, BgtasksError) as error:
             print(f"publish_definitions: {error}", file=sys.stderr)
             return 2
@@ -324,11 +329,11 @@ def main() -> int:
         finally:
             screen.finish()
         try:
-            contents = sink.read_back(outcome.run.published)
+            contents = destination.read_back(outcome.run.published)
         except (OSError, BgtasksError) as error:
             print(f"publish_definitions: the sink cannot be read back: {error}", file=sys.stderr)
             return 1
-        all_arrived = report(outcome, source, sink, contents)
+        all_arrived = report(outcome, source, destination, contents)
     return 130 if outcome.was_interrupted else 0 if all_arrived else 1
 
 

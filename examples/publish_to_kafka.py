@@ -13,14 +13,17 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from bgtasks.events.sinks.kafka import KafkaPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.kafka import KafkaSink
 
 EVENTS = 10_000
 
 
 async def main(servers: str) -> None:
     """Publish; ``async with`` flushes and closes, and ``connect`` has it fail at once if no broker answers."""
-    async with KafkaPublisher(servers, topic="orders", config={"compression.type": "lz4"}, connect=True) as publisher:
+    async with Publisher(
+        KafkaSink(servers, topic="orders", config={"compression.type": "lz4"}), connect=True
+    ) as publisher:
         for number in range(EVENTS):
             publisher.emit({"event": "order_paid", "order": number})
     stats = publisher.stats()

@@ -16,7 +16,8 @@ import sys
 import nats
 from nats.js.api import StreamConfig
 
-from bgtasks.events.sinks.nats import NatsPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.nats import NatsSink
 
 EVENTS = 10_000
 
@@ -30,7 +31,7 @@ async def main(url: str) -> None:
 
     for envelope in (False, True):
         before = (await stream.stream_info("ORDERS")).state.messages
-        publisher = NatsPublisher(url, subject="orders", envelope=envelope)
+        publisher = Publisher(NatsSink(url, subject="orders", envelope=envelope))
         for number in range(EVENTS):
             publisher.emit({"event": "order_paid", "order": number})
         report = await publisher.close()

@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from bgtasks.events.sinks.otlp import OtlpPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.otlp import OtlpSink
 
 EVENTS = 1_000
 
 
 async def main(endpoint: str) -> None:
     """Publish; a record's body is the event, its name the event's ``event``."""
-    publisher = OtlpPublisher(endpoint, resource={"service.name": "shop"})
+    publisher = Publisher(OtlpSink(endpoint, resource={"service.name": "shop"}))
     for number in range(EVENTS):
         publisher.emit({"event": "order_paid", "order": number})
     report = await publisher.close()

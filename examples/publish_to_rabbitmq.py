@@ -16,7 +16,8 @@ import sys
 
 import aio_pika
 
-from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.rabbitmq import RabbitMQSink
 
 EVENTS = 10_000
 
@@ -27,7 +28,7 @@ async def main(url: str) -> None:
     channel = await connection.channel()
     queue = await channel.declare_queue("orders", durable=True)
 
-    publisher = RabbitMQPublisher(url, routing_key="orders", envelope=True)
+    publisher = Publisher(RabbitMQSink(url, routing_key="orders", envelope=True))
     for number in range(EVENTS):
         publisher.emit({"event": "order_paid", "order": number})
     report = await publisher.close()

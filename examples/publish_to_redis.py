@@ -15,7 +15,8 @@ import sys
 
 from redis.asyncio import Redis
 
-from bgtasks.events.sinks.redis import RedisPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.redis import RedisSink
 
 EVENTS = 10_000
 
@@ -26,7 +27,7 @@ async def main(url: str) -> None:
         newest = await client.xrevrange("orders", count=1)
         last_id = newest[0][0] if newest else "0"
 
-        publisher = RedisPublisher(url, key="orders", maxlen=1_000_000)
+        publisher = Publisher(RedisSink(url, key="orders", maxlen=1_000_000))
         for number in range(EVENTS):
             publisher.emit({"event": "order_paid", "order": number})
         report = await publisher.close()

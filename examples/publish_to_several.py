@@ -13,16 +13,16 @@ import asyncio
 import sys
 from pathlib import Path
 
-from bgtasks.events.sinks.console import ConsolePublisher
-from bgtasks.events.sinks.fanout import FanoutPublisher
-from bgtasks.events.sinks.jsonl import JsonlPublisher
+from bgtasks.events import Fanout, Publisher
+from bgtasks.events.sinks.console import ConsoleSink
+from bgtasks.events.sinks.jsonl import JsonlSink
 
 EVENTS = 10
 
 
 async def main(path: str) -> None:
     """Publish."""
-    publisher = FanoutPublisher([JsonlPublisher(path), ConsolePublisher()])
+    publisher = Fanout([Publisher(JsonlSink(path)), Publisher(ConsoleSink())])
     for number in range(EVENTS):
         publisher.emit({"event": "order_paid", "order": number})
     report = await publisher.close()

@@ -14,7 +14,8 @@ import sqlite3
 import sys
 from contextlib import closing
 
-from bgtasks.events.sinks.sqlite import SqlitePublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.sqlite import SqliteSink
 
 EVENTS = 10_000
 SHOPS = ("Ghent", "Leeds", "Porto")
@@ -22,7 +23,7 @@ SHOPS = ("Ghent", "Leeds", "Porto")
 
 async def main(path: str) -> None:
     """Publish, and count the orders of each shop."""
-    async with SqlitePublisher(path, table="orders") as publisher:
+    async with Publisher(SqliteSink(path, table="orders")) as publisher:
         for number in range(EVENTS):
             publisher.emit({"event": "order_paid", "order": number, "shop": SHOPS[number % len(SHOPS)]})
     stats = publisher.stats()

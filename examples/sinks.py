@@ -15,17 +15,17 @@ import msgspec
 from definitions import Event, encode
 
 from bgtasks.errors import BgtasksError
-from bgtasks.events import BasePublisher
-from bgtasks.events.errors import SinkError
-from bgtasks.events.sinks.jsonl import JsonlPublisher
+from bgtasks.events import Sink, SinkError
+from bgtasks.events.sinks.jsonl import JsonlSink
+from bgtasks.events.sinks.redis import RedisSink
 
-__all__ = ["Announcement", "Contents", "JsonlSink", "RedisSink", "Sink", "UsedSinkError", "checksum_of"]
+__all__ = ["Announcement", "Contents", "Destination", "JsonlFile", "RedisStream", "UsedSinkError", "checksum_of"]
 
 READ_AT_ONCE = 10_000
 
 
 class UsedSinkError(BgtasksError):
-    """The sink holds events already, so it could not be compared with what is published."""
+    """The destination holds events already, so it cannot be compared with what is published."""
 
 
 class Announcement(msgspec.Struct, gc=False):
@@ -44,7 +44,7 @@ class Announcement(msgspec.Struct, gc=False):
 
 
 class Contents(NamedTuple):
-    """What a sink holds.
+    """What a destination holds.
 
     ``gaps`` are the runs of numbers that are missing, the first and the last of each; ``repeated`` and ``unexpected``
     count the events whose number came before or was never given out.
@@ -86,20 +86,20 @@ def compare(events: Iterable[bytes], expected: int) -> Contents:
     return Contents(gaps, repeated, unexpected, checksum)
 
 
-class Sink(Protocol):
-    """Where events go; its text says where that is."""
+class Destination(Protocol):
+    """Where events go and are read back; ``str()`` of it says where that is."""
 
-    def publisher(self, **options: Any) -> BasePublisher:
-        """Return the publisher that leads there."""
+    def make_sink(self) -> Sink:
+        """Return a sink for a publisher."""
 
     def refuse_used(self) -> None:
-        """Raise an error if there is something already."""
+        """Raise an error if it holds events already."""
 
     def read_back(self, expected: int) -> Contents:
         """Read all events back, which should be those from 1 to ``expected``, each once."""
 
 
-class JsonlSink:
+class JsonlFile:
     """A file of JSON lines."""
 
     def __init__(self, path: Path) -> None:
@@ -108,9 +108,9 @@ class JsonlSink:
     def __str__(self) -> str:
         return f"{self._path}, JSON lines"
 
-    def publisher(self, **options: Any) -> BasePublisher:
-        """Return the publisher that leads there."""
-        return JsonlPublisher(self._path, **options)
+    def make_sink(self) -> Sink:
+        """Return a sink for a publisher."""
+        return JsonlSink(self._path)
 
     def refuse_used(self) -> None:
         """Raise an error if the file is not empty.
@@ -135,8 +135,8 @@ class JsonlSink:
             return compare(file, expected)
 
 
-class RedisSink:
-    """A stream in Redis. Without a name it gets one of its own, and is deleted once it was read."""
+class RedisStream:
+    """A stream in Redis. Without a key it gets one of its own, and is deleted once it was read."""
 
     def __init__(self, url: str, key: str | None) -> None:
         self._url = url
@@ -146,11 +146,15 @@ class RedisSink:
     def __str__(self) -> str:
         return f"the stream {self._key} in Redis"
 
-    def publisher(self, **options: Any) -> BasePublisher:
-        """Return the publisher that leads there, which keeps all entries."""
-        from bgtasks.events.sinks.redis import RedisPublisher
+    def make_sink(self) -> Sink:
+        """Return a sink for a publisher, which keeps all entries.
 
-        return RedisPublisher(self._url, key=self._key, maxlen=None, **options)
+        Raises:
+            MissingExtraError: redis-py is not installed.
+            InvalidOptionError: the URL is none of Redis.
+
+        """
+        return RedisSink(self._url, key=self._key, maxlen=None)
 
     def refuse_used(self) -> None:
         """Raise an error if the stream exists.
@@ -160,8 +164,8 @@ class RedisSink:
             SinkError: Redis cannot be asked.
 
         """
-        # The publisher names a missing extra, and a URL that is none, better than we could.
-        self.publisher()
+        # For its errors: they name a missing extra and a bad URL.
+        self.make_sink()
         with self._client() as client:
             if not self._is_temporary and client.exists(self._key):
                 raise UsedSinkError(f"{self}: it holds events already; give another --key")
@@ -199,8 +203,8 @@ class RedisSink:
 
 
 @contextlib.contextmanager
-def _named(sink: Sink) -> Iterator[None]:
+def _named(destination: Destination) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError) as error:
-        raise SinkError(f"{sink}: {error!r}") from error
+        raise SinkError(f"{destination}: {error!r}") from error

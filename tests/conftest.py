@@ -1,4 +1,4 @@
-"""Every test that asks for a manager runs on both twins; every ``async def`` test runs on every loop, in debug mode."""
+"""Tests with a manager run on both twins; ``async def`` tests run on every loop, in debug mode."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from bgtasks import _registry_py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the choice of the twins, where leaving one out has to be said, and of what tasks of the compiled one step."""
+    """Add options for the tested twins, and for the coroutines that tasks of the compiled twin step."""
     parser.addoption("--twin", choices=["both", *MODULES], default="both", help="the registries to test")
     parser.addoption("--native", action="store_true", help="have tasks step native coroutines, as from Python 3.14 on")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose what tasks of the compiled registry step, and have Ctrl-C mean what it means in a terminal."""
+    """Set the coroutines that tasks of the compiled registry step, and have Ctrl-C work as in a terminal."""
     if config.option.native:
         core_module("cython").use_native_coroutines(True)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell without job control has what it starts in the background ignore it, and all that starts.
+        # Background jobs of a shell without job control ignore SIGINT, and so do their children.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Say what runs."""
+    """Name the twins that run."""
     return f"bgtasks {bgtasks.__version__}, default registry: {bgtasks.IMPLEMENTATION}, tested: {config.option.twin}"
 
 
 def pytest_collection_finish() -> None:
-    """Have the cycle collector pass over what the imports made: it runs after every test, and they are most of it."""
+    """Exclude imported objects from the cycle collector, which runs after every test: they are most of its work."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run on each twin what names the fixture ``twin``, on each loop what is a coroutine function."""
+    """Run tests with the fixture ``twin`` on each twin, and coroutine functions on each loop."""
     if "twin" in metafunc.fixturenames:
         metafunc.parametrize("twin", twins_chosen(metafunc.config), scope="session")
     if "loop_kind" in metafunc.fixturenames:
@@ -59,7 +59,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
-    """Have every ``async def`` test ask for a loop."""
+    """Give every ``async def`` test a loop."""
     if collector.istestfunction(obj, name) and inspect.iscoroutinefunction(obj):
         pytest.mark.usefixtures("loop_kind", "loop_errors")(obj)
 
@@ -80,7 +80,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @pytest.fixture
 def loop_errors() -> Iterator[list[dict[str, Any]]]:
-    """Give what reached the loop's exception handler; what the test leaves in there fails it."""
+    """Give the calls of the loop's exception handler; the test fails if it leaves any."""
     errors: list[dict[str, Any]] = []
     yield errors
     gc.collect()
@@ -101,7 +101,7 @@ def manager_of_twin(twin: str) -> ModuleType:
 
 @pytest.fixture
 def make_manager(manager_of_twin: ModuleType) -> Iterator[Callable[..., Any]]:
-    """Give the class of managers; each one made must be empty at the end of the test."""
+    """Give a maker of managers; each must be empty at the end of the test."""
     made: list[Any] = []
 
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -121,14 +121,14 @@ def make_manager(manager_of_twin: ModuleType) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
-def ring_of_twin(twin: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Have publishers use the ring of the twin, and give its module."""
-    from event_tools import ring_module
+def queue_of_twin(twin: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Have publishers use the event queue of the twin, and give its module."""
+    from event_tools import queue_module
 
     from bgtasks.events import publisher
 
-    module = ring_module(twin)
-    monkeypatch.setattr(publisher, "Ring", module.Ring)
+    module = queue_module(twin)
+    monkeypatch.setattr(publisher, "EventQueue", module.EventQueue)
     return module
 
 
@@ -143,5 +143,5 @@ def _no_thread_left() -> Iterator[None]:
 
 @pytest.fixture
 def bgtasks_module() -> ModuleType:
-    """Give the package itself."""
+    """Give the package."""
     return importlib.import_module("bgtasks")

@@ -1,5 +1,6 @@
 """Runs the work an asyncio program starts and does not wait for, and loses none of it."""
 
+from bgtasks._options import ManagerOptions
 from bgtasks.errors import (
     BgtasksError,
     ExecutorClosedError,
@@ -19,19 +20,35 @@ from bgtasks.errors import (
     TaskRejectedError,
     WorkerDiedError,
 )
-from bgtasks.executor import AsyncBackgroundExecutor, BackgroundExecutor
-from bgtasks.info import FinishedTask, ManagerStats, NameStats, Outcome, ShutdownStats, TaskInfo
-from bgtasks.manager import BackgroundTaskManager
+from bgtasks.executor import AsyncBackgroundExecutor, AsyncSubmit, BackgroundExecutor, ExecutorKind, Submit
+from bgtasks.info import (
+    DEFAULT_NAME,
+    FinishedTask,
+    ManagerStats,
+    NameStats,
+    Outcome,
+    Overflow,
+    ShutdownStats,
+    TaskFactoryOptions,
+    TaskInfo,
+    TaskOverflow,
+    TaskState,
+)
+from bgtasks.manager import Attachable, BackgroundTaskManager
 from bgtasks.program import drain_on_signals, run
 from bgtasks.registry import IMPLEMENTATION
 
 __all__ = [
+    "DEFAULT_NAME",
     "IMPLEMENTATION",
     "AsyncBackgroundExecutor",
+    "AsyncSubmit",
+    "Attachable",
     "BackgroundExecutor",
     "BackgroundTaskManager",
     "BgtasksError",
     "ExecutorClosedError",
+    "ExecutorKind",
     "FinishedTask",
     "InvalidContextError",
     "InvalidFunctionError",
@@ -40,6 +57,7 @@ __all__ = [
     "InvalidTimeoutError",
     "ManagerClosedError",
     "ManagerNotBoundError",
+    "ManagerOptions",
     "ManagerStats",
     "MissingExtraError",
     "NameStats",
@@ -48,10 +66,15 @@ __all__ = [
     "NotACoroutineError",
     "NotPicklableError",
     "Outcome",
+    "Overflow",
     "RunningLoopError",
     "ShutdownStats",
+    "Submit",
+    "TaskFactoryOptions",
     "TaskInfo",
+    "TaskOverflow",
     "TaskRejectedError",
+    "TaskState",
     "WorkerDiedError",
     "drain_on_signals",
     "run",

@@ -1,4 +1,4 @@
-"""Checks of what is passed with a coroutine: what is refused is an error, and the coroutine is closed."""
+"""Checks of the arguments that come with a coroutine; an error closes the coroutine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_timeout(coro: Any, timeout: object) -> float:
     """Return the timeout of a task, in seconds.
 
     Raises:
-        InvalidTimeoutError: it is no finite number greater than 0.
+        InvalidTimeoutError: it is not a finite number greater than 0.
 
     """
     seconds = as_seconds(timeout)
@@ -27,10 +27,10 @@ def check_timeout(coro: Any, timeout: object) -> float:
 
 
 def check_context(coro: Any, context: object) -> None:
-    """See that the ``context`` of a task is a mapping.
+    """Check that the ``context`` of a task is a mapping.
 
     Raises:
-        InvalidContextError: it is none.
+        InvalidContextError: it is not.
 
     """
     if isinstance(context, Context) or not isinstance(context, Mapping):
@@ -39,7 +39,7 @@ def check_context(coro: Any, context: object) -> None:
 
 
 def refuse_contextvars_context(coro: Any, context: object) -> NoReturn:
-    """Refuse what is no ``contextvars.Context``.
+    """Refuse an object that is not a ``contextvars.Context``.
 
     Raises:
         InvalidContextError: always.

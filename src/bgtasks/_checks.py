@@ -1,6 +1,6 @@
-"""Checks of what callers pass: numbers, lengths of time, choices. Every option of the package is checked here.
+"""Checks of arguments: numbers, durations, choices. Every option of the package is checked here.
 
-Durations are in seconds and finite; None stands for "no limit" where an option allows it. A bool is no number.
+Durations are in seconds and finite; None means "no limit" where an option allows it. A bool is not a number.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ __all__ = ["check_callable", "check_choice", "check_count", "check_limit", "chec
 
 
 def check_count(option: str, value: object, least: int = 0) -> int:
-    """Return a whole number of at least ``least``.
+    """Return ``value`` if it is a whole number of at least ``least``.
 
     Raises:
-        InvalidOptionError: it is something else.
+        InvalidOptionError: it is not.
 
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -27,10 +27,10 @@ def check_count(option: str, value: object, least: int = 0) -> int:
 
 
 def check_limit(option: str, value: object, least: int = 1) -> int | None:
-    """Return a whole number of at least ``least``, or None for no limit.
+    """Return ``value`` if it is a whole number of at least ``least``, or None for no limit.
 
     Raises:
-        InvalidOptionError: it is something else.
+        InvalidOptionError: it is neither.
 
     """
     if value is None:
@@ -45,10 +45,10 @@ def check_limit(option: str, value: object, least: int = 1) -> int | None:
 def check_seconds(
     option: str, value: object, *, positive: bool = False, error: type[BgtasksError] = InvalidOptionError
 ) -> float:
-    """Return a finite length of time, in seconds: 0 or more, or more than 0 if ``positive``.
+    """Return ``value`` if it is a finite number of seconds: 0 or more, or more than 0 if ``positive``.
 
     Raises:
-        BgtasksError: it is something else; an error of the class ``error``.
+        BgtasksError: it is not; an error of the class ``error``.
 
     """
     seconds = as_seconds(value)
@@ -59,10 +59,10 @@ def check_seconds(
 
 
 def check_optional_seconds(option: str, value: object, *, none: str = "for no limit") -> float | None:
-    """Return a finite length of time greater than 0, in seconds, or None; ``none`` says what None means.
+    """Return ``value`` if it is a finite number of seconds, greater than 0, or None; ``none`` says what None means.
 
     Raises:
-        InvalidOptionError: it is something else.
+        InvalidOptionError: it is neither.
 
     """
     seconds = None if value is None else as_seconds(value)
@@ -74,7 +74,7 @@ def check_optional_seconds(option: str, value: object, *, none: str = "for no li
 
 
 def as_seconds(value: Any) -> float | None:
-    """Return a number of seconds, 0 or more and finite, as a float; None if the value is no such number."""
+    """Return ``value`` as a float if it is a finite number of seconds, 0 or more; else None."""
     if isinstance(value, (bool, str, bytes)):
         return None
     try:
@@ -85,10 +85,10 @@ def as_seconds(value: Any) -> float | None:
 
 
 def check_choice(option: str, value: object, choices: Sequence[str], advice: str = "") -> None:
-    """See that a value is one of the choices; ``advice`` says what else to do.
+    """Check that ``value`` is one of the choices; ``advice`` ends the text of the error.
 
     Raises:
-        InvalidOptionError: it is none of them.
+        InvalidOptionError: it is not.
 
     """
     if value not in choices:
@@ -97,10 +97,10 @@ def check_choice(option: str, value: object, choices: Sequence[str], advice: str
 
 
 def check_callable(option: str, value: object) -> None:
-    """See that a value can be called, or is None.
+    """Check that ``value`` is callable or None.
 
     Raises:
-        InvalidOptionError: it cannot.
+        InvalidOptionError: it is neither.
 
     """
     if value is not None and not callable(value):

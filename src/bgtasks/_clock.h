@@ -1,4 +1,4 @@
-/* The monotonic clock in seconds, as time.monotonic() gives it; read twice a task. */
+/* The monotonic clock in seconds, as time.monotonic() returns it; read twice per task. */
 
 #ifndef BGTASKS_CLOCK_H
 #define BGTASKS_CLOCK_H
@@ -14,7 +14,7 @@ bgtasks_monotonic(void)
 #else
     _PyTime_t nanoseconds = _PyTime_GetMonotonicClock();
 #endif
-    /* Python's own conversion divides twice to save the last bit, which takes as long as reading the clock. */
+    /* Python's own conversion divides twice to keep the last bit, which takes as long as reading the clock. */
     return (double)nanoseconds * 1e-9;
 }
 

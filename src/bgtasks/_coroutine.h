@@ -1,12 +1,12 @@
-/* What Cython does not offer a class that asyncio is to step like a coroutine. */
+/* The parts of a coroutine that Cython does not offer for a class, for classes that asyncio steps. */
 
 #ifndef BGTASKS_COROUTINE_H
 #define BGTASKS_COROUTINE_H
 
 #include <Python.h>
 
-/* Have PyIter_Send, by which asyncio steps a task, call `send` for instances of `type`, which must define __await__:
-   the slot table that Cython makes for that method has an empty place for this one. */
+/* Have PyIter_Send, with which asyncio steps a task, call `send` for instances of `type`. The type must define
+   __await__: the slot table that Cython makes for that method has am_send empty. */
 static void
 bgtasks_set_am_send(PyObject *type, sendfunc send)
 {
@@ -32,7 +32,7 @@ bgtasks_take_error(void)
 #endif
 }
 
-/* Raise `error` as it is; the reference stays the caller's. */
+/* Raise `error` as it is; the caller keeps its reference. */
 static void
 bgtasks_put_error(PyObject *error)
 {

@@ -1,33 +1,32 @@
-"""Forks of the process: what has to be made anew in the child.
+"""Forks of the process: objects that the child has to renew.
 
-A lock that another thread of the parent holds at the fork stays locked in the child for ever, because that thread does
+A lock that another thread of the parent holds at the fork stays locked in the child forever, because that thread does
 not exist there. Sockets, files and threads belong to the parent.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, TypeVar
 
-__all__ = ["Forked", "at_fork", "follow_forks"]
+__all__ = ["ForkLock", "at_fork", "follow_forks"]
 
+_T = TypeVar("_T")
 
-class Forked(Protocol):
-    """An object that begins anew in the child of a fork."""
-
-    def after_fork(self) -> None:
-        """Let go of what belongs to the parent; called in the child, where this is the only thread."""
-
-
-# By id(): an object that compares by value has no hash. Nothing is kept alive here.
-_followers: weakref.WeakValueDictionary[int, Forked] = weakref.WeakValueDictionary()
+# Weak: following forks keeps no object alive. Not a WeakMethod: its callback prints a traceback when the interpreter
+# exits and frees the object and its method in the wrong order.
+_followers: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
 
 
-def follow_forks(follower: Forked) -> None:
-    """Call ``follower.after_fork()`` in the child of every fork, for as long as something else refers to it."""
-    _followers[id(follower)] = follower
+def follow_forks(owner: _T, after_fork: Callable[[_T], object]) -> None:
+    """Call ``after_fork(owner)`` in the child of every fork, for as long as something else refers to ``owner``.
+
+    The call is made in the child's only thread.
+    """
+    _followers[owner] = after_fork
 
 
 def at_fork(
@@ -42,9 +41,55 @@ def at_fork(
         os.register_at_fork(**{when: function for when, function in functions.items() if function is not None})
 
 
+class ForkLock:
+    """A re-entrant lock that a fork waits for, so that no child inherits a change that is half done."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        with _locks_guard:
+            _locks.add(self)
+
+    def __enter__(self) -> None:
+        """Acquire the lock."""
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        """Release the lock."""
+        self._lock.release()
+
+    def renew(self) -> None:
+        """Make a new lock, in the child of a fork."""
+        self._lock = threading.RLock()
+
+
+_locks: weakref.WeakSet[ForkLock] = weakref.WeakSet()
+_locks_guard = threading.Lock()
+# The locks that the current fork holds.
+_held: list[ForkLock] = []
+
+
+def _before_fork() -> None:
+    _locks_guard.acquire()
+    _held.extend(_locks)
+    for lock in _held:
+        lock.__enter__()
+
+
+def _after_fork_in_parent() -> None:
+    for lock in _held:
+        lock.__exit__()
+    _held.clear()
+    _locks_guard.release()
+
+
 def _after_fork_in_child() -> None:
-    for follower in list(_followers.values()):
-        follower.after_fork()
+    global _locks_guard
+    _locks_guard = threading.Lock()
+    for lock in _held:
+        lock.renew()
+    _held.clear()
+    for owner, after_fork in list(_followers.items()):
+        after_fork(owner)
 
 
-at_fork(in_child=_after_fork_in_child)
+at_fork(before=_before_fork, in_parent=_after_fork_in_parent, in_child=_after_fork_in_child)

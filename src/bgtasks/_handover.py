@@ -42,13 +42,13 @@ class Handovers:
         start: Callable[[AnyFuture], asyncio.Task[Any]],
         check: Callable[[], object] | None = None,
     ) -> AnyFuture:
-        """Have ``start`` called on a loop; from any thread.
+        """Call ``start`` on a loop, and return a future. Safe from any thread.
 
         Args:
             loop: the loop.
-            coro: the coroutine that ``start`` starts a task of; closed if that does not come to pass.
-            start: called with the future; returns the task. What it raises is set on the future, a CancelledError
-                cancels it.
+            coro: the coroutine of the task; closed if the task is not started.
+            start: called with the future; returns the task. Its errors are set on the future; a CancelledError cancels
+                the future.
             check: called when the coroutine is counted here and not handed over yet; may raise to refuse it.
 
         Returns:
@@ -56,7 +56,7 @@ class Handovers:
 
         Raises:
             NoRunningLoopError: the loop is closed.
-            BaseException: what ``check`` raises.
+            BaseException: an error of ``check``.
 
         """
         future: AnyFuture = concurrent.futures.Future()
@@ -69,17 +69,15 @@ class Handovers:
             self._refuse(loop, future)
             if isinstance(error, errors.BgtasksError) or not isinstance(error, RuntimeError):
                 raise
-            raise errors.NoRunningLoopError(
-                "the event loop is closed: hand work over to a loop that runs, while it runs"
-            ) from None
+            raise errors.NoRunningLoopError("the event loop is closed: hand work over to a running loop") from None
         return future
 
     def _refuse(self, loop: asyncio.AbstractEventLoop, future: AnyFuture) -> None:
-        """Forget a coroutine that was not handed over, and close it."""
+        """Remove a coroutine that was not handed over, and close it."""
         pending = self._pending.pop(future, None)
         if pending is not None:
             errors.close_refused(pending[1])
-        # Somebody on the loop may have waited for it meanwhile; on a closed loop nobody does.
+        # A coroutine on the loop may wait for this outcome; on a closed loop none does.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(self._on_end, future, None)
 
@@ -112,7 +110,7 @@ class Handovers:
         future.add_done_callback(cancel_task)
 
     def _finish(self, future: AnyFuture, task: asyncio.Task[Any]) -> None:
-        """Give the outcome of a task to the future of its thread."""
+        """Set the outcome of a task on the future that its thread holds."""
         if task.cancelled():
             future.cancel()
             future.set_running_or_notify_cancel()
@@ -123,7 +121,7 @@ class Handovers:
         self._on_end(future, task)
 
     def fail_on_closed_loops(self) -> None:
-        """Fail the futures of coroutines that their loop can never start, because it was closed."""
+        """Fail the futures of coroutines that can never start because their loop was closed."""
         for future, (loop, _) in list(self._pending.items()):
             if loop.is_closed() and (pending := self._pending.pop(future, None)) is not None:
                 errors.close_refused(pending[1])
@@ -135,7 +133,7 @@ class Handovers:
 
 
 def set_outcome(future: AnyFuture, result: Any, error: BaseException | None) -> None:
-    """Set the outcome of a future that nobody set or cancelled before."""
+    """Set the outcome of a future, unless it was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     if error is None:

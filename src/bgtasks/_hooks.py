@@ -1,4 +1,4 @@
-"""What the hot half of a registry asks of its cold half and of the manager: every call upwards, in one place."""
+"""The hooks of the hot half of a registry: all its calls to the cold half and to the manager."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RegistryHooks:
     # -- defined by Registry --------------------------------------------------------------------------------------
 
     def _add_loop(self, loop: AbstractEventLoop, make: Callable[..., Any]) -> Any:
-        """Return the records of a loop: those that it has, or new ones made by ``make(registry, loop)``."""
+        """Return the records of a loop, made by ``make(registry, loop)`` if there are none."""
         raise NotImplementedError
 
     def _has_eager_tasks(self, loop: AbstractEventLoop) -> bool:
@@ -23,7 +23,7 @@ class RegistryHooks:
         raise NotImplementedError
 
     def _reserve_ids(self, count: int) -> int:
-        """Reserve task ids for one loop and return the last one in use before."""
+        """Reserve ``count`` task ids and return the last id before them."""
         raise NotImplementedError
 
     def _remember(self, record: Any, error: BaseException | None) -> None:
@@ -33,9 +33,9 @@ class RegistryHooks:
     # -- defined by the manager -----------------------------------------------------------------------------------
 
     def _admit(self, coro: Any, name: str, may_drop: bool) -> bool:
-        """Let a task in at the cap or after ``_shut``, drop it and return False if it may be, or raise an error.
+        """Admit a task at the cap or after ``_shut``; otherwise return False if ``may_drop``, or raise an error.
 
-        What is not let in is closed.
+        A coroutine that is not admitted is closed.
         """
         raise NotImplementedError
 
@@ -44,7 +44,7 @@ class RegistryHooks:
         raise NotImplementedError
 
     def _on_timeout(self, record: Any) -> None:
-        """Cancel a task whose timeout is over."""
+        """Cancel a task whose timeout has expired."""
         raise NotImplementedError
 
     def _on_abandoned(self, names: dict[str, int]) -> None:
@@ -52,9 +52,9 @@ class RegistryHooks:
         raise NotImplementedError
 
     def _on_idle(self) -> None:
-        """Take note that a loop is down to the number of owned tasks in its ``idle_threshold``."""
+        """Handle a loop that is down to ``idle_threshold`` owned tasks."""
         raise NotImplementedError
 
     def _on_capacity(self) -> None:
-        """Take note that a task ended while ``_capacity_wanted`` is set."""
+        """Handle the end of a task while ``_capacity_wanted`` is set."""
         raise NotImplementedError

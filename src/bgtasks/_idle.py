@@ -1,4 +1,4 @@
-"""Waiting until a manager is idle: until it owns no task that has not ended, save those that wait for that."""
+"""Waiting until a manager is idle: until all tasks that it owns have ended, except those that wait for this."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["IdleWait"]
 class IdleWait:
     """The coroutines that wait until a manager is idle, on any of its loops.
 
-    A task of the manager may wait, too. It does not count then: it cannot end before its own wait does.
+    A task of the manager may wait, too. It then does not count, because it cannot end before its own wait.
 
     Args:
         owned_by_loop: returns a list of (loop, number of tasks that the manager owns there).
-        set_threshold: called as ``set_threshold(loop, count)`` to have ``notify`` called when a task ends and so many
-            owned ones are left on the loop, or fewer; -1 for never.
+        set_threshold: called as ``set_threshold(loop, count)`` to have ``notify`` called when a task ends and at most
+            ``count`` owned ones are left on the loop; -1 for never.
 
     """
 
@@ -33,16 +33,16 @@ class IdleWait:
         self._set_threshold = set_threshold
         self._notifier = Notifier()
         self._waits = 0
-        # The tasks of the manager that wait, by loop.
+        # How many tasks of the manager wait, by loop.
         self._waiting_tasks: Counter[asyncio.AbstractEventLoop] = Counter()
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Begin with a new lock."""
+        """Make a new lock."""
         self._lock = threading.RLock()
 
     def notify(self) -> None:
-        """Look again; called when a loop is down to its threshold."""
+        """Have the waits check again; called when a loop is down to its threshold."""
         self._notifier.notify()
 
     async def wait(self, timeout: float | None, *, in_task: bool) -> bool:
@@ -59,7 +59,7 @@ class IdleWait:
             if in_task:
                 self._waiting_tasks[loop] += 1
         if in_task:
-            # Others that wait have one task less to wait for.
+            # The other waits have one task less to wait for.
             self.notify()
         try:
             if not await self._notifier.wait_until(self._is_idle, timeout):
@@ -71,7 +71,7 @@ class IdleWait:
                     self._waiting_tasks[loop] -= 1
                     self._waiting_tasks += Counter()
             self._set_thresholds()
-        # The last task notified from inside its last step: one iteration later its done callbacks have run, too.
+        # The notification comes from inside the last task's last step: one iteration later its callbacks have run, too.
         await asyncio.sleep(0)
         return True
 

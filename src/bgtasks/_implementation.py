@@ -1,4 +1,4 @@
-"""Reads which of two twins is to run: the compiled one or the one in Python."""
+"""Chooses which of two twins runs: the compiled one or the pure-Python one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Implementation = Literal["cython", "python"]
 def choose(extension: str, what: str) -> Implementation:
     """Return the implementation that ``BGTASKS_IMPLEMENTATION`` asks for: ``auto``, ``cython`` or ``python``.
 
-    ``auto`` is the compiled one where it was built and a GIL is on: it relies on the GIL, so its import would turn that
-    on for the whole process. In all interpreters but the main one it is the twin that runs, whatever the variable says:
+    ``auto`` is the compiled one if it was built and the GIL is on: it relies on the GIL, so its import would turn the
+    GIL on for the whole process. Outside the main interpreter the pure-Python twin runs, whatever the variable says:
     the compiled one cannot be loaded there.
 
     Args:
         extension: the full name of the compiled module.
-        what: what that module holds, for the error's text.
+        what: the contents of that module, for the error's text.
 
     Raises:
-        ImportError: the value is unknown, or ``cython`` is demanded and the extension was not built.
+        ImportError: the value is unknown, or ``cython`` is required and the extension was not built.
 
     """
     choice = os.environ.get("BGTASKS_IMPLEMENTATION", "auto")
@@ -33,7 +33,7 @@ def choose(extension: str, what: str) -> Implementation:
     try:
         importlib.import_module(extension)
     except ModuleNotFoundError as error:
-        # Only the missing extension is a reason for the twin; one that is there and does not load is an error.
+        # Only a missing extension selects the twin; an extension that exists and does not load is an error.
         if error.name != extension:
             raise
         if choice == "cython":
@@ -43,7 +43,7 @@ def choose(extension: str, what: str) -> Implementation:
             ) from None
         return "python"
     except ImportError as error:
-        # What CPython says of it in all interpreters but the main one, where nothing but the twin can run.
+        # CPython's message outside the main interpreter, where only the twin can run.
         if "does not support loading in subinterpreters" not in str(error):
             raise
         return "python"
@@ -51,5 +51,5 @@ def choose(extension: str, what: str) -> Implementation:
 
 
 def _has_gil() -> bool:
-    # Before 3.13 there is no other way.
+    # Before 3.13 the GIL is always on.
     return not hasattr(sys, "_is_gil_enabled") or sys._is_gil_enabled()  # noqa: SLF001  its documented name

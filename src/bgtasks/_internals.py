@@ -1,6 +1,6 @@
-"""The one internal interface of managers: what executors, programs and integrations use and users do not see."""
+"""The one internal interface of managers, for executors, programs and integrations; users do not see it."""
 
-# ruff: noqa: SLF001  this file is the door to what is private in a manager
+# ruff: noqa: SLF001  this file gives access to the private parts of a manager
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ __all__ = ["ManagerInternals"]
 
 
 class _Owner(NamedTuple):
-    """What a ``TaskSet`` and the manager call of an executor."""
+    """The functions of an executor that a ``TaskSet`` and the manager call."""
 
     on_idle: Callable[[], object]
     accept_failure: Callable[[Record, BaseException], bool]
 
 
 class ManagerInternals:
-    """What the rest of the package may ask of a manager.
+    """The private parts of a manager that the rest of the package may use.
 
     Args:
         manager: the manager.
 
     Raises:
-        InvalidOptionError: it is no manager.
+        InvalidOptionError: ``manager`` is not a manager.
 
     """
 
     def __init__(self, manager: BackgroundTaskManager) -> None:
-        # Not by class: the tests run a copy of the manager on each twin.
+        # Not by isinstance: the tests run a copy of the manager on each twin.
         if not hasattr(manager, "_live_records"):
             raise InvalidOptionError(f"manager must be a BackgroundTaskManager, or None; got {describe(manager)}")
         self._manager = manager
@@ -47,7 +47,7 @@ class ManagerInternals:
         return [record for record in self._manager._live_records() if not record.observed]
 
     def release_closed_loops(self) -> None:
-        """Abandon what closed loops left behind, and log it."""
+        """Abandon the tasks of closed loops, and log them."""
         self._manager._release_closed_loops()
 
     def make_task_set(
@@ -68,11 +68,11 @@ class ManagerInternals:
         return self._manager._make_task_set(_Owner(on_idle, accept_failure), max_running)
 
     def add_loop(self, loop: Any) -> LoopRecords:
-        """Return the records of what stands for an event loop: an executor's threads."""
+        """Return the records of the stand-in for a loop of an executor's threads."""
         return self._manager._add_loop(loop)
 
     def report_timeout(self, record: Record) -> None:
-        """Log that the timeout of a function is over."""
+        """Log that the timeout of a function has expired."""
         self._manager._report_timeout(record)
 
     def report_still_running(self, records: list[Record], when: str) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for a condition on several event loops at once: any thread may change it and notify those that wait."""
+"""Waiting for a condition on several event loops at once: any thread may change it and wake the waiting coroutines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Notifier"]
 
 
 class Notifier:
-    """Wakes coroutines that wait for a condition. Whoever changes the condition calls ``notify``, from any thread."""
+    """Wakes coroutines that wait for a condition. After a change of the condition, call ``notify`` from any thread."""
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}

@@ -1,6 +1,6 @@
-"""Observers of managers: the one hook by which the pytest plugin, ``wait_for_all`` and exporters hear of tasks.
+"""Observers of managers: the one hook for the pytest plugin, ``wait_for_all`` and exporters.
 
-Where nobody observes, no task pays for it.
+Without observers it costs no task anything.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ __all__ = ["Observer", "Observers", "all_managers", "observe_all", "stop_observi
 
 
 class Observer:
-    """Hears what happens to the tasks of managers. Derive from it and override what is of interest.
+    """Base class of observers: override the methods of interest.
 
-    The methods are called in the thread of the task's loop. What one raises goes to the loop's exception handler.
+    ``task_failed`` is called in the thread of the task's loop, and its errors go to the loop's exception handler.
     """
 
     def task_failed(self, record: Record, error: BaseException) -> None:
-        """Take note of a task that raised; it is logged afterwards."""
+        """Handle the failure of a task, which is logged afterwards."""
 
     def tasks_abandoned(self, names: dict[str, int]) -> None:
-        """Take note of tasks that a closed loop left behind: their names, each with the number of tasks."""
+        """Handle the tasks that a closed loop left behind: their names, each with the number of tasks."""
 
 
-# By id(): a class derived from the manager's may compare by value. Nothing is kept alive here.
+# By id(): a subclass may compare by value. Weak: nothing is kept alive here.
 _managers: weakref.WeakValueDictionary[int, Registry] = weakref.WeakValueDictionary()
 # Replaced as a whole, so that it can be read while another thread changes it.
 _of_all: tuple[Observer, ...] = ()
 
 
 def all_managers() -> list[Any]:
-    """Return every manager that there is."""
+    """Return every live manager."""
     return list(_managers.values())
 
 
 def observe_all(observer: Observer) -> None:
-    """Have an observer hear of the tasks of every manager, those made later included."""
+    """Call an observer for the tasks of every manager, later ones included."""
     global _of_all
     _of_all = (*_of_all, observer)
 
@@ -50,14 +50,14 @@ def stop_observing_all(observer: Observer) -> None:
 
 
 class Observers:
-    """The observers of one manager, and those of all."""
+    """The observers of one manager, and those of all managers."""
 
     def __init__(self, manager: Registry) -> None:
         _managers[id(manager)] = manager
         self._own: tuple[Observer, ...] = ()
 
     def add(self, observer: Observer) -> None:
-        """Have an observer hear of the tasks of this manager."""
+        """Call an observer for the tasks of this manager."""
         self._own = (*self._own, observer)
 
     def remove(self, observer: Observer) -> None:
@@ -65,5 +65,5 @@ class Observers:
         self._own = tuple(other for other in self._own if other is not observer)
 
     def all(self) -> tuple[Observer, ...]:
-        """Return those that hear of a task of this manager now."""
+        """Return the observers to call for a task of this manager."""
         return (*_of_all, *self._own) if _of_all else self._own

@@ -1,16 +1,14 @@
-"""The options of a manager: their types, for functions that make one, and their checks."""
+"""The options of a manager: their types and their checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Literal, TypedDict
+from typing import TypedDict, get_args
 
 from bgtasks._checks import check_callable, check_choice, check_count, check_limit, check_seconds
-from bgtasks.info import TaskInfo
+from bgtasks.info import TaskInfo, TaskOverflow
 
 __all__ = ["ManagerOptions", "check_options"]
-
-OVERFLOWS: Final = ("raise", "drop_newest")
 
 
 class ManagerOptions(TypedDict, total=False):
@@ -18,7 +16,7 @@ class ManagerOptions(TypedDict, total=False):
 
     default_shutdown_timeout: float
     max_pending_tasks: int | None
-    overflow: Literal["raise", "drop_newest"]
+    overflow: TaskOverflow
     max_concurrency: int | None
     drain_timeout: float
     on_error: Callable[[TaskInfo, BaseException], object] | None
@@ -26,10 +24,10 @@ class ManagerOptions(TypedDict, total=False):
 
 
 def check_options(options: ManagerOptions) -> None:
-    """Check the options that are given.
+    """Check the given options.
 
     Raises:
-        InvalidOptionError: one is outside its values.
+        InvalidOptionError: an option has an invalid value.
         TypeError: a manager has no such option.
 
     """
@@ -40,7 +38,7 @@ def check_options(options: ManagerOptions) -> None:
             case "max_pending_tasks" | "max_concurrency":
                 check_limit(option, value)
             case "overflow":
-                check_choice(option, value, OVERFLOWS, "to wait for capacity, await spawn()")
+                check_choice(option, value, get_args(TaskOverflow), "to wait for capacity, await spawn()")
             case "on_error":
                 check_callable(option, value)
             case "history":

@@ -1,9 +1,9 @@
 # cython: language_level=3, binding=True, annotation_typing=False
 """The hot half of a manager's bookkeeping, compiled: records, timeouts and counters. No logging and no policy.
 
-Two files hold these names, ``_registry.pyx`` (compiled) and ``_registry_py.py`` (pure Python); ``registry.py`` picks
-one and adds the cold half. A ``RegistryCore`` keeps one ``LoopRecords`` for each event loop that it serves. That one
-belongs to the thread of its loop; only methods that say so may be called from other threads.
+Two files define these names, ``_registry.pyx`` (compiled) and ``_registry_py.py`` (pure Python); ``registry.py`` picks
+one and adds the cold half. A ``RegistryCore`` keeps one ``LoopRecords`` per event loop. A ``LoopRecords`` belongs to
+the thread of its loop; only methods that say so may be called from other threads.
 """
 
 cimport cython
@@ -15,10 +15,12 @@ from libc.string cimport memcpy
 
 import asyncio
 import sys
-from asyncio import BaseEventLoop, CancelledError, Task, current_task, iscoroutine
+from asyncio import AbstractEventLoop, BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
+from collections.abc import Coroutine, Generator, Mapping
 from contextvars import Context
 from functools import partial
+from typing import Any, TypeVar, Unpack
 
 from bgtasks import _task, errors
 from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
@@ -26,7 +28,10 @@ from bgtasks._statistics import MAX_NAMES, OUTCOMES
 from bgtasks._task import (
     close_quietly, do_nothing, drive, finish_unentered, grant_turn, is_running, retrieve_failure, run, run_queued,
 )
-from bgtasks.info import DEFAULT_NAME
+from bgtasks.info import DEFAULT_NAME, TaskFactoryOptions, TaskInfo
+
+# Like some of the imports above only for annotations, which typing.get_type_hints() evaluates in this module.
+Result = TypeVar("Result")
 
 cdef extern from "Python.h":
     ctypedef enum PySendResult:
@@ -37,7 +42,7 @@ cdef extern from "Python.h":
     bint PyCoro_CheckExact(object value)
     object PyContext_CopyCurrent()
     void Py_DECREF(PyObject* value)
-    # Cython must not see these raise: the error indicator is handled here.
+    # noexcept, because this file handles the error indicator itself.
     PySendResult PyIter_Send(PyObject* coro, PyObject* sent, PyObject** result) noexcept
     PyObject* PyErr_GetHandledException() noexcept
     void PyErr_SetHandledException(PyObject* error) noexcept
@@ -57,7 +62,7 @@ cdef extern from "_coroutine.h":
 cdef extern from "_tracked_task.h":
     # Returns a new type derived from asyncio.Task.
     object bgtasks_make_task_type(object base)
-    # The task takes a reference of its own to the record.
+    # The task gets its own reference to the record.
     void bgtasks_set_record(object task, object record)
 
 
@@ -65,7 +70,7 @@ TrackedTask = bgtasks_make_task_type(Task)
 for _name in ("__doc__", "_coro", "cancel", "get_coro"):
     setattr(TrackedTask, _name, _task.TrackedTask.__dict__[_name])
 
-# Constants and names of the hot path as C variables: looked up in the module's dict they would cost 4 % of a task.
+# Constants and names of the hot path, as C variables: looking them up in the module's dict costs 4 % of a task.
 cdef str _DEFAULT_NAME = DEFAULT_NAME
 cdef int _MAX_NAMES = MAX_NAMES
 cdef object _TrackedTask = TrackedTask
@@ -74,14 +79,14 @@ cdef object _running_loop = _get_running_loop
 cdef object _Context = Context
 cdef double INFINITY = float("inf")
 
-# Whether tasks step a native coroutine around the user's, or their record, which is faster. From Python 3.14 on
-# ``python -m asyncio pstree`` reads the coroutines of a task out of the memory of the process and follows native ones
-# only; before, whoever asks a task for its coroutine gets the user's from TrackedTask.
+# Whether tasks step a native coroutine around the user's, or their record, which is faster. From Python 3.14 on,
+# ``python -m asyncio pstree`` reads the coroutines of a task from the memory of the process and follows only native
+# ones. Before, every reader asks TrackedTask, which returns the user's coroutine.
 cdef bint _native = sys.version_info >= (3, 14)
 
 
 def use_native_coroutines(wanted: bool) -> None:
-    """Choose what tasks step from now on, for the tests: native coroutines or records."""
+    """Choose what new tasks step, native coroutines or their records; for the tests."""
     global _native
     _native = wanted
 
@@ -98,7 +103,8 @@ cdef enum:
     # One bucket below a microsecond, then eight per power of two, up to 2**41 microseconds (25 days).
     BUCKETS = 329
 
-    # The timer wheel: six levels of 64 slots of a millisecond, 64 milliseconds, ... : 2**36 ms, two years.
+    # The timer wheel: six levels of 64 slots, each level 64 times as coarse as the one below. The first level has slots
+    # of a millisecond; all six cover 2**36 ms, two years.
     LEVELS = 6
     SLOTS = 64
     DUE_SLOT = 384
@@ -109,13 +115,13 @@ cdef enum:
 cdef double TICKS_PER_SECOND = 1000.0
 cdef double SHORTEST_WAIT = 1e-6
 cdef uint64_t MAX_TICK = (<uint64_t>1 << 62)
-# 63 of the 64 slots of the top level: with all 64, the farthest slot would be the one that the hand stands on.
+# 63 of the 64 slots of the top level: with all 64, the farthest slot would be the one under the hand.
 cdef uint64_t WHEEL_SPAN = (<uint64_t>63 << 30)
 
 
 @cython.final
 cdef class NameStats:
-    """Counters and the histogram of durations of all tasks of one name."""
+    """The counters and the duration histogram of all tasks of one name."""
 
     cdef uint64_t started
     cdef uint64_t counts[OUTCOME_COUNT]
@@ -127,7 +133,7 @@ cdef class NameStats:
         return 0
 
     def snapshot(self) -> tuple[int, list[int], dict[int, int]]:
-        """Return the number of tasks that started, a list with the number of each outcome, and bucket -> number."""
+        """Return the number of started tasks, a list with a count per outcome, and a dict with a count per bucket."""
         cdef int index
         cdef list counts = [self.counts[index] for index in range(OUTCOME_COUNT)]
         cdef dict buckets = {index: self.buckets[index] for index in range(BUCKETS) if self.buckets[index]}
@@ -140,7 +146,7 @@ cdef inline int _bucket_of(double seconds) noexcept:
     cdef uint64_t index
     if not microseconds >= 1.0:
         return 0
-    # The exponent and the first three bits of the mantissa of a double stand next to each other and count up with it.
+    # In a double, the exponent and the first three bits of the mantissa are adjacent and grow with its value.
     memcpy(&bits, &microseconds, sizeof(bits))
     index = (bits >> 49) - 1023 * 8 + 1
     return <int>index if index < BUCKETS else BUCKETS - 1
@@ -148,56 +154,56 @@ cdef inline int _bucket_of(double seconds) noexcept:
 
 @cython.final
 @cython.no_gc
-# As many as a busy iteration of the loop has in flight; 1,024 records are some 170 kB.
+# Enough for a busy iteration of the loop; 1,024 records take about 170 kB.
 @cython.freelist(1024)
 cdef class Record:
-    """The bookkeeping of one task while it lives; also the coroutine that the task steps, around the user's.
+    """The bookkeeping of one live task; also the coroutine that the task steps, around the user's.
 
-    The list of its ``LoopRecords`` owns it from creation to the end of the task; the task shares it. It is invisible to
-    the cycle collector on purpose: a task must not vanish because nobody but its manager holds it, and ``release`` cuts
-    every reference at the end.
+    The list of its ``LoopRecords`` owns it from creation to the end of the task; the task holds a second reference. It
+    is invisible to the cycle collector on purpose: a task that only its manager holds must not be collected.
+    ``release`` cuts every reference at the end.
     """
 
     # Neighbours in the list of live records, borrowed: the list holds one reference to each member.
     cdef PyObject* previous_record
     cdef PyObject* next_record
-    # Neighbours in a slot of the timer wheel, borrowed; before the first one stands the last. Of a task that waits for
-    # a concurrency slot, which has no timeout yet, the neighbours that wait there.
+    # Neighbours in a slot of the timer wheel, borrowed; the first record's previous one is the last. A task that waits
+    # for a concurrency slot has no timeout yet; these are then its neighbours in that queue.
     cdef PyObject* previous_timer
     cdef PyObject* next_timer
     cdef LoopRecords records
     cdef NameStats name_stats
-    # The user's coroutine, or the call of a function.
+    # The user's coroutine, or the ``Call`` of a function.
     cdef readonly object coro
     # None before the task is built and after its end.
     cdef readonly object task
-    # The executor's tasks that this one belongs to; None for any other task and after its end.
+    # The set of its executor; None for a task of no executor, and after its end.
     cdef readonly TaskSet task_set
-    # The future that a queued task waits on, set when it may run; until fire() has started it, the Context to run in.
+    # The future of a queued task, resolved when it may run; of a task that fire() deferred, the Context to run in.
     cdef readonly object turn
-    # Where it needs a concurrency slot first, None where no limit concerns it.
+    # Where it needs its first concurrency slot; None if no limit applies to it.
     cdef Slots slots
     cdef object given_name
     cdef object given_context
-    # Points on the loop's clock and lengths, in seconds.
+    # A time on the loop's clock, and two durations, in seconds.
     cdef double created
     cdef double seconds
     cdef double took
     cdef uint64_t tick
     cdef readonly long long task_id
-    # Small on purpose, as the flags are: a record is to fit into three cache lines.
+    # Small on purpose, as are the flags: a record must fit into three cache lines.
     cdef short wheel_slot
     cdef unsigned char state
     # Built by the task factory: counted and shown, not owned.
     cdef readonly unsigned char observed
     cdef readonly unsigned char queued
-    # Cancelled before its first step: it stands in ``_task.pause``, the user's coroutine not entered.
+    # Cancelled before its first step: suspended in ``_task.pause``, the user's coroutine not entered.
     cdef public unsigned char paused
-    # Its timeout is over.
+    # Its timeout has expired.
     cdef unsigned char expired
     # How many concurrency slots it holds.
     cdef unsigned char slots_held
-    # What its executor is to do with it, as bits.
+    # How its executor treats it at the end of the block, as bits.
     cdef readonly unsigned char flags
 
     def __init__(self):
@@ -205,7 +211,7 @@ cdef class Record:
 
     @property
     def name(self):
-        """The name given, or the task's own for one that the task factory built."""
+        """The given name; for a task that the task factory built, the task's own."""
         if self.given_name is None:
             return "" if self.task is None else self.task.get_name()
         return self.given_name
@@ -222,7 +228,7 @@ cdef class Record:
 
     @property
     def duration(self):
-        """How long the task ran, in seconds, or has run if it still does."""
+        """Seconds that the task ran, or has run so far."""
         return self.took if self.state != RUNNING else self.records.now() - self.created
 
     @property
@@ -246,7 +252,7 @@ cdef class Record:
         return _name_of(self.coro)
 
     def info(self) -> TaskInfo:
-        """Return a ``TaskInfo``, until the end of the task is reported."""
+        """Return a ``TaskInfo``; only until the end of the task is reported."""
         return self.make_info()
 
     cdef dict make_info(self):
@@ -263,7 +269,7 @@ cdef class Record:
         }
 
     def complete(self, result: Result) -> Result:
-        """Finish the record of a task whose coroutine returned ``result``, and return that."""
+        """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
         self.finish_completed()
         return result
 
@@ -287,7 +293,7 @@ cdef class Record:
         if self.queued or self.paused:
             self.coro.close()
         if isinstance(error, GeneratorExit) and not is_running(task):
-            # Closed from outside: nobody runs this coroutine any more.
+            # Closed from outside: nothing runs this coroutine any more.
             records.finish(self, ABANDONED, None)
         elif not isinstance(error, CancelledError):
             records.finish(self, FAILED, error)
@@ -310,7 +316,7 @@ cdef class Record:
             if error is not None:
                 self.fail(error)
                 return
-            # A task of a foreign factory that never ran what it was given.
+            # A task of a foreign factory that never ran its coroutine.
             self.records.finish(self, ABANDONED, None)
         else:
             self.records.finish(self, TIMED_OUT if self.expired and task.cancelling() <= 1 else CANCELLED, None)
@@ -318,7 +324,7 @@ cdef class Record:
         self.release()
 
     def abandon(self) -> None:
-        """Finish the record of a task whose loop was closed, close its coroutine and let go of the task."""
+        """Finish the record of a task whose loop was closed, close its coroutine and release the task."""
         cdef object task = self.task
         if self.state != RUNNING:
             return
@@ -331,7 +337,7 @@ cdef class Record:
         self.release()
 
     def cancel(self, message: Any = None) -> bool:
-        """Ask the task to cancel, also one that ``fire`` has not started yet; return False if it has ended."""
+        """Request cancellation, also of a task that ``fire`` has not started yet; return False if it has ended."""
         cdef object task = self.task
         if self.state != RUNNING:
             return False
@@ -346,7 +352,7 @@ cdef class Record:
             task = current_task(self.records.loop)
         return task is not None and bool(task.cancel(message))
 
-    # -- a coroutine around the user's: what asyncio steps, see _step ---------------------------------------------
+    # -- the coroutine that asyncio steps, around the user's; see _step -------------------------------------------
 
     def send(self, value):
         """Step the user's coroutine."""
@@ -390,7 +396,7 @@ cdef class Record:
     # -- queued tasks, and functions in threads -------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Mark a queued task as running: its timeout and its duration count from here."""
+        """Mark a queued task as running: its timeout and its duration count from now."""
         self.queued = False
         self.records.queued -= 1
         self.turn = None
@@ -399,7 +405,7 @@ cdef class Record:
 
     def begin_call(self) -> bool:
         """Mark a queued function as running; return False if it was finished before. Safe from any thread."""
-        # Nothing in here and in ``finish`` lets go of the GIL between a question and what follows from the answer.
+        # Neither this method nor ``finish`` releases the GIL between a check and the action that depends on it.
         if self.state != RUNNING:
             return False
         self.queued = False
@@ -408,7 +414,7 @@ cdef class Record:
         return True
 
     def finish_call(self, outcome: str, error: BaseException | None = None, if_queued: bool = False) -> bool:
-        """Finish the record of a function, or only of a queued one; return whether that was done. From any thread."""
+        """Finish the record of a function, or only of a queued one; return whether it did. Safe from any thread."""
         if self.state != RUNNING or (if_queued and not self.queued):
             return False
         self.records.finish(self, OUTCOMES.index(outcome), error)
@@ -452,12 +458,12 @@ cdef object _taken(PyObject* result):
 
 
 cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) except PYGEN_ERROR:
-    """Step the coroutine of a record, and finish the record where that ends."""
+    """Step the coroutine of a record; finish the record when the coroutine ends."""
     cdef Record record = <Record>self
     cdef PySendResult status
     if record.queued:
         if not record.turn.done():
-            # What a future's __await__ does before it yields itself to the task.
+            # As a future's __await__ does before it yields the future to the task.
             record.turn._asyncio_future_blocking = True
             Py_INCREF(record.turn)
             result[0] = <PyObject*>record.turn
@@ -469,7 +475,7 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
     if status == PYGEN_ERROR:
         _fail(record)
         return PYGEN_ERROR
-    # Held by a variable of Cython's, so that it is let go of if the report raises.
+    # Held by a Cython variable, which releases it if the report raises.
     returned = _taken(result[0])
     result[0] = NULL
     record.finish_completed()
@@ -479,7 +485,7 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
 
 
 cdef int _fail(Record record) except -1:
-    """Finish the record of a task whose coroutine raised what stands in the error indicator, and leave that there."""
+    """Finish the record of a task whose coroutine raised; its error stays in the error indicator."""
     cdef object error = bgtasks_take_error()
     cdef PyObject* handled = PyErr_GetHandledException()
     # Hooks and logging handlers may ask for the exception that is being handled.
@@ -497,7 +503,7 @@ bgtasks_set_am_send(Record, _step)
 
 
 cdef inline object _around(Record record):
-    """Return what the task of a record is to step: the record itself, or a native coroutine."""
+    """Return the coroutine that the task of a record steps: the record itself or a native one."""
     return _wrap(record, _run) if _native else record
 
 
@@ -513,7 +519,7 @@ cdef object _name_of(object coro):
     return type(coro).__qualname__ if name is None else name
 
 
-# A list of records that their timer fields link, borrowed: before the first one stands the last.
+# A list of records, linked by their timer fields, borrowed. The first record's previous one is the last.
 
 cdef int _append(PyObject** first, Record record) except -1:
     cdef PyObject* head = first[0]
@@ -542,17 +548,17 @@ cdef int _remove(PyObject** first, Record record) except -1:
 
 @cython.final
 cdef class Slots:
-    """Concurrency slots: a number of tasks runs at once, the others wait in order.
+    """Concurrency slots: ``limit`` tasks run at once, the others wait in order.
 
     Args:
-        limit: how many there are.
-        next_stage: where a task needs a slot next, None if nowhere. What waits here takes no slot there.
+        limit: the number of slots.
+        next_stage: where a task needs its next slot, None if nowhere. A task that waits here holds no slot there.
     """
 
     cdef Py_ssize_t limit
     cdef Py_ssize_t used
     cdef Slots next_stage
-    # The records that wait.
+    # The first of the waiting records.
     cdef PyObject* first_waiting
 
     def __init__(self, Py_ssize_t limit, Slots next_stage):
@@ -560,10 +566,10 @@ cdef class Slots:
         self.next_stage = next_stage
 
     cdef bint acquire(self, Record record) except -1:
-        """Acquire a slot here and of every later stage; return False if the task has to wait for one."""
+        """Acquire a slot of this and of every later stage; return False if the task has to wait for one."""
         cdef Slots stage = self
         while stage is not None:
-            # Whoever came first goes first.
+            # First come, first served.
             if stage.used >= stage.limit or stage.first_waiting is not NULL:
                 _append(&stage.first_waiting, record)
                 return False
@@ -573,7 +579,7 @@ cdef class Slots:
         return True
 
     cdef int release(self, Record record) except -1:
-        """Give back what a task acquired from here on, end its waiting, and have those that wait go on."""
+        """Free the slots that a task holds from this stage on, end its wait, and pass the slots on."""
         cdef Slots stage = self
         cdef int held = record.slots_held
         record.slots_held = 0
@@ -587,7 +593,7 @@ cdef class Slots:
         return 0
 
     cdef int hand_on(self) except -1:
-        """Give free slots to the tasks that wait for them."""
+        """Pass free slots on to the tasks that wait for them."""
         cdef Record record
         while self.first_waiting is not NULL and self.used < self.limit:
             record = <Record>self.first_waiting
@@ -596,7 +602,7 @@ cdef class Slots:
             record.slots_held += 1
             is_through = self.next_stage is None or self.next_stage.acquire(record)
             if is_through and not grant_turn(record.records.loop, record.turn):
-                # Its loop is closed, and it will never run: what it just acquired is free again.
+                # Its loop is closed and it will never run: free the slots that it just acquired.
                 record.slots.give_up(record)
         return 0
 
@@ -624,7 +630,7 @@ cdef class TimerWheel:
     cdef Py_ssize_t armed
 
     def __cinit__(self):
-        # The last slot holds what is due while it is handed out.
+        # The last slot holds the due records until ``pop_due`` returns them.
         self.slots = <PyObject**>PyMem_Calloc(LEVELS * SLOTS + 1, sizeof(PyObject*))
         if self.slots is NULL:
             raise MemoryError()
@@ -653,7 +659,7 @@ cdef class TimerWheel:
         cdef uint64_t differing
         cdef int level = 0
         if tick - self.now >= WHEEL_SPAN:
-            # Past the wheel: wait in its farthest slot and be inserted again there.
+            # Beyond the wheel's span: wait in its farthest slot, to be inserted again from there.
             tick = self.now + WHEEL_SPAN - 1
         differing = (tick ^ self.now) >> 6
         while differing != 0 and level < LEVELS - 1:
@@ -665,7 +671,7 @@ cdef class TimerWheel:
         return 0
 
     cdef int link(self, Record record, int slot) except -1:
-        # At the end, so that equal timeouts are over in the order in which they were armed.
+        # At the end, so that equal timeouts expire in the order in which they were armed.
         record.wheel_slot = slot
         _append(&self.slots[slot], record)
         return 0
@@ -679,7 +685,7 @@ cdef class TimerWheel:
         return 0
 
     cdef uint64_t next_tick(self) except? 0:
-        """The tick of the earliest slot in use, MAX_TICK if there is none."""
+        """Return the tick of the earliest slot in use, MAX_TICK if there is none."""
         cdef int level, shift, index
         cdef uint64_t turned, base
         for level in range(LEVELS):
@@ -687,7 +693,7 @@ cdef class TimerWheel:
                 continue
             shift = 6 * level
             index = <int>((self.now >> shift) & 63)
-            # Lower levels hold only what comes before the next slot of a higher one, so the first hit is the earliest.
+            # A lower level holds only ticks before the next slot of a higher one, so the first hit is the earliest.
             base = (self.now >> shift) >> 6 << 6
             turned = self.occupied[level] >> index
             if turned != 0:
@@ -695,7 +701,7 @@ cdef class TimerWheel:
                     turned >>= 1
                     index += 1
                 return (base + index) << shift
-            # Only the top level goes round: what waits past the wheel's span may stand behind the hand.
+            # Only the top level wraps around: a record beyond the wheel's span may be behind the hand.
             turned = self.occupied[level]
             index = 0
             while turned & 1 == 0:
@@ -705,7 +711,7 @@ cdef class TimerWheel:
         return MAX_TICK
 
     cdef int advance(self, uint64_t tick) except -1:
-        """Move time to ``tick`` and what is due by then to the due slot."""
+        """Move the hand to ``tick``, and the records that are due by then to the due slot."""
         cdef uint64_t following
         cdef int level, slot
         cdef Record record
@@ -742,8 +748,8 @@ cdef class TimerWheel:
 cdef class LoopRecords:
     """The live records of one event loop, in order of creation, with their timers and counters.
 
-    Belongs to the thread of its loop. While it holds a record it owns itself, so that neither it nor its manager can be
-    collected under a running task.
+    It belongs to the thread of its loop. While it holds a record it owns itself, so that neither it nor its manager is
+    collected while a task runs.
     """
 
     cdef RegistryCore registry
@@ -756,13 +762,13 @@ cdef class LoopRecords:
     # Tasks that have not ended: those that the manager owns, and those that are only observed.
     cdef readonly Py_ssize_t owned
     cdef readonly Py_ssize_t observed
-    # Those among the owned that wait for a concurrency slot.
+    # Owned tasks that wait for a concurrency slot.
     cdef readonly Py_ssize_t queued
-    # ``_on_idle`` is called when a task ends and no more than so many owned ones are left; -1 for never.
+    # ``_on_idle`` is called when a task ends and at most this many owned ones are left; -1 for never.
     cdef public Py_ssize_t idle_threshold
     cdef long long next_id
     cdef long long last_id
-    # Name -> NameStats, and what is counted for all names beyond MAX_NAMES.
+    # NameStats by name, and those of all names beyond MAX_NAMES together.
     cdef readonly dict names
     cdef readonly NameStats other_names
     cdef object last_name
@@ -776,22 +782,22 @@ cdef class LoopRecords:
     cdef int eager
     # Arguments of the task constructor, reused: a fresh dict per task costs 4 % of its creation.
     cdef dict options
-    # The name in there: setting it anew for each task of a burst costs 2 % of one.
+    # The name in ``options``: setting it again for each task of a burst costs 2 % of a task.
     cdef object options_name
-    # Records that fire() took since the batch was scheduled; None if no batch is open.
+    # Records of fire() since the batch was scheduled; None if no batch is open.
     cdef list batch
     cdef double batch_clock
-    # When a task last ended, which is when the next one of a batch starts.
+    # When a task last ended: the next one of a batch starts then.
     cdef double last_end
 
     def __init__(self, RegistryCore registry, loop):
         self.registry = registry
         self.loop = loop
-        # A loop with a clock of its own (a test's virtual one) is asked; asyncio's and uvloop's is the monotonic clock.
+        # asyncio's and uvloop's clock is the monotonic one. A loop with another one, such as a test's, is asked.
         stock = getattr(type(loop), "time", None) is BaseEventLoop.time or type(loop).__module__ == "uvloop"
         self.clock = None if stock else loop.time
         self.read_factory = loop.get_task_factory
-        # asyncio's own loops are read by attribute, which costs a third of the call.
+        # On asyncio's own loops the attribute is read, which costs a third of the call.
         self.has_factory_attribute = (
             getattr(type(loop), "get_task_factory", None) is BaseEventLoop.get_task_factory
             and hasattr(loop, "_task_factory")
@@ -820,7 +826,7 @@ cdef class LoopRecords:
         return self.eager
 
     cdef Record enroll(self, object coro, object name, double timeout, object context, bint observed):
-        """Make the record of a task to come and put it at the end of the list."""
+        """Make the record of a new task and append it to the list."""
         cdef Record record = Record.__new__(Record)
         cdef NameStats stats
         if name is self.last_name:
@@ -875,10 +881,10 @@ cdef class LoopRecords:
     # -- building tasks -------------------------------------------------------------------------------------------
 
     cdef object launch(self, Record record, bint eager, object context):
-        """Build and return the task of a record. If that fails the record is gone, the coroutine closed."""
+        """Build and return the task of a record. If that fails, remove the record and close the coroutine."""
         cdef object task, wrapper
         record.created = self.now()
-        # A batch of fire() that waits must start before what is created now and after what was created before it.
+        # Close the batch of fire(): it starts before this task, and what fire() defers from now on starts after it.
         self.batch = None
         if context is not None or eager or self.registry._slots is not None or self.task_factory() is not None:
             return self.launch_specially(record, eager, context)
@@ -902,7 +908,7 @@ cdef class LoopRecords:
         return self.launch_specially(record, eager, context)
 
     cdef object launch_specially(self, Record record, bint eager, object context):
-        """Do as ``launch`` for a task that starts eagerly, runs in a given context, needs a slot or has a factory."""
+        """Launch a task that starts eagerly, runs in a given context, needs a slot or is built by a factory."""
         cdef object factory, task
         cdef object wrapper = record
         try:
@@ -914,7 +920,7 @@ cdef class LoopRecords:
             else:
                 self.queue(record)
                 factory = self.task_factory()
-                # Up to its wait, which costs less than a step by the loop: the user's coroutine is not entered.
+                # It runs up to its wait, cheaper than in a step of the loop; the user's coroutine is not entered.
                 eager = context is None
             if not self.builds_tasks(factory):
                 wrapper = self.native_wrapper(record)
@@ -936,7 +942,7 @@ cdef class LoopRecords:
         return record.slots is None or record.slots.acquire(record)
 
     cdef int queue(self, Record record) except -1:
-        """Mark a record as one that waits for its slots."""
+        """Mark a record as waiting for its slots."""
         record.turn = self.loop.create_future()
         record.queued = True
         self.queued += 1
@@ -946,7 +952,7 @@ cdef class LoopRecords:
         return _wrap(record, run_queued if record.queued else _run)
 
     cdef object build_by_factory(self, Record record, object wrapper, object context):
-        """Build a task by the factory of the loop, which is somebody else's."""
+        """Build a task with the factory of the loop, a foreign one."""
         cdef dict options = {"name": record.given_name}
         if context is not None:
             options["context"] = context
@@ -955,10 +961,10 @@ cdef class LoopRecords:
         return task
 
     cdef object build(self, Record record, object wrapper, bint eager, object context):
-        """Build a task here, eagerly where that is wanted and can be."""
+        """Build a task here, eagerly if that is wanted and possible."""
         cdef dict options = {"loop": self.loop, "name": record.given_name, "context": context}
         if eager and context is not None:
-            # Raises if the context is entered now: the task's constructor would notice too late, half built.
+            # Raises if the context is entered already: the task's constructor would notice only when half done.
             context.run(do_nothing)
         if eager and self.can_start_eagerly():
             options["eager_start"] = True
@@ -973,9 +979,9 @@ cdef class LoopRecords:
         return 0
 
     cdef int discard(self, Record record, object wrapper) except -1:
-        """Take back a record whose task could not be built."""
+        """Remove a record whose task could not be built."""
         if record.state != RUNNING:
-            # An eager task whose first step raised what stops the loop: it ran, and its end was counted.
+            # The first step of an eager task raised an error that stops the loop: it ran, and its end was counted.
             return 0
         if wrapper is not record:
             wrapper.close()
@@ -1037,7 +1043,7 @@ cdef class LoopRecords:
             if registry._capacity_wanted:
                 registry._on_capacity()
         if self.first_record is NULL:
-            # The caller holds the reference that keeps this object alive while it works.
+            # The caller's reference keeps this object alive until it returns.
             Py_DECREF(<PyObject*>self)
         return 0
 
@@ -1053,7 +1059,7 @@ cdef class LoopRecords:
             self.wheel = TimerWheel()
             self.wheel_start = record.created
         if self.wheel.armed == 0:
-            # An idle wheel's hand stands where it stopped: set it, so that the record needs no extra moves.
+            # The hand of an idle wheel lags behind: set it, so that the record needs no extra moves.
             self.wheel.set_hand(<uint64_t>((record.created - self.wheel_start) * TICKS_PER_SECOND))
         deadline = (record.created + record.seconds - self.wheel_start) * TICKS_PER_SECOND
         if deadline >= <double>MAX_TICK:
@@ -1064,13 +1070,13 @@ cdef class LoopRecords:
             tick += 1
         self.wheel.arm(record, tick)
         if not self.timer_wanted and (self.timer is None or record.tick < self.timer_tick):
-            # One loop timer for all: set once an iteration, so tasks that end in it never touch the loop's heap.
+            # One loop timer for all tasks, set once per iteration: a task that ends within it never gets a timer.
             self.timer_wanted = True
             self.loop.call_soon(self.set_timer)
         return 0
 
     def set_timer(self):
-        """Have the loop call ``wake`` when the earliest slot in use is due."""
+        """Schedule ``wake`` for the earliest slot in use."""
         cdef uint64_t tick
         cdef double wait
         self.timer_wanted = False
@@ -1082,13 +1088,13 @@ cdef class LoopRecords:
                 return
             self.timer.cancel()
         self.timer_tick = tick
-        # A clock far from its zero may not tell moments closer than SHORTEST_WAIT apart: without it, wake would be
-        # called again and again at the same one.
+        # A clock far from its zero may not resolve less than SHORTEST_WAIT. Without this minimum, wake would be called
+        # again and again at the same time.
         wait = tick / TICKS_PER_SECOND + self.wheel_start - self.now()
         self.timer = self.loop.call_later(wait if wait > SHORTEST_WAIT else SHORTEST_WAIT, self.wake)
 
     def wake(self):
-        """Report the tasks whose timeout is over, and set the timer anew."""
+        """Report the tasks whose timeout has expired, and set the timer again."""
         cdef Record record
         self.timer = None
         self.wheel.advance(<uint64_t>((self.now() - self.wheel_start) * TICKS_PER_SECOND))
@@ -1106,13 +1112,13 @@ cdef class LoopRecords:
 
     cdef bint defers(self) except -1:
         """Return whether ``fire`` may defer a start: tasks can start eagerly, and no foreign factory builds them."""
-        # The answer holds for the whole of a batch: it starts in the next iteration of the loop.
+        # The answer holds for a whole batch, which starts in the next iteration of the loop.
         return self.batch is not None or (
             self.registry._slots is None and self.can_start_eagerly() and self.builds_tasks(self.task_factory())
         )
 
     cdef int defer(self, Record record) except -1:
-        """Have a task start in the next iteration of the loop, in one batch with its neighbours."""
+        """Start a task in the next iteration of the loop, in one batch with its neighbours."""
         record.turn = PyContext_CopyCurrent()
         if self.batch is None:
             self.batch = []
@@ -1131,7 +1137,7 @@ cdef class LoopRecords:
         cdef Py_ssize_t index = 0
         if batch is self.batch:
             self.batch = None
-        # Not before the call of fire(), so no timeout comes early; and one clock read per task instead of two.
+        # Later than the calls of fire(), so no timeout comes early; and one clock read per task instead of two.
         self.last_end = self.now()
         try:
             for record in <list>batch:
@@ -1153,7 +1159,7 @@ cdef class LoopRecords:
                 self.follow(record, task)
         finally:
             if index < len(batch):
-                # The first step of a task raised what stops the loop: the others start when it goes on.
+                # A first step raised an error that stops the loop: the other tasks start when it goes on.
                 self.loop.call_soon(self.start_batch, batch[index:])
 
     cpdef list snapshot(self):
@@ -1185,11 +1191,11 @@ cdef double _seconds(object coro, object timeout) except -1:
 cdef class TaskSet:
     """The tasks or functions of one executor: how many have not ended, and how many may run at once.
 
-    Belongs to the thread of the executor's loop, as the records of its tasks do.
+    It belongs to the thread of the executor's loop, as do the records of its tasks.
 
     Args:
         registry: the registry that keeps their records.
-        owner: its ``on_idle()`` is called when the last one ends, its ``accept_failure`` by the manager.
+        owner: the set calls its ``on_idle()`` when the last one ends, the manager its ``accept_failure``.
         max_running: how many of them may run at once; None for no limit.
     """
 
@@ -1213,7 +1219,7 @@ cdef class TaskSet:
         contextvars_context: Context | None,
         flags: int,
     ) -> Task[Result]:
-        """Start a coroutine as ``RegistryCore.create_task`` does, as one of this set."""
+        """Start a coroutine in this set, as ``RegistryCore.create_task`` does."""
         cdef RegistryCore registry = self.registry
         cdef LoopRecords records = registry.records_here(coro)
         cdef Record record
@@ -1234,7 +1240,7 @@ cdef class TaskSet:
     def enroll_call(
         self, records: LoopRecords, call: Any, name: str, timeout: float | None, flags: int, future: Any
     ) -> Record:
-        """Return the record of a queued function, ``call`` standing for its coroutine. Safe from any thread."""
+        """Return the record of a queued function, with ``call`` as its coroutine. Safe from any thread."""
         cdef RegistryCore registry = self.registry
         cdef LoopRecords those = records
         cdef Record record
@@ -1260,13 +1266,14 @@ cdef class TaskSet:
 cdef class RegistryCore:
     """The hot half of a registry: starting tasks, and the records of each event loop.
 
-    ``Registry`` derives from it and adds the cold half. Methods that this class calls and lacks are in ``_hooks.py``.
+    ``Registry`` derives from it and adds the cold half. The methods that it calls but does not define are in
+    ``_hooks.py``.
 
     Args:
-        cap: how many tasks it owns before ``create_task`` and ``fire`` ask ``_admit``; 0 for no cap.
+        cap: the number of owned tasks from which ``create_task`` and ``fire`` ask ``_admit``; 0 for no cap.
         max_running: how many coroutines may run at once; None for no limit.
         keeps_history: whether ``_remember`` is called at the end of each task.
-        muted: the cache of a logger: while ``muted.get(muted_level)`` is False only failures are reported.
+        muted: the cache of a logger; while ``muted.get(muted_level)`` is False, only failures are reported.
         muted_level: the logging level of that report.
     """
 
@@ -1318,14 +1325,14 @@ cdef class RegistryCore:
             The task.
 
         Raises:
-            NotACoroutineError: ``coro`` is something else; a coroutine function has to be called first.
+            NotACoroutineError: ``coro`` is not a coroutine object; call a coroutine function first.
             NoRunningLoopError: no event loop runs in this thread.
             ManagerClosedError: the manager was shut down.
             TaskRejectedError: the manager is at its cap.
-            InvalidTimeoutError: ``timeout`` is no finite number greater than 0.
-            InvalidContextError: ``context`` is no mapping, or ``contextvars_context`` no ``contextvars.Context``.
+            InvalidTimeoutError: ``timeout`` is not a finite number greater than 0.
+            InvalidContextError: ``context`` is not a mapping, or ``contextvars_context`` not a ``Context``.
 
-        After any of them the coroutine is closed.
+        After any of these errors the coroutine is closed.
         """
         cdef LoopRecords records = self.records_here(coro)
         cdef double seconds
@@ -1350,7 +1357,7 @@ cdef class RegistryCore:
     ) -> bool:
         """Start a coroutine in the background at the lowest cost, and return no task.
 
-        The task is known at once and starts in the next iteration of the loop, in the order of the calls.
+        The task is counted and shown at once. It starts in the next iteration of the loop, in the order of the calls.
 
         Args:
             coro: a coroutine object.
@@ -1359,10 +1366,10 @@ cdef class RegistryCore:
             context: a mapping for the task's log records.
 
         Returns:
-            True; False if the manager was at its cap and dropped the coroutine, which is closed.
+            True; False if the manager was at its cap: the coroutine is dropped and closed.
 
         Raises:
-            BgtasksError: what ``create_task`` raises, for the same reasons; the coroutine is closed.
+            BgtasksError: the errors of ``create_task``, for the same reasons; the coroutine is closed.
         """
         cdef LoopRecords records = self.records_here(coro)
         cdef Record record
@@ -1381,16 +1388,21 @@ cdef class RegistryCore:
             records.launch(record, False, None)
         return True
 
-    def task_factory(self, loop: AbstractEventLoop, coro: Coroutine[Any, Any, Any], **kwargs: Any) -> Any:
-        """Build a task for ``loop.set_task_factory(manager.task_factory)``: every task of the program is tracked.
+    def task_factory(
+        self,
+        loop: AbstractEventLoop,
+        coro: Coroutine[Any, Any, Result] | Generator[Any, None, Result],
+        **kwargs: Unpack[TaskFactoryOptions],
+    ) -> Task[Result]:
+        """Build a task for ``loop.set_task_factory(manager.task_factory)``, which tracks every task of the program.
 
         Such tasks are observed, not owned: they are counted, timed and shown, and ``cancel`` reaches them by id or
-        name. Caps and ``shutdown`` leave them alone, and their exceptions go where they would go without a manager.
+        name. Caps and ``shutdown`` leave them alone, and their exceptions are handled as without a manager.
 
         Args:
-            loop: the loop that asks.
+            loop: the loop of the task.
             coro: the coroutine.
-            kwargs: what the loop passes to the task: ``name``, ``context``, ``eager_start``.
+            kwargs: the loop's arguments for the task: ``name``, ``context``, ``eager_start``.
 
         Returns:
             The task.
@@ -1415,7 +1427,7 @@ cdef class RegistryCore:
         return task
 
     cdef inline bint must_ask(self, LoopRecords records):
-        # One loop's count is at hand; those of several are for _admit to add up.
+        # The count of one loop is known here; _admit adds up those of several.
         return self._shut or records.owned >= self._cap or len(self._by_loop) > 1
 
     cdef inline LoopRecords records_here(self, object coro):
@@ -1432,7 +1444,7 @@ cdef class RegistryCore:
         return self.records_of(loop)
 
     cdef LoopRecords records_of(self, object loop):
-        """Return the records of a loop, new ones at its first use."""
+        """Return the records of a loop, made at its first use."""
         cdef object records = self._by_loop.get(loop)
         if records is None:
             records = self._add_loop(loop, LoopRecords)
@@ -1440,6 +1452,6 @@ cdef class RegistryCore:
         return records
 
     def _forget_loop(self, loop: AbstractEventLoop) -> None:
-        """Remove a loop that was closed."""
+        """Remove a closed loop."""
         if self._current is self._by_loop.pop(loop):
             self._current = None

@@ -1,7 +1,7 @@
 """The hot half of a manager's bookkeeping in pure Python: records, timeouts and counters. No logging and no policy.
 
-The same names, signatures, errors and behaviour as ``_registry.pyx``, for where that was not built. What that file says
-of threads and ownership holds here, too.
+The same names, signatures, errors and behaviour as ``_registry.pyx``; used where that file was not compiled. Its rules
+on threads and ownership apply here, too.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import threading
 from asyncio import AbstractEventLoop, BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Final, TypeVar, final
+from typing import Any, Final, TypeVar, Unpack, final
 
 from bgtasks import errors
 from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
@@ -37,10 +37,7 @@ from bgtasks._task import (
     run,
     run_queued,
 )
-from bgtasks.info import DEFAULT_NAME
-
-if TYPE_CHECKING:
-    from bgtasks.info import TaskInfo
+from bgtasks.info import DEFAULT_NAME, TaskFactoryOptions, TaskInfo
 
 __all__ = ["LoopRecords", "NameStats", "Record", "RegistryCore", "TaskSet", "TrackedTask"]
 
@@ -55,10 +52,10 @@ TICKS_PER_SECOND: Final = 1000.0
 SHORTEST_WAIT: Final = 1e-6
 MAX_TICK: Final = 1 << 62
 
-# Every LoopRecords that holds a record: neither it nor its manager may be collected under a running task.
+# Every LoopRecords that holds a record: neither it nor its manager may be collected while a task runs.
 _in_use: set[LoopRecords] = set()
 # Guards the records of functions, which several threads share; the compiled registry relies on the GIL there.
-# Re-entrant: the text of an error that goes into the history may submit a function.
+# Re-entrant: the ``__str__`` of an error, called for the history, may submit a function.
 _calls_lock = threading.RLock()
 
 
@@ -77,14 +74,14 @@ at_fork(in_child=_renew_locks)
 
 @final
 class NameStats:
-    """Counters and the histogram of durations of all tasks of one name."""
+    """The counters and the duration histogram of all tasks of one name."""
 
     __slots__ = ("buckets", "counts", "started")
 
     def __init__(self) -> None:
-        self.started = 0
-        self.counts = [0] * len(OUTCOMES)
-        # Bucket -> number: most names use a few of the 329.
+        self.started: int = 0
+        self.counts: list[int] = [0] * len(OUTCOMES)
+        # A count per bucket. A dict, because most names use few of the 329 buckets.
         self.buckets: dict[int, int] = {}
 
     def count_end(self, outcome: int, duration: float) -> None:
@@ -93,10 +90,10 @@ class NameStats:
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
 
     def snapshot(self) -> tuple[int, list[int], dict[int, int]]:
-        """Return the number of tasks that started, a list with the number of each outcome, and bucket -> number."""
+        """Return the number of started tasks, a list with a count per outcome, and a dict with a count per bucket."""
         buckets = dict(self.buckets)
         counts = list(self.counts)
-        # Last: of a task that starts and ends while this reads, the end must not be seen without the start.
+        # Read last: the end of a task that starts and ends meanwhile must not be counted without its start.
         return self.started, counts, buckets
 
 
@@ -110,10 +107,10 @@ def _bucket_of(seconds: float) -> int:
 
 @final
 class Record:
-    """The bookkeeping of one task while it lives.
+    """The bookkeeping of one live task.
 
-    Its ``LoopRecords`` owns it from creation to the end of the task; the task's slot and the coroutine around the
-    user's share it. ``release`` cuts every reference at the end.
+    Its ``LoopRecords`` owns it from creation to the end of the task; the task and the coroutine around the user's hold
+    references, too. ``_release`` cuts every reference at the end.
     """
 
     __slots__ = (
@@ -143,35 +140,35 @@ class Record:
     # Both are None once the record is released.
     records: LoopRecords
     name_stats: NameStats
-    # The user's coroutine, or the call of a function.
+    # The user's coroutine, or the ``Call`` of a function.
     coro: Any
     # None before the task is built and after its end.
     task: Any
     task_id: int
-    # The executor's tasks that this one belongs to; None for any other task and after its end.
+    # The set of its executor; None for a task of no executor, and after its end.
     task_set: TaskSet | None
-    # The future that a queued task waits on, set when it may run; until fire() has started it, the Context to run in.
+    # The future of a queued task, resolved when it may run; of a task that fire() deferred, the Context to run in.
     turn: Any
-    # Where it needs a concurrency slot first, None where no limit concerns it, and how many it holds.
+    # Where it needs its first concurrency slot, None if no limit applies to it; and how many slots it holds.
     slots: Slots | None
     slots_held: int
     given_name: str | None
     given_context: Mapping[str, Any] | None
-    # Points on the loop's clock and lengths, in seconds.
+    # A time on the loop's clock, and two durations, in seconds.
     created: float
     seconds: float
     took: float
-    # When its timeout is over, as a tick of the wheel; -1 while it is not armed.
+    # The tick of the wheel at which its timeout expires; -1 while it is not armed.
     tick: int
     state: int
     # Built by the task factory: counted and shown, not owned.
     observed: bool
     queued: bool
-    # Cancelled before its first step: it stands in ``_task.pause``, the user's coroutine not entered.
+    # Cancelled before its first step: suspended in ``_task.pause``, the user's coroutine not entered.
     paused: bool
-    # Its timeout is over.
+    # Its timeout has expired.
     expired: bool
-    # What its executor is to do with it, as bits.
+    # How its executor treats it at the end of the block, as bits.
     flags: int
 
     def __init__(self) -> None:
@@ -179,7 +176,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The name given, or the task's own for one that the task factory built."""
+        """The given name; for a task that the task factory built, the task's own."""
         if self.given_name is None:
             task = self.task
             return "" if task is None else str(task.get_name())
@@ -198,8 +195,8 @@ class Record:
 
     @property
     def duration(self) -> float:
-        """How long the task ran, in seconds, or has run if it still does."""
-        # One look at ``records``: the task may end in its own thread while this one asks.
+        """Seconds that the task ran, or has run so far."""
+        # ``records`` is read once: the task may end in its own thread meanwhile.
         records: LoopRecords | None = self.records
         return self.took if self.state != RUNNING or records is None else records.now() - self.created
 
@@ -226,7 +223,7 @@ class Record:
         return _name_of(self.coro)
 
     def info(self) -> TaskInfo:
-        """Return a ``TaskInfo``, until the end of the task is reported."""
+        """Return a ``TaskInfo``; only until the end of the task is reported."""
         return {
             "task_id": self.task_id,
             "name": self.name,
@@ -240,7 +237,7 @@ class Record:
         }
 
     def complete(self, result: Result) -> Result:
-        """Finish the record of a task whose coroutine returned ``result``, and return that."""
+        """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
         if self.state != RUNNING:
             return result
         self.records.finish(self, COMPLETED, None)
@@ -260,7 +257,7 @@ class Record:
         if self.queued or self.paused:
             self.coro.close()
         if isinstance(error, GeneratorExit) and not is_running(task):
-            # Closed from outside: nobody runs this coroutine any more.
+            # Closed from outside: nothing runs this coroutine any more.
             records.finish(self, ABANDONED, None)
         elif not isinstance(error, CancelledError):
             records.finish(self, FAILED, error)
@@ -283,7 +280,7 @@ class Record:
             if error is not None:
                 self.fail(error)
                 return
-            # A task of a foreign factory that never ran what it was given.
+            # A task of a foreign factory that never ran its coroutine.
             self.records.finish(self, ABANDONED, None)
         else:
             self.records.finish(self, TIMED_OUT if self.expired and task.cancelling() <= 1 else CANCELLED, None)
@@ -291,7 +288,7 @@ class Record:
         _release(self)
 
     def abandon(self) -> None:
-        """Finish the record of a task whose loop was closed, close its coroutine and let go of the task."""
+        """Finish the record of a task whose loop was closed, close its coroutine and release the task."""
         task = self.task
         if self.state != RUNNING:
             return
@@ -304,7 +301,7 @@ class Record:
         _release(self)
 
     def cancel(self, message: Any = None) -> bool:
-        """Ask the task to cancel, also one that ``fire`` has not started yet; return False if it has ended."""
+        """Request cancellation, also of a task that ``fire`` has not started yet; return False if it has ended."""
         task = self.task
         if self.state != RUNNING:
             return False
@@ -322,7 +319,7 @@ class Record:
     # -- queued tasks, and functions in threads -------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Mark a queued task as running: its timeout and its duration count from here."""
+        """Mark a queued task as running: its timeout and its duration count from now."""
         self.queued = False
         self.records.queued -= 1
         self.turn = None
@@ -340,7 +337,7 @@ class Record:
         return True
 
     def finish_call(self, outcome: str, error: BaseException | None = None, if_queued: bool = False) -> bool:
-        """Finish the record of a function, or only of a queued one; return whether that was done. From any thread."""
+        """Finish the record of a function, or only of a queued one; return whether it did. Safe from any thread."""
         with _calls_lock:
             if self.state != RUNNING or (if_queued and not self.queued):
                 return False
@@ -391,29 +388,29 @@ def _name_of(coro: Any) -> str:
 
 @final
 class Slots:
-    """Concurrency slots: a number of tasks runs at once, the others wait in order.
+    """Concurrency slots: ``limit`` tasks run at once, the others wait in order.
 
     Args:
-        limit: how many there are.
-        next_stage: where a task needs a slot next, None if nowhere. What waits here takes no slot there.
+        limit: the number of slots.
+        next_stage: where a task needs its next slot, None if nowhere. A task that waits here holds no slot there.
 
     """
 
     __slots__ = ("limit", "next_stage", "used", "waiting")
 
     def __init__(self, limit: int, next_stage: Slots | None) -> None:
-        self.limit = limit
-        self.next_stage = next_stage
-        self.used = 0
-        # Not a dict: the first entry of one that shrinks at the front is found behind all that have gone.
+        self.limit: int = limit
+        self.next_stage: Slots | None = next_stage
+        self.used: int = 0
+        # Not a dict: finding its first entry means skipping all entries that were removed before it.
         self.waiting: OrderedDict[Record, None] = OrderedDict()
 
     def acquire(self, record: Record) -> bool:
-        """Acquire a slot here and of every later stage; return False if the task has to wait for one."""
+        """Acquire a slot of this and of every later stage; return False if the task has to wait for one."""
         stage: Slots | None = self
         with _slots_lock:
             while stage is not None:
-                # Whoever came first goes first.
+                # First come, first served.
                 if stage.used >= stage.limit or stage.waiting:
                     stage.waiting[record] = None
                     return False
@@ -423,7 +420,7 @@ class Slots:
         return True
 
     def release(self, record: Record) -> None:
-        """Give back what a task acquired from here on, end its waiting, and have those that wait go on."""
+        """Free the slots that a task holds from this stage on, end its wait, and pass the slots on."""
         stage: Slots | None = self
         with _slots_lock:
             held, record.slots_held = record.slots_held, 0
@@ -436,7 +433,7 @@ class Slots:
                 stage.waiting.pop(record, None)
 
     def hand_on(self) -> None:
-        """Give free slots to the tasks that wait for them."""
+        """Pass free slots on to the tasks that wait for them."""
         while self.waiting and self.used < self.limit:
             record, _ = self.waiting.popitem(last=False)
             self.used += 1
@@ -444,7 +441,7 @@ class Slots:
             if (self.next_stage is None or self.next_stage.acquire(record)) and not grant_turn(
                 record.records.loop, record.turn
             ):
-                # Its loop is closed, and it will never run: what it just acquired is free again.
+                # Its loop is closed and it will never run: free the slots that it just acquired.
                 stage: Any = record.slots
                 while record.slots_held:
                     record.slots_held -= 1
@@ -457,15 +454,15 @@ class TimerWheel:
     """Timeouts by the millisecond: O(1) to arm and to disarm, O(log n) in the number of different ticks to advance.
 
     A tick is a number of milliseconds since the wheel's start. The compiled registry has a hierarchical wheel; here a
-    dict of slots, with a heap of their ticks, does the same work faster. A slot that empties is forgotten at once, its
-    tick when the heap is twice as large as it needs to be.
+    dict of slots, with a heap of their ticks, does the same work faster. An empty slot is removed at once, its tick
+    when the heap is twice as large as needed.
     """
 
     __slots__ = ("_due", "_heap", "_slots", "armed", "now")
 
     def __init__(self) -> None:
-        self.armed = 0
-        self.now = 0
+        self.armed: int = 0
+        self.now: int = 0
         self._slots: dict[int, dict[Record, None]] = {}
         self._heap: list[int] = []
         self._due: dict[Record, None] = {}
@@ -494,7 +491,7 @@ class TimerWheel:
         record.tick = -1
         self.armed -= 1
         if self.armed == 0:
-            # Emptied, a dict keeps the memory that it once needed; a new one does not.
+            # An emptied dict keeps its memory; a new one has none to keep.
             self._slots = {}
             self._heap = []
 
@@ -519,41 +516,41 @@ class TimerWheel:
 class LoopRecords:
     """The live records of one event loop, in order of creation, with their timers and counters.
 
-    Belongs to the thread of its loop. While it holds a record it owns itself, so that neither it nor its manager can be
-    collected under a running task.
+    It belongs to the thread of its loop. While it holds a record it owns itself, so that neither it nor its manager is
+    collected while a task runs.
     """
 
     def __init__(self, registry: RegistryCore, loop: AbstractEventLoop) -> None:
         self.registry = registry
         self.loop = loop
-        # A loop with a clock of its own (a test's virtual one) is asked; asyncio's and uvloop's is the monotonic clock.
+        # asyncio's and uvloop's clock is the monotonic one. A loop with another one, such as a test's, is asked.
         stock = getattr(type(loop), "time", None) is BaseEventLoop.time or type(loop).__module__ == "uvloop"
         self.now: Callable[[], float] = monotonic if stock else loop.time
         self.task_factory: Callable[[], Any] = loop.get_task_factory
         self.records: dict[int, Record] = {}
         # Tasks that have not ended: those that the manager owns, and those that are only observed.
-        self.owned = 0
-        self.observed = 0
-        # Those among the owned that wait for a concurrency slot.
-        self.queued = 0
-        # ``_on_idle`` is called when a task ends and no more than so many owned ones are left; -1 for never.
-        self.idle_threshold = -1
-        self.next_id = 0
-        self.last_id = 0
-        # Name -> NameStats, and what is counted for all names beyond MAX_NAMES.
+        self.owned: int = 0
+        self.observed: int = 0
+        # Owned tasks that wait for a concurrency slot.
+        self.queued: int = 0
+        # ``_on_idle`` is called when a task ends and at most this many owned ones are left; -1 for never.
+        self.idle_threshold: int = -1
+        self.next_id: int = 0
+        self.last_id: int = 0
+        # NameStats by name, and those of all names beyond MAX_NAMES together.
         self.names: dict[str, NameStats] = {}
-        self.other_names = NameStats()
-        self.wheel = TimerWheel()
-        self.wheel_start = self.now()
+        self.other_names: NameStats = NameStats()
+        self.wheel: TimerWheel = TimerWheel()
+        self.wheel_start: float = self.now()
         self.timer: asyncio.TimerHandle | None = None
-        self.timer_tick = 0
-        self.timer_wanted = False
+        self.timer_tick: int = 0
+        self.timer_wanted: bool = False
         self.eager: bool | None = None
-        # Records that fire() took since the batch was scheduled; None if no batch is open.
+        # Records of fire() since the batch was scheduled; None if no batch is open.
         self.batch: list[Record] | None = None
-        self.batch_clock = 0.0
-        # When a task last ended, which is when the next one of a batch starts.
-        self.last_end = 0.0
+        self.batch_clock: float = 0.0
+        # When a task last ended: the next one of a batch starts then.
+        self.last_end: float = 0.0
 
     def builds_tasks(self, factory: Any) -> bool:
         """Return whether tasks are built here: the loop has no factory, asyncio's eager one, or the manager's own."""
@@ -565,7 +562,7 @@ class LoopRecords:
         return self.eager
 
     def enroll(self, coro: Any, name: str, timeout: float, context: Mapping[str, Any] | None, observed: bool) -> Record:
-        """Make the record of a task to come and put it at the end of the list."""
+        """Make the record of a new task and append it to the list."""
         stats = self.names.get(name)
         if stats is None:
             stats = self.stats_of(name)
@@ -583,7 +580,7 @@ class LoopRecords:
         record.slots = None
         record.slots_held = 0
         record.state = RUNNING
-        # Before the list has it: other threads look there.
+        # Set before the list has the record, because other threads read the list.
         record.created = self.now()
         record.expired = False
         record.queued = False
@@ -614,8 +611,8 @@ class LoopRecords:
     # -- building tasks -------------------------------------------------------------------------------------------
 
     def launch(self, record: Record, eager: bool, context: Context | None) -> Any:
-        """Build and return the task of a record. If that fails the record is gone, the coroutine closed."""
-        # A batch of fire() that waits must start before what is created now and after what was created before it.
+        """Build and return the task of a record. If that fails, remove the record and close the coroutine."""
+        # Close the batch of fire(): it starts before this task, and what fire() defers from now on starts after it.
         self.batch = None
         if context is not None or eager or self.registry._slots is not None or self.task_factory() is not None:
             return self.launch_specially(record, eager, context)
@@ -634,7 +631,7 @@ class LoopRecords:
         return self.launch_specially(record, eager, context)
 
     def launch_specially(self, record: Record, eager: bool, context: Context | None) -> Any:
-        """Do as ``launch`` for a task that starts eagerly, runs in a given context, needs a slot or has a factory."""
+        """Launch a task that starts eagerly, runs in a given context, needs a slot or is built by a factory."""
         wrapper = None
         try:
             if self.acquire_slots(record):
@@ -645,7 +642,7 @@ class LoopRecords:
             else:
                 self.queue(record)
                 factory = self.task_factory()
-                # Up to its wait, which costs less than a step by the loop: the user's coroutine is not entered.
+                # It runs up to its wait, cheaper than in a step of the loop; the user's coroutine is not entered.
                 eager = context is None
             wrapper = _wrap(record, run_queued if record.queued else run)
             if not self.builds_tasks(factory):
@@ -669,13 +666,13 @@ class LoopRecords:
         return slots is None or slots.acquire(record)
 
     def queue(self, record: Record) -> None:
-        """Mark a record as one that waits for its slots."""
+        """Mark a record as waiting for its slots."""
         record.turn = self.loop.create_future()
         record.queued = True
         self.queued += 1
 
     def build_by_factory(self, record: Record, wrapper: Coroutine[Any, Any, Any], context: Context | None) -> Any:
-        """Build a task by the factory of the loop, which is somebody else's."""
+        """Build a task with the factory of the loop, a foreign one."""
         options: dict[str, Any] = {"name": record.given_name}
         if context is not None:
             options["context"] = context
@@ -684,10 +681,10 @@ class LoopRecords:
         return task
 
     def build(self, record: Record, wrapper: Coroutine[Any, Any, Any], eager: bool, context: Context | None) -> Any:
-        """Build a task here, eagerly where that is wanted and can be."""
+        """Build a task here, eagerly if that is wanted and possible."""
         options: dict[str, Any] = {"loop": self.loop, "name": record.given_name, "context": context}
         if eager and context is not None:
-            # Raises if the context is entered now: the task's constructor would notice too late, half built.
+            # Raises if the context is entered already: the task's constructor would notice only when half done.
             context.run(do_nothing)
         if eager and self.can_start_eagerly():
             options["eager_start"] = True
@@ -703,9 +700,9 @@ class LoopRecords:
                 self.arm(record)
 
     def discard(self, record: Record, wrapper: Coroutine[Any, Any, Any] | None) -> None:
-        """Take back a record whose task could not be built."""
+        """Remove a record whose task could not be built."""
         if record.state != RUNNING:
-            # An eager task whose first step raised what stops the loop: it ran, and its end was counted.
+            # The first step of an eager task raised an error that stops the loop: it ran, and its end was counted.
             return
         if wrapper is not None:
             wrapper.close()
@@ -753,7 +750,7 @@ class LoopRecords:
             if registry._capacity_wanted:
                 registry._on_capacity()
         if not self.records:
-            # Emptied, a dict keeps the memory that it once needed; a new one does not.
+            # An emptied dict keeps its memory; a new one has none to keep.
             self.records = {}
             _in_use.discard(self)
 
@@ -769,12 +766,12 @@ class LoopRecords:
         # The first tick at or after the deadline: never early, less than a tick late.
         self.wheel.arm(record, math.ceil(deadline) if deadline > 0 else 0)
         if not self.timer_wanted and (self.timer is None or record.tick < self.timer_tick):
-            # One loop timer for all: set once an iteration, so tasks that end in it never touch the loop's heap.
+            # One loop timer for all tasks, set once per iteration: a task that ends within it never gets a timer.
             self.timer_wanted = True
             self.loop.call_soon(self.set_timer)
 
     def set_timer(self) -> None:
-        """Have the loop call ``wake`` when the earliest slot in use is due."""
+        """Schedule ``wake`` for the earliest slot in use."""
         self.timer_wanted = False
         if self.wheel.armed == 0:
             return
@@ -784,13 +781,13 @@ class LoopRecords:
                 return
             self.timer.cancel()
         self.timer_tick = tick
-        # A clock far from its zero may not tell moments closer than SHORTEST_WAIT apart: without it, wake would be
-        # called again and again at the same one.
+        # A clock far from its zero may not resolve less than SHORTEST_WAIT. Without this minimum, wake would be called
+        # again and again at the same time.
         wait = tick / TICKS_PER_SECOND + self.wheel_start - self.now()
         self.timer = self.loop.call_later(max(wait, SHORTEST_WAIT), self.wake)
 
     def wake(self) -> None:
-        """Report the tasks whose timeout is over, and set the timer anew."""
+        """Report the tasks whose timeout has expired, and set the timer again."""
         self.timer = None
         self.wheel.advance(int((self.now() - self.wheel_start) * TICKS_PER_SECOND))
         try:
@@ -804,13 +801,13 @@ class LoopRecords:
 
     def defers(self) -> bool:
         """Return whether ``fire`` may defer a start: tasks can start eagerly, and no foreign factory builds them."""
-        # The answer holds for the whole of a batch: it starts in the next iteration of the loop.
+        # The answer holds for a whole batch, which starts in the next iteration of the loop.
         return self.batch is not None or (
             self.registry._slots is None and self.can_start_eagerly() and self.builds_tasks(self.task_factory())
         )
 
     def defer(self, record: Record) -> None:
-        """Have a task start in the next iteration of the loop, in one batch with its neighbours."""
+        """Start a task in the next iteration of the loop, in one batch with its neighbours."""
         record.turn = copy_context()
         if self.batch is None:
             self.batch = []
@@ -823,7 +820,7 @@ class LoopRecords:
         """Start the tasks that ``fire`` deferred, each up to its first suspension."""
         if batch is self.batch:
             self.batch = None
-        # Not before the call of fire(), so no timeout comes early; and one clock read per task instead of two.
+        # Later than the calls of fire(), so no timeout comes early; and one clock read per task instead of two.
         self.last_end = self.now()
         options: dict[str, Any] = {"eager_start": True}
         index = 0
@@ -847,7 +844,7 @@ class LoopRecords:
                 del task
         finally:
             if index < len(batch):
-                # The first step of a task raised what stops the loop: the others start when it goes on.
+                # A first step raised an error that stops the loop: the other tasks start when it goes on.
                 self.loop.call_soon(self.start_batch, batch[index:])
 
     def snapshot(self) -> list[Record]:
@@ -860,7 +857,7 @@ class LoopRecords:
 
 
 def _hide_own_frames(task: Any) -> None:
-    # In debug mode a task remembers where it was created; the loop's own create_task leaves itself out, too.
+    # In debug mode a task remembers where it was created; the loop's own create_task hides its frame, too.
     while task._source_traceback and task._source_traceback[-1].filename == __file__:
         del task._source_traceback[-1]
 
@@ -878,11 +875,11 @@ def _seconds(coro: Any, timeout: float | None) -> float:
 class TaskSet:
     """The tasks or functions of one executor: how many have not ended, and how many may run at once.
 
-    Belongs to the thread of the executor's loop, as the records of its tasks do.
+    It belongs to the thread of the executor's loop, as do the records of its tasks.
 
     Args:
         registry: the registry that keeps their records.
-        owner: its ``on_idle()`` is called when the last one ends, its ``accept_failure`` by the manager.
+        owner: the set calls its ``on_idle()`` when the last one ends, the manager its ``accept_failure``.
         max_running: how many of them may run at once; None for no limit.
 
     """
@@ -890,11 +887,11 @@ class TaskSet:
     __slots__ = ("live", "owner", "registry", "slots")
 
     def __init__(self, registry: RegistryCore, owner: Any, max_running: int | None) -> None:
-        self.registry = registry
-        self.owner = owner
+        self.registry: RegistryCore = registry
+        self.owner: Any = owner
         # The executor's own limit comes first.
-        self.slots = registry._slots if max_running is None else Slots(max_running, registry._slots)
-        self.live = 0
+        self.slots: Slots | None = registry._slots if max_running is None else Slots(max_running, registry._slots)
+        self.live: int = 0
 
     def create_task(
         self,
@@ -905,7 +902,7 @@ class TaskSet:
         contextvars_context: Context | None,
         flags: int,
     ) -> Task[Result]:
-        """Start a coroutine as ``RegistryCore.create_task`` does, as one of this set."""
+        """Start a coroutine in this set, as ``RegistryCore.create_task`` does."""
         registry = self.registry
         records = _records_here(registry, coro)
         if type(name) is not str:
@@ -924,7 +921,7 @@ class TaskSet:
     def enroll_call(
         self, records: LoopRecords, call: Any, name: str, timeout: float | None, flags: int, future: Any
     ) -> Record:
-        """Return the record of a queued function, ``call`` standing for its coroutine. Safe from any thread."""
+        """Return the record of a queued function, with ``call`` as its coroutine. Safe from any thread."""
         registry = self.registry
         if (registry._shut or registry._cap) and _must_ask(registry, records):
             registry._admit(call, name, False)
@@ -947,13 +944,14 @@ class TaskSet:
 class RegistryCore(RegistryHooks):
     """The hot half of a registry: starting tasks, and the records of each event loop.
 
-    ``Registry`` derives from it and adds the cold half. Methods that this class calls and lacks are in ``_hooks.py``.
+    ``Registry`` derives from it and adds the cold half. The methods that it calls but does not define are in
+    ``_hooks.py``.
 
     Args:
-        cap: how many tasks it owns before ``create_task`` and ``fire`` ask ``_admit``; 0 for no cap.
+        cap: the number of owned tasks from which ``create_task`` and ``fire`` ask ``_admit``; 0 for no cap.
         max_running: how many coroutines may run at once; None for no limit.
         keeps_history: whether ``_remember`` is called at the end of each task.
-        muted: the cache of a logger: while ``muted.get(muted_level)`` is False only failures are reported.
+        muted: the cache of a logger; while ``muted.get(muted_level)`` is False, only failures are reported.
         muted_level: the logging level of that report.
 
     """
@@ -998,14 +996,14 @@ class RegistryCore(RegistryHooks):
             The task.
 
         Raises:
-            NotACoroutineError: ``coro`` is something else; a coroutine function has to be called first.
+            NotACoroutineError: ``coro`` is not a coroutine object; call a coroutine function first.
             NoRunningLoopError: no event loop runs in this thread.
             ManagerClosedError: the manager was shut down.
             TaskRejectedError: the manager is at its cap.
-            InvalidTimeoutError: ``timeout`` is no finite number greater than 0.
-            InvalidContextError: ``context`` is no mapping, or ``contextvars_context`` no ``contextvars.Context``.
+            InvalidTimeoutError: ``timeout`` is not a finite number greater than 0.
+            InvalidContextError: ``context`` is not a mapping, or ``contextvars_context`` not a ``Context``.
 
-        After any of them the coroutine is closed.
+        After any of these errors the coroutine is closed.
 
         """
         records = _records_here(self, coro)
@@ -1032,7 +1030,7 @@ class RegistryCore(RegistryHooks):
     ) -> bool:
         """Start a coroutine in the background at the lowest cost, and return no task.
 
-        The task is known at once and starts in the next iteration of the loop, in the order of the calls.
+        The task is counted and shown at once. It starts in the next iteration of the loop, in the order of the calls.
 
         Args:
             coro: a coroutine object.
@@ -1041,10 +1039,10 @@ class RegistryCore(RegistryHooks):
             context: a mapping for the task's log records.
 
         Returns:
-            True; False if the manager was at its cap and dropped the coroutine, which is closed.
+            True; False if the manager was at its cap: the coroutine is dropped and closed.
 
         Raises:
-            BgtasksError: what ``create_task`` raises, for the same reasons; the coroutine is closed.
+            BgtasksError: the errors of ``create_task``, for the same reasons; the coroutine is closed.
 
         """
         records = _records_here(self, coro)
@@ -1062,28 +1060,35 @@ class RegistryCore(RegistryHooks):
             records.launch(record, False, None)
         return True
 
-    def task_factory(self, loop: AbstractEventLoop, coro: Coroutine[Any, Any, Any], **kwargs: Any) -> Any:
-        """Build a task for ``loop.set_task_factory(manager.task_factory)``: every task of the program is tracked.
+    def task_factory(
+        self,
+        loop: AbstractEventLoop,
+        coro: Coroutine[Any, Any, Result] | Generator[Any, None, Result],
+        **kwargs: Unpack[TaskFactoryOptions],
+    ) -> Task[Result]:
+        """Build a task for ``loop.set_task_factory(manager.task_factory)``, which tracks every task of the program.
 
         Such tasks are observed, not owned: they are counted, timed and shown, and ``cancel`` reaches them by id or
-        name. Caps and ``shutdown`` leave them alone, and their exceptions go where they would go without a manager.
+        name. Caps and ``shutdown`` leave them alone, and their exceptions are handled as without a manager.
 
         Args:
-            loop: the loop that asks.
+            loop: the loop of the task.
             coro: the coroutine.
-            kwargs: what the loop passes to the task: ``name``, ``context``, ``eager_start``.
+            kwargs: the loop's arguments for the task: ``name``, ``context``, ``eager_start``.
 
         Returns:
             The task.
 
         """
+        options: Any = kwargs
         if not iscoroutine(coro):
-            return Task(coro, loop=loop, **kwargs)
+            # A generator, which asyncio takes in 3.11 and refuses later.
+            return Task(coro, loop=loop, **options)  # type: ignore[arg-type, unused-ignore]
         records = _records_of(self, loop)
         record = records.enroll(coro, _name_of(coro), 0.0, None, True)
         wrapper = _wrap(record, run)
         try:
-            task = TrackedTask(wrapper, loop=loop, **kwargs)
+            task = TrackedTask(wrapper, loop=loop, **options)
         except BaseException:
             records.discard(record, wrapper)
             raise
@@ -1096,13 +1101,13 @@ class RegistryCore(RegistryHooks):
             del task
 
     def _forget_loop(self, loop: AbstractEventLoop) -> None:
-        """Remove a loop that was closed."""
+        """Remove a closed loop."""
         if self._current is self._by_loop.pop(loop):
             self._current = None
 
 
 def _must_ask(registry: RegistryCore, records: LoopRecords) -> bool:
-    # One loop's count is at hand; those of several are for _admit to add up.
+    # The count of one loop is known here; _admit adds up those of several.
     return registry._shut or records.owned >= registry._cap or len(registry._by_loop) > 1
 
 
@@ -1120,7 +1125,7 @@ def _records_here(registry: RegistryCore, coro: Any) -> LoopRecords:
 
 
 def _records_of(registry: RegistryCore, loop: AbstractEventLoop) -> LoopRecords:
-    """Return the records of a loop, new ones at its first use."""
+    """Return the records of a loop, made at its first use."""
     records = registry._by_loop.get(loop)
     if records is None:
         records = registry._add_loop(loop, LoopRecords)

@@ -1,4 +1,4 @@
-"""What a manager writes into the log about its tasks, and where the errors of logging handlers and hooks go."""
+"""Log records about the tasks of a manager, and the errors of logging handlers and hooks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["DROP_WARNING_INTERVAL", "TaskLog", "guarded", "listed", "location_of
 
 logger = logging.getLogger("bgtasks")
 
-# Seconds, at least, between two warnings that the manager is full.
+# Minimum seconds between two "manager is full" warnings.
 DROP_WARNING_INTERVAL: Final = 5.0
-# How many of the tasks that would not end the log names; it counts the others.
+# How many tasks that did not end are named in the log; the others are counted.
 MOST_NAMED: Final = 20
 ENDED: Final = {
     "completed": "Background task '%s' completed after %.3f s",
@@ -29,7 +29,7 @@ ENDED: Final = {
 class TaskLog:
     """Writes log records about tasks: success and cancellation DEBUG, a timeout WARNING, a failure ERROR.
 
-    A framework whose manager is replaced by ours derives from it, to write its own texts into its own logger.
+    A manager for a framework derives from it, to write the framework's texts into the framework's logger.
     """
 
     @property
@@ -38,8 +38,8 @@ class TaskLog:
         return logger
 
     def muted_levels(self) -> dict[int, bool] | None:
-        """Return a dict in which the registry looks up whether only failures are reported; None to report all."""
-        # While DEBUG is off the logger's own cache says so: one dict look-up per task instead of a call.
+        """Return a dict from which the registry reads whether only failures are reported; None to report all ends."""
+        # The logger's own cache knows whether DEBUG is on: one dict look-up per task instead of a call.
         return getattr(self.logger, "_cache", None)
 
     def is_debug(self) -> bool:
@@ -47,7 +47,7 @@ class TaskLog:
         return self.logger.isEnabledFor(logging.DEBUG)
 
     def ended(self, record: Record) -> None:
-        """Log a task that ended otherwise than by a failure."""
+        """Log the end of a task that did not fail."""
         self.logger.debug(ENDED[record.outcome], record.name, record.duration, extra=log_extra(record))
 
     def failed(self, record: Record, error: BaseException) -> None:
@@ -63,7 +63,7 @@ class TaskLog:
         )
 
     def timed_out(self, record: Record) -> None:
-        """Log a task whose timeout is over."""
+        """Log a task whose timeout has expired."""
         self.logger.warning(
             "Background task '%s' timed out after %s seconds", record.name, record.timeout, extra=log_extra(record)
         )
@@ -77,7 +77,7 @@ class TaskLog:
         )
 
     def dropped(self, name: str, reason: str, in_flight: int, total: int) -> None:
-        """Log a task that was dropped at the limit; called once in ``DROP_WARNING_INTERVAL``."""
+        """Log a task that was dropped at the limit; called at most once per ``DROP_WARNING_INTERVAL``."""
         self.logger.warning(
             "%s Dropped %d so far; the next warning comes in %.0f s at the earliest.",
             reason,
@@ -86,7 +86,7 @@ class TaskLog:
         )
 
     def cancelling(self, count: int) -> None:
-        """Take note that ``shutdown`` cancels tasks."""
+        """Log that ``shutdown`` cancels tasks; nothing by default."""
 
     def still_running(self, records: Sequence[Record], when: str) -> None:
         """Log tasks that did not end, each with the place where it is suspended."""
@@ -108,12 +108,12 @@ def log_extra(record: Record) -> dict[str, Any]:
 
 
 def users_part(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
-    """Return an error for ``exc_info``, its traceback from the user's first frame on."""
+    """Return an error for ``exc_info``, with its traceback from the user's first frame on."""
     return type(error), error, users_traceback(error)
 
 
 def location_of(coro: Any) -> str:
-    """Return where a suspended coroutine stands: file, line and function of its innermost frame."""
+    """Return the location of a suspended coroutine: file, line and function of its innermost frame."""
     frame = None
     while coro is not None and getattr(coro, "cr_frame", None) is not None:
         frame = coro.cr_frame
@@ -124,7 +124,7 @@ def location_of(coro: Any) -> str:
 
 
 def listed(names: dict[str, int]) -> str:
-    """Return names as text, each with its number, sorted; those with none are left out."""
+    """Return names with their counts as text, sorted; a name with the count 0 is left out."""
     return ", ".join(f"{name} ({count})" for name, count in sorted(names.items()) if count)
 
 
@@ -141,7 +141,7 @@ def guarded(record: Record, function: Callable[..., object], *args: Any) -> None
                 {
                     "message": f"Reporting on background task {record.name!r} failed",
                     "exception": error,
-                    # Not under the key "task": the loop would enter that task's context, which is entered now.
+                    # Not under the key "task": the loop would enter that task's context, which is entered already.
                     "task_id": record.task_id,
                     "task_name": record.name,
                 }

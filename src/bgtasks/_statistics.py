@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_NAMES", "OTHER_NAMES", "OUTCOMES", "NameTotals", "Totals"]
 
-# More names than these are counted together.
+# Further names are counted together.
 MAX_NAMES: Final = 1000
 OTHER_NAMES: Final = "(other)"
 
-# A number of tasks that started, the number of each outcome, and histogram bucket -> number.
+# The number of started tasks, a count per outcome, and a count per bucket of the histogram.
 Snapshot = tuple[int, list[int], dict[int, int]]
 
 OUTCOMES: Final = ("running", "completed", "failed", "cancelled", "timed_out", "abandoned")
@@ -22,7 +22,7 @@ RUNNING, COMPLETED, FAILED, CANCELLED, TIMED_OUT, ABANDONED = range(6)
 
 
 class Totals:
-    """The counters and the histogram of durations of some tasks."""
+    """The counters and the duration histogram of some tasks."""
 
     __slots__ = ("_buckets", "_counts", "_started")
 
@@ -32,7 +32,7 @@ class Totals:
         self._buckets: dict[int, int] = {}
 
     def add(self, snapshot: Snapshot) -> None:
-        """Add what was counted elsewhere."""
+        """Add the counters of a snapshot."""
         started, counts, buckets = snapshot
         self._started += started
         for outcome, count in enumerate(counts):
@@ -41,7 +41,7 @@ class Totals:
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
 
     def add_abandoned(self, count: int) -> None:
-        """Count live tasks of a closed loop as what they will be: they cannot end otherwise."""
+        """Count live tasks of a closed loop as abandoned: they cannot end otherwise."""
         self._counts[ABANDONED] += count
 
     def snapshot(self) -> Snapshot:
@@ -94,13 +94,13 @@ class NameTotals:
         self._names: dict[str, Totals] = {}
 
     def add(self, names: Iterable[tuple[str, Snapshot]]) -> None:
-        """Add what was counted by name elsewhere."""
+        """Add snapshots by name."""
         for name, snapshot in names:
             self.total.add(snapshot)
             self._of(name).add(snapshot)
 
     def add_abandoned(self, name: str) -> None:
-        """Count a live task of a closed loop as what it will be."""
+        """Count a live task of a closed loop as abandoned."""
         self.total.add_abandoned(1)
         self._of(name).add_abandoned(1)
 

@@ -1,8 +1,8 @@
 """The task type that shows the user's frames, and the native coroutines that run around the user's coroutine.
 
-The compiled registry needs these coroutines only where something follows native coroutines alone: ``python -m asyncio
-pstree`` (Python 3.14), which reads them out of the process, and tasks of a foreign task factory. Elsewhere its tasks
-step their records.
+The compiled registry needs these coroutines only for tasks of a foreign task factory, and from Python 3.14 on, where
+``python -m asyncio pstree`` reads them from the process and follows only native ones. Its other tasks step their
+records.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Result = TypeVar("Result")
 AROUND: Final = frozenset({__name__, "bgtasks._registry"})
 
 _cancel = asyncio.Task.cancel
-# Not get_coro() where there is the attribute: in early releases of 3.12 that crashes on an eager task that has ended.
+# The attribute if there is one: in early releases of 3.12, get_coro() crashes on an eager task that has ended.
 _wrapper_attribute = getattr(asyncio.Task, "_coro", None)
 _get_wrapper = asyncio.Task.get_coro if _wrapper_attribute is None else _wrapper_attribute.__get__
 
 
 class TaskRecord(Protocol):
-    """What the coroutines here use of the record of a task."""
+    """The part of a task's record that the coroutines here use."""
 
     @property
     def coro(self) -> Any:
@@ -110,14 +110,14 @@ TrackedTask.__name__ = "Task"
 
 
 def record_of(task: Any) -> Any:
-    """Return the record of a tracked task, also inside the first step of an eager one; None if it is not known."""
+    """Return the record of a tracked task, also inside the first step of an eager one; None if it is unknown."""
     try:
         return task._record  # noqa: SLF001  the slot of TrackedTask
     except AttributeError:
         # The task has not left its constructor.
         wrapper: Any = _get_wrapper(task)
     if type(wrapper) is not types.CoroutineType:
-        # The task steps its record, or has forgotten what it stepped.
+        # The task steps its record, or has forgotten its coroutine.
         return wrapper
     # The record is an argument of the native coroutine.
     return None if wrapper.cr_frame is None else wrapper.cr_frame.f_locals.get("record")
@@ -149,7 +149,7 @@ def pause() -> Generator[None, None, None]:
 
 
 async def run(coro: Awaitable[Any], record: TaskRecord) -> Any:
-    """Run the user's coroutine and finish its record where it ends, not a loop iteration later."""
+    """Run the user's coroutine and finish its record when it ends, not a loop iteration later."""
     try:
         if record.paused:
             await pause()
@@ -185,7 +185,7 @@ def is_running(task: asyncio.Task[Any]) -> bool:
 
 
 def grant_turn(loop: Any, turn: asyncio.Future[None] | None) -> bool:
-    """Have a queued task of a loop run; return False if the loop is closed."""
+    """Let a queued task run; return False if its loop is closed."""
     try:
         if loop is _get_running_loop():
             _resolve(turn)
@@ -202,7 +202,7 @@ def _resolve(turn: asyncio.Future[None] | None) -> None:
 
 
 def close_quietly(coro: Any) -> None:
-    """Close a coroutine after the end of its loop: what it raises then has nobody left to go to."""
+    """Close a coroutine of a closed loop; drop its errors, which nothing could handle any more."""
     with suppress(BaseException):
         coro.close()
 
@@ -230,8 +230,8 @@ def users_traceback(error: BaseException) -> types.TracebackType | None:
 def starts_eagerly(loop: asyncio.AbstractEventLoop) -> bool:
     """Return whether a task built with ``eager_start=True`` runs inside its constructor; tried on the running ``loop``.
 
-    uvloop and others accept the argument in ``create_task`` on interpreters where it does nothing, so neither the
-    version nor the signature tells.
+    uvloop and others accept the argument in ``create_task`` on interpreters that ignore it, so neither the version nor
+    the signature answers the question.
     """
 
     async def probe() -> None:

@@ -12,7 +12,7 @@
 static PyTypeObject *bgtasks_task_base = NULL;
 static Py_ssize_t bgtasks_record_offset = 0;
 
-/* Give a fresh task its record; takes a new reference. */
+/* Set the record of a new task; takes a new reference. */
 static void
 bgtasks_set_record(PyObject *task, PyObject *record)
 {
@@ -24,14 +24,14 @@ static void
 bgtasks_task_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
-    /* Before the record goes: the finalizer may print the task. The base does not run it a second time. */
+    /* Before the record is released: the finalizer may print the task. The base does not run it a second time. */
     if (PyObject_CallFinalizerFromDealloc(self) < 0) {
         return;
     }
     Py_CLEAR(*(PyObject **)((char *)self + bgtasks_record_offset));
     bgtasks_task_base->tp_dealloc(self);
     if (!(bgtasks_task_base->tp_flags & Py_TPFLAGS_HEAPTYPE)) {
-        /* Up to Python 3.11 the base is a static type, whose deallocator leaves the type's count alone. */
+        /* Up to Python 3.11 the base is a static type, whose deallocator does not release the type. */
         Py_DECREF(type);
     }
 }

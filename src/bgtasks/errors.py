@@ -3,25 +3,25 @@
 ::
 
     BgtasksError
-    ├── ExecutorClosedError   (RuntimeError)  work handed to an executor outside its ``with`` block
-    ├── InvalidContextError   (TypeError)     ``context`` or ``contextvars_context`` of the wrong kind
+    ├── ExecutorClosedError   (RuntimeError)  new work for an executor outside its ``with`` block
+    ├── InvalidContextError   (TypeError)     ``context`` or ``contextvars_context`` of the wrong type
     ├── InvalidFunctionError  (TypeError)     something that this executor cannot run
-    ├── InvalidOptionError    (ValueError)    an option of a manager or an executor outside its values
-    ├── InvalidProgramError   (TypeError)     ``run`` was given no coroutine function
-    ├── InvalidTimeoutError   (ValueError)    a timeout that is no positive number
-    ├── ManagerClosedError    (RuntimeError)  work handed in after ``shutdown``
+    ├── InvalidOptionError    (ValueError)    an invalid value of an option
+    ├── InvalidProgramError   (TypeError)     ``run`` got no coroutine function
+    ├── InvalidTimeoutError   (ValueError)    a timeout that is not a positive number
+    ├── ManagerClosedError    (RuntimeError)  new work after ``shutdown``
     ├── ManagerNotBoundError  (LookupError)   a container was asked for a manager and holds none
-    ├── MissingExtraError     (ImportError)   a package that an extra brings along is not installed
+    ├── MissingExtraError     (ImportError)   a package of an extra is not installed
     ├── NoManagerError        (RuntimeError)  an application without a manager was asked for it
-    ├── NoRunningLoopError    (RuntimeError)  no event loop here, or none that can be named
+    ├── NoRunningLoopError    (RuntimeError)  no event loop here, or several to choose from
     ├── NotACoroutineError    (TypeError)     something other than a coroutine object
     ├── NotPicklableError     (TypeError)     a function or value that cannot go to another process
-    ├── RunningLoopError      (RuntimeError)  ``run`` where an event loop runs already
+    ├── RunningLoopError      (RuntimeError)  ``run`` inside a running event loop
     ├── TaskRejectedError     (RuntimeError)  the manager is at its cap
     └── WorkerDiedError       (RuntimeError)  the process that ran a function ended without an answer
 
-A refusal closes the coroutine it refuses, so no "was never awaited" warning follows. The texts are made here, once,
-for both twins of the registry.
+A refused coroutine is closed, so no "was never awaited" warning follows. The texts are here, once, for both twins of
+the registry.
 """
 
 from __future__ import annotations
@@ -56,31 +56,31 @@ class BgtasksError(Exception):
 
 
 class ExecutorClosedError(BgtasksError, RuntimeError):
-    """The executor takes work only inside its ``with`` block."""
+    """The executor accepts work only inside its ``with`` block."""
 
 
 class InvalidContextError(BgtasksError, TypeError):
-    """``context`` is no mapping, or ``contextvars_context`` is no ``contextvars.Context``."""
+    """``context`` is not a mapping, or ``contextvars_context`` is not a ``contextvars.Context``."""
 
 
 class InvalidFunctionError(BgtasksError, TypeError):
-    """What was submitted is no function that this executor can run."""
+    """The submitted object is not a function that this executor can run."""
 
 
 class InvalidOptionError(BgtasksError, ValueError):
-    """An option of a manager or an executor is outside the values it takes."""
+    """An option has an invalid value."""
 
 
 class InvalidProgramError(BgtasksError, TypeError):
-    """What ``run`` was given is no coroutine function that takes a manager, or a program starts itself endlessly."""
+    """``run`` got no coroutine function that takes a manager, or a program starts itself endlessly."""
 
 
 class InvalidTimeoutError(BgtasksError, ValueError):
-    """A timeout is no number of seconds greater than zero."""
+    """A timeout is not a finite number of seconds, or is too small."""
 
 
 class ManagerClosedError(BgtasksError, RuntimeError):
-    """The manager was shut down and takes no more work."""
+    """The manager was shut down and accepts no more work."""
 
 
 class ManagerNotBoundError(BgtasksError, LookupError):
@@ -88,7 +88,7 @@ class ManagerNotBoundError(BgtasksError, LookupError):
 
 
 class MissingExtraError(BgtasksError, ImportError):
-    """A feature needs a package that one of our extras brings along, and it is not installed."""
+    """A feature needs a package of an extra that is not installed."""
 
 
 class NoManagerError(BgtasksError, RuntimeError):
@@ -96,11 +96,11 @@ class NoManagerError(BgtasksError, RuntimeError):
 
 
 class NoRunningLoopError(BgtasksError, RuntimeError):
-    """No event loop runs in this thread, or none can be told from the others."""
+    """No running event loop was found, or the manager serves several and none was chosen."""
 
 
 class NotACoroutineError(BgtasksError, TypeError):
-    """What was handed in is no coroutine object."""
+    """Something other than a coroutine object was passed."""
 
 
 class NotPicklableError(BgtasksError, TypeError):
@@ -108,19 +108,19 @@ class NotPicklableError(BgtasksError, TypeError):
 
 
 class RunningLoopError(BgtasksError, RuntimeError):
-    """``run`` was called where an event loop runs already."""
+    """``run`` was called in a thread that already runs an event loop."""
 
 
 class TaskRejectedError(BgtasksError, RuntimeError):
-    """The manager holds ``max_pending_tasks`` tasks and its overflow policy is ``"raise"``."""
+    """The manager already has ``max_pending_tasks`` tasks in flight."""
 
 
 class WorkerDiedError(BgtasksError, RuntimeError):
-    """The process that ran a function ended before it gave an answer."""
+    """The process that ran a function ended before it answered."""
 
 
 def describe(value: object) -> str:
-    """Return a short text for ``value`` that cannot raise: its ``repr``, cut, or its type where that fails."""
+    """Return a short text for ``value`` without ever raising: its ``repr``, cut, or its type if that fails."""
     try:
         text = repr(value)
     except Exception:
@@ -129,7 +129,7 @@ def describe(value: object) -> str:
 
 
 def text_of(error: BaseException) -> str:
-    """Return the type and the message of an error, as the last line of its traceback, whatever its ``str`` does."""
+    """Return the type and the message of an error, as in a traceback; only the type if its ``str`` fails."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
@@ -137,14 +137,14 @@ def text_of(error: BaseException) -> str:
 
 
 def not_a_coroutine(value: object) -> NotACoroutineError:
-    """Return the error for ``value`` where a coroutine object was wanted."""
+    """Return the error for a ``value`` that is not a coroutine object."""
     if inspect.iscoroutinefunction(value):
         name = getattr(value, "__name__", "function")
         text = f"{describe(value)} is a coroutine function, not a coroutine: call it, create_task({name}(...))"
     elif asyncio.isfuture(value):
         text = (
             f"{describe(value)} runs already: a manager starts coroutines. "
-            "Await it inside a coroutine function and hand in that coroutine"
+            "Await it inside a coroutine function and pass that coroutine"
         )
     else:
         text = f"a coroutine object is needed, got {type(value).__name__}: {describe(value)}"
@@ -152,18 +152,18 @@ def not_a_coroutine(value: object) -> NotACoroutineError:
 
 
 def invalid_timeout(value: object) -> InvalidTimeoutError:
-    """Return the error for a task's timeout that is no positive number of seconds."""
+    """Return the error for a task's timeout that is not a positive number of seconds."""
     return InvalidTimeoutError(
         f"timeout must be a finite number of seconds, greater than 0, or None for no timeout; got {describe(value)}"
     )
 
 
 def invalid_context(value: object) -> InvalidContextError:
-    """Return the error for a ``context`` that is no mapping."""
+    """Return the error for a ``context`` that is not a mapping."""
     if type(value).__name__ == "Context" and type(value).__module__ == "_contextvars":
         text = (
             "context is the mapping that goes into log records, got a contextvars.Context: "
-            "pass that one as contextvars_context="
+            "pass that object as contextvars_context="
         )
     else:
         text = f"context must be a mapping or None, got {type(value).__name__}: {describe(value)}"
@@ -171,7 +171,7 @@ def invalid_context(value: object) -> InvalidContextError:
 
 
 def invalid_contextvars_context(value: object) -> InvalidContextError:
-    """Return the error for a ``contextvars_context`` that is no ``contextvars.Context``."""
+    """Return the error for a ``contextvars_context`` that is not a ``contextvars.Context``."""
     return InvalidContextError(
         f"contextvars_context must be a contextvars.Context or None, got {type(value).__name__}: {describe(value)}; "
         "a mapping for log records is passed as context="
@@ -179,7 +179,7 @@ def invalid_contextvars_context(value: object) -> InvalidContextError:
 
 
 def no_running_loop() -> NoRunningLoopError:
-    """Return the error for a task started where no event loop runs."""
+    """Return the error for a task started in a thread without an event loop."""
     return NoRunningLoopError(
         "no event loop runs in this thread: call from a coroutine or a callback of the loop, "
         "or hand the work over from a thread with create_task_threadsafe()"
@@ -200,5 +200,5 @@ def missing_extra(extra: str, package: str, purpose: str) -> MissingExtraError:
 
 
 def close_refused(coro: Any) -> None:
-    """Close a coroutine that will not run, so that Python does not warn that nobody awaited it."""
+    """Close a coroutine that will not run, so that Python does not warn that it was never awaited."""
     coro.close()

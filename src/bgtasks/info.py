@@ -1,8 +1,12 @@
-"""The dictionaries that a manager hands out: typed, and JSON-safe except for what the user put into ``context``."""
+"""The typed dictionaries that a manager returns, and the types of options that several modules name.
+
+The dictionaries are JSON-safe except for the values in ``context``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import Context
 from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 __all__ = [
@@ -13,24 +17,27 @@ __all__ = [
     "Outcome",
     "Overflow",
     "ShutdownStats",
+    "TaskFactoryOptions",
     "TaskInfo",
+    "TaskOverflow",
     "TaskState",
 ]
 
-# The name of a task that was given none.
+# The name of a task without a given name.
 DEFAULT_NAME: Final = "background_task"
 
 Outcome: TypeAlias = Literal["completed", "failed", "cancelled", "timed_out", "abandoned"]
 TaskState: TypeAlias = Literal["queued", "running", "completed", "failed", "cancelled", "timed_out", "abandoned"]
 
-# What becomes of new work that finds something full, for every option ``overflow`` of the package; each takes some of
-# these values. ``raise`` an error; ``drop_newest`` or ``drop_oldest`` and count it; ``block`` the coroutine that waits
-# for capacity; ``spool`` to the disk.
+# The values of all options ``overflow`` of the package, for new work at a limit; each option takes some of them:
+# ``raise`` an error; ``drop_newest`` or ``drop_oldest`` and count it; ``block`` the coroutine until there is capacity;
+# ``spool`` to the disk.
 Overflow: TypeAlias = Literal["raise", "drop_newest", "drop_oldest", "block", "spool"]
+TaskOverflow: TypeAlias = Literal["raise", "drop_newest"]
 
 
 class TaskInfo(TypedDict):
-    """A task as it stands now.
+    """The current state of a task.
 
     ``age_seconds`` counts from creation; for a task that waited for a concurrency slot, from its start.
     """
@@ -96,7 +103,7 @@ class ManagerStats(TypedDict):
 
 
 class ShutdownStats(TypedDict):
-    """What ``shutdown`` did.
+    """The result of ``shutdown``.
 
     ``status`` is ``"completed"``, ``"timeout"`` (tasks remained, ``remaining_names`` says which) or
     ``"already_shutdown"``.
@@ -108,3 +115,11 @@ class ShutdownStats(TypedDict):
     remaining_tasks: int
     duration_seconds: float
     remaining_names: list[str]
+
+
+class TaskFactoryOptions(TypedDict, total=False):
+    """The arguments that an event loop passes to ``task_factory`` besides the coroutine."""
+
+    name: str | None
+    context: Context | None
+    eager_start: bool | None

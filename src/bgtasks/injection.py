@@ -1,8 +1,9 @@
-"""Managers that arrive in functions by themselves, out of InjectQ containers (extra ``inject``).
+"""Injects managers into functions, from InjectQ containers (extra ``inject``).
 
-InjectQ's own ``Inject[X]`` default keeps the first object it resolved, and its singleton scope the first object it gave
-out: after a new binding both still give the old one, and for a class that nobody bound they quietly build an object.
-What is here looks into the active container at each call, and where that holds no manager it says how to bind one.
+InjectQ's own ``Inject[X]`` default keeps the first object that it resolved, and its singleton scope the first object
+that it returned. After a new binding both still return the old object, and for an unbound class they silently build
+one. The functions here look into the active container at each call; if it holds no manager, their error says how to
+bind one.
 """
 
 # ruff: noqa: SLF001  InjectQ's registry tells whether something is bound
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, overload
 
 from bgtasks import errors
 from bgtasks.manager import BackgroundTaskManager
@@ -20,40 +21,46 @@ from bgtasks.manager import BackgroundTaskManager
 try:
     import injectq
     from injectq.utils import get_function_dependencies
-except ModuleNotFoundError as error:
-    if error.name != "injectq":
+except ModuleNotFoundError as _error:
+    if _error.name != "injectq":
         raise
     raise errors.missing_extra("inject", "InjectQ", "inject managers") from None
 
 __all__ = ["Inject", "bind", "inject", "lookup"]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
+Service = TypeVar("Service")
 
 
 def bind(
     container: injectq.InjectQ | None = None, manager: BackgroundTaskManager | None = None
 ) -> BackgroundTaskManager:
-    """Put a manager into a container and tie its life to it: the container keeps the manager.
+    """Bind a manager in a container, which keeps it alive.
 
-    A manager that was bound before is not shut down; like every manager it lives on until its tasks have ended, also
-    when its container is cleared or collected. To have the tasks end with a block of the program, enter what is
-    returned: ``async with bind(container) as manager``.
+    A manager that was bound before is not shut down. Like every manager it lives until its tasks have ended, even if
+    its container is cleared or collected. To end the tasks with a block of the program, enter the returned manager:
+    ``async with bind(container) as manager``.
 
     Args:
-        container: where to bind; the active container by default, which is InjectQ's global one if none is active.
-        manager: what to bind; a new one by default.
+        container: the container; the active one by default, which is InjectQ's global one if none is active.
+        manager: the manager; a new one by default.
 
     Returns:
         The manager.
 
     Raises:
-        InvalidOptionError: ``container`` is no InjectQ container, or ``manager`` no manager.
+        InvalidOptionError: ``container`` is not an InjectQ container, or ``manager`` is not a manager.
 
     Example:
-        >>> manager = bind()
         >>> @inject
         ... async def order(goods: str, task_manager: BackgroundTaskManager) -> None:
         ...     task_manager.create_task(send_receipt(goods), name="receipt")
+        >>> async def main():
+        ...     async with bind() as manager:
+        ...         await order("tea")
+        ...         await manager.wait_for_all()
+        >>> asyncio.run(main())
+        a receipt for tea
 
     """
     if container is None:
@@ -69,21 +76,34 @@ def bind(
     return manager
 
 
-# Of the ignored errors a checker sees one where InjectQ is installed and another where it is not.
-class Inject(injectq.Inject):  # type: ignore[type-arg, misc, unused-ignore]  # Inject[X] is no class but an object
-    """A default value that stands for what the active container holds at each use: ``Inject[BackgroundTaskManager]``.
+if TYPE_CHECKING:
+    _InjectBase: TypeAlias = injectq.Inject[Any]
+else:
+    # At run time injectq.Inject[X] is an object, not a class.
+    _InjectBase = injectq.Inject
 
-    Works with ``@inject``, with InjectQ's own, and in a function without either.
+
+# The ignored error exists only without InjectQ.
+class Inject(_InjectBase):  # type: ignore[misc, unused-ignore]
+    """A default value that is looked up in the active container at each use: ``Inject[BackgroundTaskManager]``.
+
+    It works with ``@inject``, with InjectQ's own decorator, and without either.
 
     Args:
         service_type: the class to look up.
 
     Raises:
-        ManagerNotBoundError: at its use, if the class is a manager's and the container holds none.
+        ManagerNotBoundError: at its use, if the class is a manager class and the container holds no manager.
 
     Example:
         >>> def order(goods: str, task_manager: BackgroundTaskManager = Inject[BackgroundTaskManager]) -> None:
         ...     task_manager.create_task(send_receipt(goods), name="receipt")
+        >>> async def main():
+        ...     async with bind() as manager:
+        ...         order("tea")
+        ...         await manager.wait_for_all()
+        >>> asyncio.run(main())
+        a receipt for tea
 
     """
 
@@ -94,7 +114,7 @@ class Inject(injectq.Inject):  # type: ignore[type-arg, misc, unused-ignore]  # 
         return bool(injectq.InjectQ.get_instance().has(self.service_type))
 
     def __getattribute__(self, name: str) -> Any:
-        # Whoever only looks at a signature must not be told that nothing is bound yet.
+        # Reading a signature must not raise because nothing is bound yet.
         if name == "__class__" and not self._is_bound():
             return Inject
         return super().__getattribute__(name)
@@ -105,27 +125,29 @@ class Inject(injectq.Inject):  # type: ignore[type-arg, misc, unused-ignore]  # 
     def __eq__(self, other: object) -> bool:
         return self is other or bool(self._is_bound() and self._resolve() == other)
 
-    __hash__ = injectq.Inject.__hash__
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+
+# The result takes any arguments: a type cannot say which of them may be left out.
+@overload
+def inject(function: Callable[..., Result]) -> Callable[..., Result]: ...
 
 
 @overload
-def inject(function: Function) -> Function: ...
-
-
-@overload
-def inject(*, container: injectq.InjectQ) -> Callable[[Function], Function]: ...
+def inject(*, container: injectq.InjectQ | None = None) -> Callable[[Callable[..., Result]], Callable[..., Result]]: ...
 
 
 def inject(function: Any = None, *, container: injectq.InjectQ | None = None) -> Any:
-    """Fill in the arguments that a caller leaves out, from a container, at each call.
+    """Fill in missing arguments from a container, at each call.
 
     An ``Inject[X]`` default is looked up as X, any other parameter by its name, then by its annotation. A parameter
-    with an ordinary default keeps that where nothing is bound. Unlike InjectQ's decorator this one lets the function's
-    own errors through as they are, and builds no manager that nobody bound.
+    with an ordinary default keeps it if nothing is bound. Unlike InjectQ's decorator, this one does not change the
+    function's own errors, and never builds an unbound manager.
 
     Args:
         function: the function or coroutine function.
-        container: where to look; the active container at the time of the call by default.
+        container: the container; the one that is active at the call by default.
 
     Raises:
         InvalidOptionError: ``function`` is a class or cannot be called.
@@ -135,6 +157,12 @@ def inject(function: Any = None, *, container: injectq.InjectQ | None = None) ->
         >>> @inject
         ... async def order(goods: str, task_manager: BackgroundTaskManager) -> None:
         ...     task_manager.create_task(send_receipt(goods), name="receipt")
+        >>> async def main():
+        ...     async with bind() as manager:
+        ...         await order("tea")
+        ...         await manager.wait_for_all()
+        >>> asyncio.run(main())
+        a receipt for tea
 
     """
     if function is None:
@@ -145,7 +173,7 @@ def inject(function: Any = None, *, container: injectq.InjectQ | None = None) ->
     wanted = get_function_dependencies(function)
 
     def missing(args: Any, kwargs: Any) -> tuple[inspect.BoundArguments, injectq.InjectQ, dict[str, Any]]:
-        """Return the arguments given, the container, and what to look up for each argument to fill in."""
+        """Return the given arguments, the container, and the key to look up for each missing argument."""
         given = signature.bind_partial(*args, **kwargs)
         source = injectq.InjectQ.get_instance() if container is None else container
         keys: dict[str, Any] = {}
@@ -167,7 +195,7 @@ def inject(function: Any = None, *, container: injectq.InjectQ | None = None) ->
         async def filled_async(*args: Any, **kwargs: Any) -> Any:
             given, source, keys = missing(args, kwargs)
             for name, key in keys.items():
-                # Not aget() for all: what is no factory it builds anew each time, or not at all.
+                # Only for async factories: aget() builds any other object anew each time, or not at all.
                 is_async = inspect.iscoroutinefunction(source._registry.get_factory(key))
                 given.arguments[name] = await source.aget(key) if is_async else _resolve(source, key)
             return await function(*given.args, **given.kwargs)
@@ -184,11 +212,19 @@ def inject(function: Any = None, *, container: injectq.InjectQ | None = None) ->
     return filled
 
 
-def lookup(service_type: Any, *, optional: bool) -> Any:
-    """Return what the active container holds for a class now; None if ``optional`` and nothing is bound.
+@overload
+def lookup(service_type: type[Service], *, optional: Literal[False]) -> Service: ...
+
+
+@overload
+def lookup(service_type: type[Service], *, optional: bool) -> Service | None: ...
+
+
+def lookup(service_type: type[Service], *, optional: bool) -> Service | None:
+    """Return the object that the active container holds for a class; None if ``optional`` and nothing is bound.
 
     Raises:
-        ManagerNotBoundError: the class is a manager's, not ``optional``, and none is bound.
+        ManagerNotBoundError: the class is a manager class, not ``optional``, and no manager is bound.
 
     """
     container = injectq.InjectQ.get_instance()
@@ -200,8 +236,8 @@ def _is_manager(key: Any) -> bool:
 
 
 def _resolve(container: injectq.InjectQ, key: Any) -> Any:
-    """Return what a container holds under a key now; a manager is never built, and never None."""
-    # InjectQ's get() answers from its singleton scope, which does not hear of a new binding.
+    """Return the object that a container holds for a key; a manager is never built, and never None."""
+    # InjectQ's get() reads its singleton scope, which a new binding does not update.
     binding = container._registry.get_binding(key)
     if binding is not None and not container._registry.has_factory(key):
         found = binding.implementation

@@ -1,4 +1,4 @@
-"""The manager: which work is let in, what is reported, and how everything ends."""
+"""The manager: admits work, reports the ends of tasks, and shuts everything down."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from bgtasks._notifier import Notifier
 from bgtasks._observers import Observer, Observers
 from bgtasks._options import check_options
 from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded
-from bgtasks.info import DEFAULT_NAME, ManagerStats, ShutdownStats, TaskInfo
+from bgtasks.info import DEFAULT_NAME, ManagerStats, ShutdownStats, TaskInfo, TaskOverflow
 from bgtasks.registry import Record, Registry
 
 __all__ = ["Attachable", "BackgroundTaskManager"]
 
-logger = logging.getLogger("bgtasks")
+logger: Final = logging.getLogger("bgtasks")
 
 Result = TypeVar("Result")
 
-# Seconds for a task that swallowed its cancellation and is cancelled once more when the time of shutdown() is up.
+# Seconds to end after a second cancellation, at the timeout of shutdown(), of tasks that swallowed the first one.
 SECOND_CANCEL_GRACE: Final = 0.1
-# How many further cancellations a cancelled shutdown() absorbs: anyio repeats its own in every iteration of the loop.
+# How many further cancellations a cancelled shutdown() absorbs: anyio repeats its own in each iteration of the loop.
 CANCELLATIONS_ABSORBED: Final = 5
-# Of a shutdown, flushing what is attached takes half of the time at most, and no more seconds than these.
+# Maximum seconds that a shutdown flushes attached publishers; also at most half of its timeout.
 LONGEST_FLUSH: Final = 5.0
 
 
 class Attachable(Protocol):
-    """What ``attach`` takes: an object that holds back work which must be out before the manager is gone."""
+    """An object for ``attach``: it buffers work, which must be sent before the manager has shut down."""
 
     def attached(self, manager: BackgroundTaskManager, /) -> None:
-        """Take note of the manager that flushes and closes this object; the first one stays."""
+        """Remember the manager that flushes and closes this object; keep the first one."""
 
     async def flush(self, timeout: float, /) -> object:
-        """Send what is held back, within ``timeout`` seconds."""
+        """Send the buffered work within ``timeout`` seconds."""
 
     async def close(self, timeout: float, /) -> object:
-        """Accept nothing more, send what is held back and end, within ``timeout`` seconds."""
+        """Refuse new work, send the buffered work and end, within ``timeout`` seconds."""
 
 
 class BackgroundTaskManager(Registry):
@@ -65,20 +65,23 @@ class BackgroundTaskManager(Registry):
         overflow: what ``fire`` does at ``max_pending_tasks``: ``"raise"`` a ``TaskRejectedError``, as ``create_task``
             always does, or ``"drop_newest"``: close the coroutine, return False and count it in ``dropped_count``.
         max_concurrency: how many coroutines may run at once; the others wait in order, unstarted, shown as queued.
-            None for no limit. A running task that awaits a queued one of its own manager holds the slot that the other
+            None for no limit. A running task that awaits a queued one of its own manager holds the slot that the queued
             one needs.
         drain_timeout: seconds that ``shutdown`` lets tasks finish before it cancels them, >= 0.
         on_error: called as ``on_error(info, exception)`` for each task that failed, after the log record.
         history: how many finished tasks ``get_history`` remembers.
 
     Raises:
-        InvalidOptionError: an argument is outside its values.
+        InvalidOptionError: an argument has an invalid value.
 
     Example:
         >>> async def main():
         ...     async with BackgroundTaskManager() as manager:
         ...         manager.create_task(send("hello"), name="greeting", timeout=5.0)
         ...         await manager.wait_for_all()
+        ...     print(manager.stats()["completed"])
+        >>> asyncio.run(main())
+        1
 
     """
 
@@ -87,7 +90,7 @@ class BackgroundTaskManager(Registry):
         default_shutdown_timeout: float = 30.0,
         max_pending_tasks: int | None = None,
         *,
-        overflow: Literal["raise", "drop_newest"] = "raise",
+        overflow: TaskOverflow = "raise",
         max_concurrency: int | None = None,
         drain_timeout: float = 0.0,
         on_error: Callable[[TaskInfo, BaseException], object] | None = None,
@@ -115,7 +118,7 @@ class BackgroundTaskManager(Registry):
         self._default_shutdown_timeout = default_shutdown_timeout
         self._drain_timeout = drain_timeout
         self._max_pending_tasks = max_pending_tasks
-        self._overflow = overflow
+        self._overflow: TaskOverflow = overflow
         self._on_error = on_error
         self._dropped = 0
         self._last_drop_warning = -DROP_WARNING_INTERVAL
@@ -127,17 +130,17 @@ class BackgroundTaskManager(Registry):
         self._capacity = Notifier()
         self._observers = Observers(self)
         self._handovers = Handovers(lambda future, task: None)
-        # In the order in which they were attached, which a dict keeps and a set does not.
+        # A dict, not a set, because it keeps the order in which they were attached.
         self._attached: dict[Attachable, None] = {}
-        follow_forks(self)
+        follow_forks(self, BackgroundTaskManager._after_fork)
 
     def _make_log(self) -> TaskLog:
-        """Return what writes into the log; for a manager that takes the place of a framework's."""
+        """Return the writer of log records; a manager for a framework overrides it."""
         return TaskLog()
 
-    def after_fork(self) -> None:
-        """Take new locks in the child of a fork: no thread is left there that could release the old ones."""
-        super().after_fork()
+    def _after_fork(self) -> None:
+        """Make new locks in the child of a fork, where no thread is left to release the old ones."""
+        super()._after_fork()
         self._policy_lock = threading.RLock()
         self._idle.after_fork()
 
@@ -156,9 +159,9 @@ class BackgroundTaskManager(Registry):
         eager_start: bool = False,
         contextvars_context: contextvars.Context | None = None,
     ) -> asyncio.Task[Result]:
-        """Start a coroutine as ``create_task`` does, but wait for capacity where that one refuses.
+        """Start a coroutine as ``create_task`` does, but wait for capacity instead of refusing.
 
-        Those that wait go on in the order in which they came. Arguments and errors are those of ``create_task``.
+        Waiting calls go on in the order in which they came. Arguments and errors are those of ``create_task``.
 
         Returns:
             The task.
@@ -170,7 +173,7 @@ class BackgroundTaskManager(Registry):
                 await self._capacity.wait_until(self._has_capacity, None)
             except BaseException:
                 errors.close_refused(coro)
-                # The notification that woke this one is for the next.
+                # Pass the notification that woke this call on to the next one.
                 self._on_capacity()
                 raise
         return self.create_task(
@@ -197,7 +200,7 @@ class BackgroundTaskManager(Registry):
 
         Args:
             coro: a coroutine object.
-            loop: the loop to run on; needed only where the manager serves several running ones.
+            loop: the loop to run on; needed only if the manager serves several running ones.
             name: as for ``create_task``.
             timeout: as for ``create_task``.
             context: as for ``create_task``.
@@ -205,13 +208,13 @@ class BackgroundTaskManager(Registry):
             contextvars_context: as for ``create_task``.
 
         Returns:
-            A future with the outcome; cancelling it cancels the task. What ``create_task`` raises on the loop is set
-            on the future.
+            A future with the outcome; cancelling it cancels the task. If ``create_task`` raises on the loop, the
+            future gets the error.
 
         Raises:
-            NotACoroutineError: ``coro`` is no coroutine object.
+            NotACoroutineError: ``coro`` is not a coroutine object.
             NoRunningLoopError: no loop is known (enter the manager with ``async with``, or create a task in the loop
-                first), several are, or the one given is closed. The coroutine is closed.
+                first), several are, or the given one is closed. The coroutine is closed.
 
         """
         if not asyncio.iscoroutine(coro):
@@ -234,7 +237,7 @@ class BackgroundTaskManager(Registry):
 
     def _only_running_loop(self) -> asyncio.AbstractEventLoop:
         """Return the one running loop that the manager serves."""
-        # What stands for a loop in an executor's threads runs no coroutines.
+        # The stand-in for a loop of an executor's threads runs no coroutines.
         loops = [
             loop
             for loop, _ in self._owned_by_loop()
@@ -244,7 +247,7 @@ class BackgroundTaskManager(Registry):
             return loops[0]
         if loops:
             raise errors.NoRunningLoopError(
-                f"the manager serves {len(loops)} running event loops: say which one with loop="
+                f"the manager serves {len(loops)} running event loops: pass the one to use as loop="
             )
         raise errors.NoRunningLoopError(
             "the manager knows no running event loop: enter it with 'async with', or create a task in the loop first, "
@@ -300,7 +303,7 @@ class BackgroundTaskManager(Registry):
 
     @property
     def default_shutdown_timeout(self) -> float:
-        """Seconds that ``shutdown`` waits for cancelled tasks unless it is told otherwise."""
+        """Seconds that ``shutdown`` waits for cancelled tasks by default."""
         return self._default_shutdown_timeout
 
     @property
@@ -326,7 +329,7 @@ class BackgroundTaskManager(Registry):
         return None if record is None else record.task_id
 
     def stats(self) -> ManagerStats:
-        """Return the counters since the manager was made, in all and for each name. Safe from any thread."""
+        """Return the counters since the manager was made, in total and by name. Safe from any thread."""
         counters: Any = self._counters()
         counters["dropped"] = self._dropped
         stats: ManagerStats = counters
@@ -367,7 +370,7 @@ class BackgroundTaskManager(Registry):
     async def cancel_all(self) -> None:
         """Cancel all tasks but the calling one and wait until they have ended, at most ``default_shutdown_timeout``.
 
-        The manager stays open. Tasks on other loops are asked to cancel and not waited for.
+        The manager stays open. Tasks on other loops are cancelled but not waited for.
         """
         loop = asyncio.get_running_loop()
         awaited = []
@@ -391,16 +394,16 @@ class BackgroundTaskManager(Registry):
     async def wait_for_all(self, timeout: float | None = None, *, return_exceptions: bool = False) -> None:
         """Wait until no task is left, those started meanwhile included, then raise the first failure among them.
 
-        Nothing is cancelled, neither at the timeout nor when this wait is. Called from a task of the manager it does
+        Neither the timeout nor a cancellation of this wait cancels a task. Called from a task of the manager, it does
         not wait for that one. Tasks that ``task_factory`` built are not waited for.
 
         Args:
-            timeout: seconds to wait at most, >= 0; None for no limit. When they are over a warning is logged and the
-                call returns.
-            return_exceptions: True to swallow the failures here; they were logged in any case.
+            timeout: seconds to wait at most, >= 0; None for no limit. At the timeout a warning is logged and the call
+                returns.
+            return_exceptions: True to raise no failure; failures are logged in any case.
 
         Raises:
-            InvalidTimeoutError: ``timeout`` is no finite number, or negative.
+            InvalidTimeoutError: ``timeout`` is not a finite number, or is negative.
             BaseException: the first failure of a task during the wait.
 
         """
@@ -408,7 +411,7 @@ class BackgroundTaskManager(Registry):
             self._log.logger.warning("%d tasks still run after waiting %s s for all", self._owned(), timeout)
 
     async def _all_ended(self, timeout: float | None, return_exceptions: bool) -> bool:
-        """Do what ``wait_for_all`` does, but return False where that one logs that the time is over."""
+        """Do as ``wait_for_all``, but return False at the timeout instead of logging it."""
         if timeout is not None:
             check_seconds("timeout", timeout, error=errors.InvalidTimeoutError)
         failures = _FailureCollector()
@@ -423,7 +426,7 @@ class BackgroundTaskManager(Registry):
         return True
 
     async def _wait_idle(self, timeout: float | None) -> bool:
-        """Wait until every task that the manager owns has ended, save those that wait for that themselves."""
+        """Wait until every task that the manager owns has ended, except those that wait for this themselves."""
         current = self._current_record()
         return await self._idle.wait(timeout, in_task=current is not None and not current.observed)
 
@@ -447,29 +450,30 @@ class BackgroundTaskManager(Registry):
         attachable.attached(self)
 
     def detach(self, attachable: Attachable) -> None:
-        """Undo ``attach``; do nothing for what was not attached."""
+        """Undo ``attach``; do nothing if the object was not attached."""
         self._attached.pop(attachable, None)
 
     async def shutdown(self, timeout: float | None = None, *, drain: float | None = None) -> ShutdownStats:
         """Refuse new work, let tasks finish for ``drain`` seconds, cancel the rest and wait for them.
 
-        While it drains, tasks of the manager may still start others. A task that swallows its cancellation is cancelled
-        once more when the time is up, and then named in the log and left: it cannot hold the shutdown up. Called from a
-        task of the manager it neither cancels nor waits for that one. If it is cancelled itself, it cancels the tasks
-        at once, waits for them and raises the cancellation. Tasks that ``task_factory`` built are left alone. What is
-        attached is flushed before the first task is cancelled and closed after the last one has ended, so the last
+        While it drains, tasks of the manager may still start others. A task that swallows its cancellation is named in
+        the log at the timeout, cancelled once more and then left: it cannot delay the shutdown. Called from a task of
+        the manager, it neither cancels nor awaits that one. If it is cancelled itself, it cancels the tasks at once,
+        waits for them and raises the cancellation. Tasks that ``task_factory`` built are left alone. Attached
+        publishers are flushed before the first task is cancelled, and closed after the last one has ended, so the last
         events of a task are sent, too.
 
         Args:
-            timeout: seconds to wait for cancelled tasks and for what is attached, >= 0; ``default_shutdown_timeout`` by
+            timeout: seconds to wait for cancelled tasks and attached publishers, >= 0; ``default_shutdown_timeout`` by
                 default.
             drain: seconds to let tasks finish first, >= 0; ``drain_timeout`` by default.
 
         Returns:
-            What was done. A second call returns the status ``"already_shutdown"``, at the end of the first one.
+            The status and the counts. A second call waits for the first one; its status is ``"already_shutdown"``.
 
         Raises:
-            InvalidTimeoutError: ``timeout`` or ``drain`` is no finite number, or negative; the manager stays open.
+            InvalidTimeoutError: ``timeout`` or ``drain`` is not a finite number, or is negative; the manager stays
+                open.
 
         """
         begun = time.monotonic()
@@ -520,7 +524,7 @@ class BackgroundTaskManager(Registry):
 
     def _cancel_others(self) -> None:
         others = self._others()
-        # Not the second time, which is for tasks that swallowed the first cancellation.
+        # Logged once: a second round is for tasks that swallowed the first cancellation.
         if others and self._phase != "cancelling":
             self._log.cancelling(len(others))
         self._phase = "cancelling"
@@ -528,7 +532,7 @@ class BackgroundTaskManager(Registry):
             self._request_cancel(record)
 
     async def _end_attached(self, step: Literal["flush", "close"], timeout: float) -> None:
-        """Flush or close all that is attached, at once; what goes wrong with one is logged."""
+        """Flush or close all attached publishers at once, and log their errors."""
         attached = list(self._attached)
         if not attached:
             return
@@ -538,7 +542,7 @@ class BackgroundTaskManager(Registry):
                 logger.error("Shutdown could not %s %r", step, each, exc_info=outcome)
 
     async def _absorb_cancellations(self, timeout: float) -> None:
-        """Wait for cancelled tasks although the caller is cancelled, too; give up when that is repeated."""
+        """Wait for cancelled tasks although the caller is cancelled, too; give up after further cancellations."""
         deadline = time.monotonic() + timeout
         for _ in range(CANCELLATIONS_ABSORBED):
             try:
@@ -563,7 +567,7 @@ class BackgroundTaskManager(Registry):
         return stats
 
     async def aclose(self) -> None:
-        """Shut down, as ``shutdown()``; for ``contextlib.aclosing``."""
+        """Shut down as ``shutdown()`` does; for ``contextlib.aclosing``."""
         await self.shutdown()
 
     async def __aenter__(self) -> Self:
@@ -588,7 +592,7 @@ class BackgroundTaskManager(Registry):
 
     def _report_failure(self, record: Record, error: BaseException) -> None:
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
-            # They leave the loop and reach whoever runs it; here they would be reported twice.
+            # They leave the loop and reach its caller: logging them here would report them twice.
             return
         for observer in self._observers.all():
             guarded(record, observer.task_failed, record, error)
@@ -632,5 +636,5 @@ class _FailureCollector(Observer):
             if self._failures:
                 raise self._failures[0]
         finally:
-            # The traceback of what is raised keeps this frame: the frame must not keep the others.
+            # The traceback of the raised failure keeps this frame, which must not keep the others.
             self._failures.clear()

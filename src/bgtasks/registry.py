@@ -1,7 +1,7 @@
 """The bookkeeping of a manager: picks the compiled or the pure-Python hot half, and adds the cold half.
 
-``BGTASKS_IMPLEMENTATION`` chooses: ``auto`` (the default) takes the compiled one where it was built and a GIL is on,
-``cython`` demands it, ``python`` takes the other. ``IMPLEMENTATION`` says which one runs.
+``BGTASKS_IMPLEMENTATION`` chooses: ``auto`` (the default) uses the compiled one if it was built and the GIL is on,
+``cython`` requires it, ``python`` uses the other. ``IMPLEMENTATION`` is the one that runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from bgtasks._hooks import RegistryHooks
 from bgtasks._implementation import choose
 from bgtasks._statistics import OTHER_NAMES, NameTotals, Snapshot
 from bgtasks._task import record_of, starts_eagerly
-
-if TYPE_CHECKING:
-    from bgtasks.info import FinishedTask, TaskInfo
+from bgtasks.info import FinishedTask, TaskInfo
 
 __all__ = ["IMPLEMENTATION", "LoopRecords", "Record", "Registry", "TaskSet"]
 
@@ -34,16 +32,16 @@ else:
 
 
 class Registry(RegistryCore, RegistryHooks):
-    """The records of all event loops of one manager, with what may be asked about them.
+    """The records of all event loops of one manager, and the queries about them.
 
-    A manager derives from it; nothing else does. Questions may be asked from any thread and change nothing: what a
-    closed loop left behind is let go of when the next loop is used, and by ``shutdown``.
+    Only managers derive from it. Queries may be called from any thread and change nothing: the records of a closed loop
+    are released when the manager is first used on another loop, and by ``shutdown``.
 
     Args:
         history: how many finished tasks to remember as plain values; 0 for none.
-        cap: how many tasks it owns before ``create_task`` and ``fire`` ask ``_admit``; None for no cap.
+        cap: the number of owned tasks from which ``create_task`` and ``fire`` ask ``_admit``; None for no cap.
         max_running: how many coroutines may run at once; None for no limit.
-        muted: the cache of a logger: while ``muted.get(muted_level)`` is False only failures are reported.
+        muted: the cache of a logger; while ``muted.get(muted_level)`` is False, only failures are reported.
         muted_level: the logging level of that report.
 
     """
@@ -58,16 +56,16 @@ class Registry(RegistryCore, RegistryHooks):
         muted_level: int = 0,
     ) -> None:
         super().__init__(cap or 0, max_running, history > 0, muted, muted_level)
-        # Guards what several threads share: the table of loops, the counters of closed ones, and ids.
+        # Guards the table of loops, the counters of closed loops and the ids, which several threads share.
         self._lock = threading.RLock()
         self._history: deque[FinishedTask] = deque(maxlen=history)
         self._ids_taken = 0
-        # What the loops counted that were closed since.
+        # The counters of closed loops.
         self._retired = NameTotals()
         self._eager_tasks: bool | None = None
 
-    def after_fork(self) -> None:
-        """Begin anew in the child of a fork: no thread is left there that could release the old lock."""
+    def _after_fork(self) -> None:
+        """Make a new lock in the child of a fork, where no thread is left to release the old one."""
         self._lock = threading.RLock()
 
     # -- loops ----------------------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ class Registry(RegistryCore, RegistryHooks):
         self._add_loop(loop)
 
     def _release_closed_loops(self) -> None:
-        """Abandon what closed loops left behind, keep their counters and report the abandoned tasks by name."""
+        """Abandon the tasks of closed loops, keep their counters and report the abandoned tasks by name."""
         with self._lock:
             for loop, records in list(self._by_loop.items()):
                 if not loop.is_closed():
@@ -107,7 +105,7 @@ class Registry(RegistryCore, RegistryHooks):
         with self._lock:
             return [records for loop, records in self._by_loop.items() if not loop.is_closed()]
 
-    # -- what the hot half asks -----------------------------------------------------------------------------------
+    # -- called by the hot half -----------------------------------------------------------------------------------
 
     def _has_eager_tasks(self, loop: AbstractEventLoop) -> bool:
         if self._eager_tasks is None:
@@ -123,7 +121,7 @@ class Registry(RegistryCore, RegistryHooks):
         """Return a ``TaskSet`` for the tasks or functions of an executor."""
         return TaskSet(self, owner, max_running)
 
-    # -- questions, from any thread -------------------------------------------------------------------------------
+    # -- queries, from any thread ---------------------------------------------------------------------------------
 
     def get_task_count(self) -> int:
         """Return the number of tasks that have not ended, queued ones included."""
@@ -172,13 +170,13 @@ class Registry(RegistryCore, RegistryHooks):
     def _record_of(self, task: Task[Any]) -> Record | None:
         """Return the record of a live task of this manager, None for any other."""
         if not isinstance(task, TrackedTask):
-            # A foreign factory built it, or it is none of ours.
+            # A foreign factory built it, or no manager has it.
             return next((found for found in self._live_records() if found.task is task), None)
         record: Record | None = record_of(task)
         return record if record is not None and record.registry is self else None
 
     def _counters(self) -> dict[str, Any]:
-        """Return the counters of all loops, the closed ones included, and those of each name."""
+        """Return the counters of all loops, closed ones included, in total and by name."""
         totals = NameTotals()
         queued = 0
         with self._lock:
@@ -197,7 +195,7 @@ class Registry(RegistryCore, RegistryHooks):
         return counters
 
     def _set_idle_threshold(self, loop: AbstractEventLoop, count: int) -> None:
-        """Have ``_on_idle`` called each time a task ends and ``loop`` is left with ``count`` owned ones or fewer."""
+        """Have ``_on_idle`` called each time a task ends and ``loop`` has at most ``count`` owned tasks left."""
         records = self._by_loop.get(loop)
         if records is not None:
             records.idle_threshold = count

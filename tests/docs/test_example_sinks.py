@@ -36,7 +36,7 @@ def run_example(sinks, argument, *options):
     ],
 )
 def test_an_example_publishes(request, sink, package, fixture, said):
-    """The program ends well on the server of its docstring, and everything has arrived."""
+    """The program exits with status 0 on the server of its docstring, and everything has arrived."""
     need(package)
     server = request.getfixturevalue(fixture)
     output = run_example(sink, server.url, "-W", "ignore::DeprecationWarning:opentelemetry")
@@ -49,8 +49,9 @@ def test_an_example_publishes(request, sink, package, fixture, said):
     [
         ("sqlite", "orders.db", "10,000 of 10,000 events delivered, 0 dropped\nGhent: 3,334 orders in the table"),
         ("several", "orders.jsonl", "10 events for two publishers: 20 delivered, 0 dropped\n10 lines in the file"),
+        ("own_sink", "refused.jsonl", "10 refused\n10 sent again, 10,000 orders with the receiver"),
     ],
 )
 def test_an_example_without_a_server_publishes(tmp_path, sinks, file, said):
-    """The program ends well, and everything is in the file."""
+    """The program exits with status 0, and everything has arrived."""
     assert said in run_example(sinks, tmp_path / file, "-X", "dev")

@@ -3,19 +3,27 @@
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from frameworks import FRAMEWORKS, needed
 from paths import ROOT
 from requirements import need
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+# A program, and the output that a page shows after a line such as "It prints:".
+BLOCK = re.compile(
+    r"^```python\n(.*?)^```\n(?:\n[^\n`]*\bprints\b[^\n]*:\n\n```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL
+)
 PROGRAMS = [
-    pytest.param(block, id=f"{page.name}-{number}")
+    pytest.param(program, output, id=f"{page.name}-{number}")
     for page in PAGES
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    for number, (program, output) in enumerate(BLOCK.findall(page.read_text()))
 ]
 
+# The package index shows the README without the files around it: its links lead here.
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+SOURCE = f"{URLS['Source']}/blob/main/"
 
 # Where a part of the package, or a package of others, stands for another one that has to be there.
 STANDS_FOR = {
@@ -51,9 +59,9 @@ def test_there_are_programs():
     assert len(PROGRAMS) >= 7
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_of_the_documentation_runs(request, program, tmp_path):
-    """A block of Python is a whole program that ends well, with warnings as errors."""
+@pytest.mark.parametrize(("program", "output"), PROGRAMS)
+def test_a_program_of_the_documentation_runs(request, program, output, tmp_path):
+    """A block of Python is a whole program: with warnings as errors it ends well, and prints what the page shows."""
     for package in packages_of(program):
         (needed if package in FRAMEWORKS else need)(package)
     for address, fixture in SERVERS.items():
@@ -62,21 +70,47 @@ def test_a_program_of_the_documentation_runs(request, program, tmp_path):
     file = tmp_path / "program.py"
     file.write_text(program)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", file], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "error", "-X", "dev", file],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "never awaited" not in done.stderr
+    if output:
+        assert done.stdout == output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_commands_lead_somewhere(page):
-    """Relative links and the scripts named in shell blocks exist."""
+    """Relative links, links to files of the repository, and the scripts named in shell blocks exist."""
     text = page.read_text()
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
-    targets += re.findall(r"^(scripts/\w+)", text, re.MULTILINE)
-    for target in targets:
-        base = ROOT if target.startswith("scripts/") else page.parent
-        assert (base / target).exists(), target
+    links = re.findall(r"\]\(([^)#]+)", text) + re.findall(r"^\[\w+\]: ([^#\s]+)", text, re.MULTILINE)
+    targets = [page.parent / link for link in links if "://" not in link]
+    targets += [ROOT / link.removeprefix(SOURCE) for link in links if link.startswith(SOURCE)]
+    targets += [ROOT / script for script in re.findall(r"^(scripts/\w+)", text, re.MULTILINE)]
+    assert [target for target in targets if not target.exists()] == []
+
+
+def test_the_readme_links_by_address_alone():
+    """A relative link would lead nowhere on the package index; every address is that of a file, or of another site."""
+    text = (ROOT / "README.md").read_text()
+    assert re.findall(r"\]\((?!https://)[^)]*\)", text) == []
+    assert sorted(set(re.findall(r"\]\[(\w+)\]", text))) == re.findall(r"^\[(\w+)\]: https://", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("url", [url for url in URLS.values() if url.startswith(SOURCE)])
+def test_the_addresses_of_the_project_lead_to_files(url):
+    """They are on the page of the package index."""
+    assert (ROOT / url.removeprefix(SOURCE)).exists()
+
+
+def test_every_command_is_named():
+    """The page for contributors names each script, and no other."""
+    named = re.findall(r"scripts/(\w+)", (ROOT / "CONTRIBUTING.md").read_text())
+    assert {file.name for file in ROOT.glob("scripts/*") if file.is_file()} == set(named)
 
 
 def test_every_example_is_named():

@@ -1,4 +1,4 @@
-"""A disk that is full under the files of a publisher: events wait, nothing is torn, nothing else stops."""
+"""A full disk under the files of a publisher: events wait, no line is torn, delivery goes on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 
 import pytest
 from disks import fill_disk, small_disk
-from event_tools import assert_books_close, until
+from event_tools import assert_counters_add_up, until
 
-from bgtasks.events.sinks.jsonl import JsonlPublisher
-from bgtasks.events.sinks.memory import MemoryPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.jsonl import JsonlSink
+from bgtasks.events.sinks.memory import MemorySink
 
 PADDING = "x" * 200
 
@@ -22,38 +23,38 @@ def disk(tmp_path):
 
 
 def emit_numbers(publisher, first, count):
-    """Emit events, which all have to be accepted."""
+    """Emit events, all of which must be accepted."""
     for number in range(first, first + count):
         assert publisher.emit({"number": number, "padding": PADDING})
 
 
 def numbers_in(path):
-    """Return the numbers of the events in a file, each line of which has to be whole."""
+    """Return the numbers of the events in a file; every line must be complete."""
     return [json.loads(line)["number"] for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-async def test_jsonl_waits_for_room(disk):
-    """The batch that did not fit is cut off again, tried again, and there once when there is room."""
-    publisher = JsonlPublisher(disk / "events.jsonl", linger=0.001)
+async def test_jsonl_waits_for_disk_space(disk):
+    """A batch that did not fit is cut off, retried, and written once when the disk has space."""
+    publisher = Publisher(JsonlSink(disk / "events.jsonl"), linger=0.001)
     emit_numbers(publisher, 0, 100)
     await publisher.flush(30)
     filler = fill_disk(disk, leave=50_000)
     emit_numbers(publisher, 100, 5000)
     await until(lambda: publisher.stats()["retried"] > 1)
     assert "No space left" in publisher.stats()["last_error"]
-    # In the middle of it the file holds whole lines only.
+    # Meanwhile the file has complete lines only.
     delivered = publisher.stats()["delivered"]
     assert numbers_in(disk / "events.jsonl") == list(range(delivered))
     filler.unlink()
     report = await publisher.close(60)
     assert (report["status"], report["dropped"]) == ("flushed", 0)
     assert numbers_in(disk / "events.jsonl") == list(range(5100))
-    assert_books_close(publisher.stats())
+    assert_counters_add_up(publisher.stats())
 
 
-async def test_jsonl_gives_up_in_time_and_counts(disk):
-    """What finds no room for too long is dropped with its reason; the lines before and after it are whole."""
-    publisher = JsonlPublisher(disk / "events.jsonl", linger=0.001, retry_for=0.05)
+async def test_jsonl_gives_up_after_retry_for_and_counts(disk):
+    """Events that find no space until retry_for are dropped and counted; the lines around them are complete."""
+    publisher = Publisher(JsonlSink(disk / "events.jsonl"), linger=0.001, retry_for=0.05)
     filler = fill_disk(disk)
     emit_numbers(publisher, 0, 400)
     await until(lambda: publisher.stats()["dropped"].get("retries_exhausted", 0) == 400)
@@ -61,25 +62,25 @@ async def test_jsonl_gives_up_in_time_and_counts(disk):
     emit_numbers(publisher, 400, 100)
     await publisher.close(60)
     assert numbers_in(disk / "events.jsonl") == list(range(400, 500))
-    assert_books_close(publisher.stats())
+    assert_counters_add_up(publisher.stats())
 
 
-async def test_a_full_disk_under_the_spool_stops_nothing_else(disk):
-    """A sink that takes everything gets everything; the spool's error is counted."""
+async def test_a_full_disk_under_the_spool_does_not_stop_delivery(disk):
+    """The sink gets all events although the spool fails; its errors are counted."""
     fill_disk(disk)
-    publisher = MemoryPublisher(spool=disk / "events", linger=0.001)
+    publisher = Publisher(MemorySink(), spool=disk / "events", linger=0.001)
     emit_numbers(publisher, 0, 2000)
     report = await publisher.close(60)
     assert (report["status"], report["dropped"]) == ("flushed", 0)
-    assert [json.loads(event)["number"] for event in publisher.events] == list(range(2000))
+    assert [json.loads(event)["number"] for event in publisher.sink.events] == list(range(2000))
     assert publisher.stats()["spool_errors"] > 0
-    assert_books_close(publisher.stats())
+    assert_counters_add_up(publisher.stats())
 
 
-async def test_a_disk_that_fills_while_the_spool_is_in_use_loses_nothing_uncounted(disk):
-    """With the sink down and the disk full, what finds no place is refused or dropped, by reason; the rest arrives."""
+async def test_every_event_is_counted_when_the_disk_fills_under_the_spool(disk):
+    """With the sink down and the disk full, events are refused or dropped by reason; the others arrive."""
 
-    class Sink(MemoryPublisher):
+    class Breakable(MemorySink):
         is_down = True
 
         async def write(self, batch, batch_id):
@@ -87,7 +88,7 @@ async def test_a_disk_that_fills_while_the_spool_is_in_use_loses_nothing_uncount
                 raise ConnectionError("it is down")
             await super().write(batch, batch_id)
 
-    publisher = Sink(spool=disk / "events", linger=0.001, max_events=10_000)
+    publisher = Publisher(Breakable(), spool=disk / "events", linger=0.001, max_events=10_000)
     fill_disk(disk, leave=3 << 20)
     accepted = 0
     for first in range(0, 40_000, 1000):
@@ -95,11 +96,11 @@ async def test_a_disk_that_fills_while_the_spool_is_in_use_loses_nothing_uncount
         await until(lambda: publisher.stats()["queue_events"] < 5000 or publisher.stats()["spool_errors"])
     stats = publisher.stats()
     assert stats["spool_errors"] or stats["dropped"]["spool_full"]
-    publisher.is_down = False
+    publisher.sink.is_down = False
     await publisher.close(60)
     stats = publisher.stats()
-    assert_books_close(stats)
+    assert_counters_add_up(stats)
     assert stats["accepted"] == accepted
-    numbers = [json.loads(event)["number"] for event in publisher.events]
+    numbers = [json.loads(event)["number"] for event in publisher.sink.events]
     assert numbers == sorted(set(numbers))
     assert len(numbers) == accepted - sum(stats["dropped"].values())

@@ -1,4 +1,4 @@
-"""Publishers and the manager: shown, drained before anything is cancelled, closed at the end; publish_event."""
+"""Publishers in a manager: shown, flushed before tasks are cancelled, closed at the end; and publish_event."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import time
 
 import msgspec
 import pytest
-from event_tools import ScriptedPublisher, assert_books_close, until
+from event_tools import assert_counters_add_up, scripted, until
 from requirements import need
 
 from bgtasks import BackgroundTaskManager, BgtasksError
-from bgtasks.events import BasePublisher, publish_event
+from bgtasks.events import BasePublisher, Publisher, publish_event
 from bgtasks.events.model import EventModel
-from bgtasks.events.sinks.memory import MemoryPublisher
-from bgtasks.events.workers import worker_publisher_of
+from bgtasks.events.sinks.memory import MemorySink
 
-pytestmark = pytest.mark.usefixtures("ring_of_twin")
+pytestmark = pytest.mark.usefixtures("queue_of_twin")
 
 FOREVER = 1000.0
 
 
-async def test_the_flusher_is_shown_and_neither_waited_for_nor_counted_as_the_users(make_manager):
-    """One task a publisher; wait_for_all does not wait for it."""
+async def test_the_flusher_is_shown_but_not_waited_for(make_manager):
+    """Each publisher has one task; wait_for_all does not wait for it."""
     manager = make_manager()
-    publisher = MemoryPublisher(manager=manager, name="audit")
+    publisher = Publisher(MemorySink(), manager=manager, name="audit")
     for number in range(10):
         publisher.emit({"n": number})
     (info,) = manager.get_task_info()
@@ -34,14 +33,14 @@ async def test_the_flusher_is_shown_and_neither_waited_for_nor_counted_as_the_us
     stats = await manager.shutdown()
     assert stats["status"] == "completed"
     assert stats["initial_tasks"] == 0
-    assert len(publisher.events) == 10
+    assert len(publisher.sink.events) == 10
     assert publisher.stats()["state"] == "closed"
 
 
 async def test_shutdown_flushes_before_it_cancels_and_closes_after(make_manager):
-    """Events of tasks that are cancelled count, too: those before and those at their end."""
+    """Events of cancelled tasks arrive, those before their end and those during it."""
     manager = make_manager()
-    publisher = MemoryPublisher(manager=manager, linger=FOREVER)
+    publisher = Publisher(MemorySink(), manager=manager, linger=FOREVER)
 
     async def work():
         publisher.emit({"n": "begun"})
@@ -49,22 +48,22 @@ async def test_shutdown_flushes_before_it_cancels_and_closes_after(make_manager)
             await asyncio.sleep(FOREVER)
         finally:
             publisher.emit({"n": "cancelled"})
-            # What was emitted first had been flushed by then.
-            assert len(publisher.events) >= 1
+            # Events that were emitted before had been flushed by then.
+            assert len(publisher.sink.events) >= 1
 
     task = manager.create_task(work())
     await asyncio.sleep(0)
     stats = await manager.shutdown()
     assert stats["status"] == "completed"
     assert task.cancelled()
-    assert publisher.events == [b'{"n":"begun"}', b'{"n":"cancelled"}']
+    assert publisher.sink.events == [b'{"n":"begun"}', b'{"n":"cancelled"}']
     assert publisher.stats()["refused"] == {}
 
 
 async def test_draining_tasks_still_publish(make_manager):
-    """With drain, events of tasks that end by themselves arrive."""
+    """With drain, events of draining tasks arrive."""
     manager = make_manager()
-    publisher = MemoryPublisher(manager=manager)
+    publisher = Publisher(MemorySink(), manager=manager)
 
     async def work():
         for number in range(50):
@@ -73,29 +72,29 @@ async def test_draining_tasks_still_publish(make_manager):
 
     manager.create_task(work())
     await manager.shutdown(drain=20)
-    assert len(publisher.events) == 50
+    assert len(publisher.sink.events) == 50
 
 
 async def test_a_sink_that_hangs_does_not_hold_shutdown_up(make_manager):
-    """Bounded, with books that close."""
+    """Shutdown ends in time, and the counters add up."""
 
     async def hang(batch, batch_id):
         await asyncio.sleep(FOREVER)
 
     manager = make_manager()
-    publisher = ScriptedPublisher([hang] * 10, manager=manager)
+    publisher = scripted([hang] * 10, manager=manager)
     publisher.emit({"n": 1})
     begun = time.monotonic()
     await manager.shutdown(timeout=0.4)
     assert time.monotonic() - begun < 5
-    assert publisher.stats()["dropped"] == {"deadline": 1}
-    assert_books_close(publisher.stats())
+    assert publisher.stats()["dropped"] == {"timeout": 1}
+    assert_counters_add_up(publisher.stats())
 
 
 async def test_a_cancelled_shutdown_closes_publishers_all_the_same(make_manager):
-    """The cancellation goes on afterwards."""
+    """The publishers are closed, and the cancellation propagates."""
     manager = make_manager()
-    publisher = MemoryPublisher(manager=manager, linger=FOREVER)
+    publisher = Publisher(MemorySink(), manager=manager, linger=FOREVER)
     manager.create_task(asyncio.sleep(FOREVER))
     publisher.emit({"n": 1})
     closing = asyncio.create_task(manager.shutdown(drain=FOREVER))
@@ -104,12 +103,12 @@ async def test_a_cancelled_shutdown_closes_publishers_all_the_same(make_manager)
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing
-    assert publisher.events == [b'{"n":1}']
+    assert publisher.sink.events == [b'{"n":1}']
     assert publisher.stats()["state"] == "closed"
 
 
-async def test_what_closes_itself_is_forgotten_and_what_fails_is_told(make_manager, caplog):
-    """Of what is attached."""
+async def test_closed_publishers_are_detached_and_failures_are_logged(make_manager, caplog):
+    """A publisher that is closed is detached; errors of attached objects are logged."""
 
     class Failing:
         def attached(self, manager):
@@ -122,7 +121,7 @@ async def test_what_closes_itself_is_forgotten_and_what_fails_is_told(make_manag
             raise RuntimeError("cannot close")
 
     manager = make_manager()
-    publisher = MemoryPublisher(manager=manager)
+    publisher = Publisher(MemorySink(), manager=manager)
     await publisher.close()
     assert manager._attached == {}
     manager.detach(publisher)
@@ -133,37 +132,37 @@ async def test_what_closes_itself_is_forgotten_and_what_fails_is_told(make_manag
 
 
 async def test_cancel_all_does_not_end_a_publisher(make_manager):
-    """Its task is not the user's."""
+    """cancel_all does not cancel the flusher."""
     manager = make_manager()
-    publisher = MemoryPublisher(manager=manager)
+    publisher = Publisher(MemorySink(), manager=manager)
     publisher.emit({"n": 1})
     await manager.cancel_all()
     publisher.emit({"n": 2})
     await manager.shutdown()
-    assert len(publisher.events) == 2
+    assert len(publisher.sink.events) == 2
 
 
 async def test_publish_event_attaches_the_publisher_once(make_manager):
-    """The first manager stays."""
+    """A publisher keeps its first manager."""
     manager = make_manager()
-    publisher = MemoryPublisher()
+    publisher = Publisher(MemorySink())
     for number in range(100):
         assert publish_event({"n": number}, publisher, manager)
     assert len(manager.get_task_info()) == 1
     await manager.shutdown()
-    assert len(publisher.events) == 100
+    assert len(publisher.sink.events) == 100
     assert not publish_event({"n": 1}, publisher, manager)
 
 
 async def test_publish_event_without_a_publisher_publishes_nothing(make_manager):
-    """None is what a graph without a publisher has."""
+    """With None, as in a graph without a publisher, publish_event returns False."""
     manager = make_manager()
     assert not publish_event({"n": 1}, None, manager)
     assert manager.get_task_info() == []
 
 
-async def test_publish_event_puts_a_publisher_of_single_events_behind_workers(make_manager):
-    """One that only defines publish."""
+async def test_publish_event_wraps_a_publisher_of_single_events(make_manager):
+    """An object that only has ``publish`` gets a queue and workers."""
 
     class OneByOne:
         def __init__(self):
@@ -180,16 +179,15 @@ async def test_publish_event_puts_a_publisher_of_single_events_behind_workers(ma
     assert info["name"] == "publisher OneByOne"
     await manager.shutdown()
     assert sorted(event["n"] for event in behind.events) == list(range(100))
-    assert worker_publisher_of(behind).stats()["delivered"] == 100
 
 
-def test_publish_event_has_the_face_of_the_reference():
-    """Names and order of its arguments."""
+def test_publish_event_has_the_signature_of_the_reference():
+    """Its arguments have the names and the order of the reference."""
     assert list(inspect.signature(publish_event).parameters) == ["event", "publisher", "task_manager"]
 
 
 async def test_publish_event_finds_both_in_the_active_container():
-    """InjectQ: by default, by its own decorator, and nothing where no publisher is bound."""
+    """publish_event finds publisher and manager by InjectQ, and publishes nothing if no publisher is bound."""
     injectq = need("injectq")
     from bgtasks import injection
 
@@ -197,7 +195,7 @@ async def test_publish_event_finds_both_in_the_active_container():
     with container.context():
         assert not publish_event({"n": 0})
         manager = injection.bind(container)
-        publisher = MemoryPublisher()
+        publisher = Publisher(MemorySink())
         container.bind_instance(BasePublisher, publisher)
         assert publish_event({"n": 1})
 
@@ -215,44 +213,44 @@ async def test_publish_event_finds_both_in_the_active_container():
         assert pass_on()
         assert len(manager.get_task_info()) == 1
         await manager.shutdown()
-    assert publisher.events == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
+    assert publisher.sink.events == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
 
 
 async def test_an_unbound_manager_is_a_named_error():
-    """A publisher is bound, a manager is not."""
+    """If a publisher is bound and no manager is, the error is named."""
     injectq = need("injectq")
     container = injectq.InjectQ()
     with container.context():
-        publisher = MemoryPublisher()
+        publisher = Publisher(MemorySink())
         container.bind_instance(BasePublisher, publisher)
         with pytest.raises(BgtasksError, match="bind"):
             publish_event({"n": 1})
     await publisher.close()
 
 
-async def test_our_event_model_has_the_fields_of_the_reference_and_its_own_time():
-    """Each event its own timestamp and id."""
+async def test_event_model_has_the_fields_of_the_reference_and_its_own_time():
+    """Each event has its own timestamp and id."""
     first = EventModel(event="node_execution", event_type="start", thread_id="t", node_name="plan", data={"a": 1})
     await until(lambda: time.time() > first.timestamp)
     second = EventModel(event="node_execution", event_type="end", run_id="r", metadata={"b": 2})
     assert second.timestamp > first.timestamp
     assert first.event_id != second.event_id
     assert first.metadata is not EventModel(event="e", event_type="t").metadata
-    publisher = MemoryPublisher()
+    publisher = Publisher(MemorySink())
     publisher.emit(first)
     publisher.emit(second)
     await publisher.close()
-    one, other = map(msgspec.json.decode, publisher.events)
+    one, other = map(msgspec.json.decode, publisher.sink.events)
     assert one["data"] == {"a": 1}
     assert other["metadata"] == {"b": 2}
     for name in ("event", "event_type", "thread_id", "run_id", "node_name", "data", "metadata", "timestamp"):
         assert name in one
-    assert msgspec.json.decode(publisher.events[0], type=EventModel) == first
+    assert msgspec.json.decode(publisher.sink.events[0], type=EventModel) == first
 
 
 @pytest.mark.parametrize("package", ["agentflow", "tenxgraph"])
-async def test_the_frameworks_own_event_model_is_accepted_as_it_is(package):
-    """A pydantic model, by its own serializer; its fields are ours."""
+async def test_the_event_model_of_a_framework_is_accepted(package):
+    """A pydantic model is encoded by its own serializer; its fields are those of EventModel."""
     need(package)
     import importlib
 
@@ -265,11 +263,11 @@ async def test_the_frameworks_own_event_model_is_accepted_as_it_is(package):
             continue
     assert module is not None
     event = module.EventModel(event="node_execution", event_type="start", thread_id="t", data={"a": 1})
-    publisher = MemoryPublisher()
+    publisher = Publisher(MemorySink())
     publisher.emit(event)
     await publisher.close()
-    decoded = msgspec.json.decode(publisher.events[0])
+    decoded = msgspec.json.decode(publisher.sink.events[0])
     assert decoded["thread_id"] == "t"
     assert decoded["data"] == {"a": 1}
-    ours = set(EventModel.__struct_fields__)
-    assert set(decoded) <= ours
+    fields = set(EventModel.__struct_fields__)
+    assert set(decoded) <= fields

@@ -1,4 +1,4 @@
-"""Publishers and the end of a process, its forks, what is not installed: each in an interpreter of its own."""
+"""Publishers at the end of a process, across forks and without extras, each in an interpreter of its own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ON_UNIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 
 @pytest.fixture
 def run(twin, tmp_path):
-    """Give a function that runs a program on the twin and returns what became of it."""
+    """Give a function that runs a program on the twin and returns the completed process."""
 
     def run_program(code, **environment):
         variables = {**os.environ, "PYTHONPATH": SOURCES, "BGTASKS_IMPLEMENTATION": twin, **environment}
-        # Fork warns in a process with threads, which is what some of these programs are about.
+        # Fork warns in a process with threads, which some of these programs have on purpose.
         return subprocess.run(
             [
                 sys.executable,
@@ -51,11 +51,12 @@ def lines(path):
 
 
 def test_a_program_that_forgets_to_close_loses_nothing_at_the_end_of_its_loop(run, tmp_path):
-    """asyncio.run cancels the flusher, which empties its ring first."""
+    """asyncio.run cancels the flusher, which empties the queue before it ends."""
     done = run("""
         import asyncio
-        from bgtasks.events.sinks.jsonl import JsonlPublisher
-        publisher = JsonlPublisher("events.jsonl")
+        from bgtasks.events import Publisher
+        from bgtasks.events.sinks.jsonl import JsonlSink
+        publisher = Publisher(JsonlSink("events.jsonl"))
         async def main():
             for number in range(1000):
                 publisher.emit({"n": number})
@@ -68,12 +69,13 @@ def test_a_program_that_forgets_to_close_loses_nothing_at_the_end_of_its_loop(ru
     assert [event["n"] for event in lines(tmp_path / "events.jsonl")] == list(range(1000))
 
 
-def test_what_is_left_at_exit_gets_a_second(run, tmp_path):
-    """No loop ever ran, and nobody refers to the publisher any more."""
+def test_events_left_at_exit_are_sent_within_a_second(run, tmp_path):
+    """Events are sent at exit although no loop ran and the publisher has no references."""
     done = run("""
-        from bgtasks.events.sinks.jsonl import JsonlPublisher
+        from bgtasks.events import Publisher
+        from bgtasks.events.sinks.jsonl import JsonlSink
         def produce():
-            publisher = JsonlPublisher("events.jsonl")
+            publisher = Publisher(JsonlSink("events.jsonl"))
             for number in range(1000):
                 publisher.emit({"n": number})
         produce()
@@ -86,15 +88,17 @@ def test_what_is_left_at_exit_gets_a_second(run, tmp_path):
 
 
 def test_a_sink_that_hangs_does_not_keep_the_process_from_ending(run):
-    """A second at exit, and the loss is told."""
+    """The sink has one second at exit; the loss is logged."""
     done = run("""
         import asyncio, time
-        from bgtasks.events import BasePublisher
-        class Hanging(BasePublisher):
+        from bgtasks.events import Publisher, Sink
+        from bgtasks.events._thread import WorkerThread
+        class Hanging(Sink):
+            thread = WorkerThread("hanging")
             async def write(self, batch, batch_id):
                 print("writing", flush=True)
-                await self._thread.run(time.sleep, 1000)
-        publisher = Hanging()
+                await self.thread.run(time.sleep, 1000)
+        publisher = Publisher(Hanging())
         async def main():
             publisher.emit({"n": 1})
             await publisher.flush(0.01)
@@ -102,16 +106,17 @@ def test_a_sink_that_hangs_does_not_keep_the_process_from_ending(run):
         """)
     assert done.returncode == 0, done.stderr
     assert "writing" in done.stdout
-    assert "1 (deadline 1) dropped" in done.stderr
+    assert "1 (timeout 1) dropped" in done.stderr
 
 
 @ON_UNIX
-def test_the_child_of_a_fork_begins_anew_and_the_parent_keeps_its_own(run, tmp_path):
-    """An empty queue, an id of its own, no client, a file of its own; while threads emit."""
+def test_the_child_of_a_fork_starts_empty_and_the_parent_keeps_its_events(run, tmp_path):
+    """The child has an empty queue, its own id, no client and its own file, even if threads emit during the fork."""
     done = run("""
         import asyncio, os, sys, threading
-        from bgtasks.events.sinks.jsonl import JsonlPublisher
-        publisher = JsonlPublisher("events-{pid}.jsonl", linger=1000, name="p")
+        from bgtasks.events import Publisher
+        from bgtasks.events.sinks.jsonl import JsonlSink
+        publisher = Publisher(JsonlSink("events-{pid}.jsonl"), linger=1000, name="p")
         async def main():
             publisher.emit({"n": 1})
             await publisher.flush()
@@ -157,11 +162,12 @@ def test_the_child_of_a_fork_begins_anew_and_the_parent_keeps_its_own(run, tmp_p
 
 @ON_UNIX
 def test_a_prefork_server_publishes_from_every_worker(run, tmp_path):
-    """The publisher is made before the fork, used before and after it; ids never repeat."""
+    """A publisher that is made and used before the fork works after it; ids never repeat."""
     done = run("""
         import asyncio, os, sys
-        from bgtasks.events.sinks.memory import MemoryPublisher
-        publisher = MemoryPublisher()
+        from bgtasks.events import Publisher
+        from bgtasks.events.sinks.memory import MemorySink
+        publisher = Publisher(MemorySink())
         publisher.emit({"n": 0})
         workers = []
         for number in range(4):
@@ -173,13 +179,13 @@ def test_a_prefork_server_publishes_from_every_worker(run, tmp_path):
                     await publisher.close()
                 asyncio.run(serve())
                 with open(f"ids-{number}", "w") as file:
-                    file.write("\\n".join(batch_id for batch_id, _ in publisher.batches))
-                assert len(publisher.events) == 1000, len(publisher.events)
+                    file.write("\\n".join(batch_id for batch_id, _ in publisher.sink.batches))
+                assert len(publisher.sink.events) == 1000, len(publisher.sink.events)
                 sys.exit(0)
             workers.append(pid)
         assert all(os.waitpid(pid, 0)[1] == 0 for pid in workers)
         asyncio.run(publisher.close())
-        assert publisher.events == [b'{"n":0}'], publisher.events
+        assert publisher.sink.events == [b'{"n":0}'], publisher.sink.events
         """)
     assert done.returncode == 0, done.stderr
     assert "destroyed" not in done.stderr
@@ -199,13 +205,14 @@ sys.meta_path.insert(0, Missing())
 
 
 def test_a_missing_extra_names_its_install_command(run):
-    """Importing works; what needs msgspec says how to get it."""
+    """Imports work; a publisher without msgspec names the install command."""
     done = run(
         WITHOUT.format(name="msgspec")
         + textwrap.dedent("""
         from bgtasks import MissingExtraError
-        from bgtasks.events.sinks.memory import MemoryPublisher
-        for make in (MemoryPublisher, lambda: __import__("bgtasks.events.model")):
+        from bgtasks.events import Publisher
+        from bgtasks.events.sinks.memory import MemorySink
+        for make in (lambda: Publisher(MemorySink()), lambda: __import__("bgtasks.events.model")):
             try:
                 make()
             except MissingExtraError as error:
@@ -216,16 +223,16 @@ def test_a_missing_extra_names_its_install_command(run):
     assert done.stdout.count('pip install "bgtasks-registry[events]"') == 2
 
 
-def test_publish_event_without_injectq_says_what_to_pass_or_install(run):
-    """With its arguments it needs no InjectQ."""
+def test_publish_event_without_injectq_raises_with_advice(run):
+    """With its arguments publish_event needs no InjectQ; without them the error names both ways."""
     done = run(
         WITHOUT.format(name="injectq")
         + textwrap.dedent("""
         import asyncio
         from bgtasks import BackgroundTaskManager, MissingExtraError
-        from bgtasks.events import publish_event
-        from bgtasks.events.sinks.memory import MemoryPublisher
-        publisher = MemoryPublisher()
+        from bgtasks.events import Publisher, publish_event
+        from bgtasks.events.sinks.memory import MemorySink
+        publisher = Publisher(MemorySink())
         for arguments in ((), (publisher,)):
             try:
                 publish_event({"n": 1}, *arguments)
@@ -236,7 +243,7 @@ def test_publish_event_without_injectq_says_what_to_pass_or_install(run):
                 assert publish_event({"n": 1}, publisher, manager)
                 assert publish_event({"n": 2}, publisher)
         asyncio.run(main())
-        print(publisher.events)
+        print(publisher.sink.events)
         """)
     )
     assert done.returncode == 0, done.stderr
@@ -246,19 +253,20 @@ def test_publish_event_without_injectq_says_what_to_pass_or_install(run):
     assert done.stdout.endswith("[b'{\"n\":1}', b'{\"n\":2}']\n")
 
 
-def test_the_ring_is_chosen_as_the_registry_is(run, twin):
-    """BGTASKS_IMPLEMENTATION; a publisher has the one that it names."""
+def test_the_event_queue_is_chosen_as_the_registry_is(run, twin):
+    """A publisher uses the event queue that BGTASKS_IMPLEMENTATION names."""
     done = run("""
         import bgtasks.events
-        from bgtasks.events.sinks.memory import MemoryPublisher
-        print(bgtasks.IMPLEMENTATION, bgtasks.events.IMPLEMENTATION, type(MemoryPublisher()._ring).__module__)
+        from bgtasks.events import Publisher
+        from bgtasks.events.sinks.memory import MemorySink
+        print(bgtasks.IMPLEMENTATION, bgtasks.events.IMPLEMENTATION, type(Publisher(MemorySink())._queue).__module__)
         """)
-    module = {"cython": "bgtasks.events._ring", "python": "bgtasks.events._ring_py"}[twin]
+    module = {"cython": "bgtasks.events._queue", "python": "bgtasks.events._queue_py"}[twin]
     assert done.stdout == f"{twin} {twin} {module}\n", done.stderr
 
 
 def test_importing_events_loads_no_third_party_module(run):
-    """Msgspec comes with the first publisher."""
+    """The first publisher imports msgspec, bgtasks.events does not."""
     done = run("""
         import sys
         import bgtasks.events
@@ -268,7 +276,7 @@ def test_importing_events_loads_no_third_party_module(run):
 
 
 def test_event_ids_do_not_repeat_in_children(run):
-    """EventModel: one prefix a process."""
+    """EventModel has one prefix per process."""
     done = run("""
         import os
         from bgtasks.events.model import EventModel

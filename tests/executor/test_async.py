@@ -41,7 +41,7 @@ def make(make_manager):
 
 
 async def test_submit_returns_a_named_task_of_the_loop(make):
-    """What submit returns is a real task with the name given or the coroutine's own."""
+    """The result of submit is a real task with the given name or that of the coroutine."""
     async with make() as submit:
         first = submit(value, 1, __name__="first")
         second = submit(value, result=2)
@@ -51,15 +51,15 @@ async def test_submit_returns_a_named_task_of_the_loop(make):
 
 
 async def test_submit_can_be_held_by_a_weak_method(make):
-    """What the block gets is a bound method that lives as long as its executor."""
+    """The block gets a bound method that lives as long as its executor."""
     executor = make()
     async with executor as submit:
         held = weakref.WeakMethod(submit)
         assert held() == executor.submit
 
 
-async def test_a_coroutine_starts_at_once_where_the_interpreter_can(make):
-    """Up to the first suspension the coroutine runs inside submit, from Python 3.12 on."""
+async def test_a_coroutine_starts_at_once_if_the_interpreter_can(make):
+    """From Python 3.12 on, the coroutine runs inside submit up to its first suspension."""
     seen = []
 
     async def show():
@@ -72,7 +72,7 @@ async def test_a_coroutine_starts_at_once_where_the_interpreter_can(make):
 
 
 async def test_next_tick_starts_after_the_submitter_yields(make):
-    """With __next_tick__ the first step waits for the loop."""
+    """With __next_tick__ the first step runs in the next iteration of the loop."""
     seen = []
 
     async def show():
@@ -86,7 +86,7 @@ async def test_next_tick_starts_after_the_submitter_yields(make):
 
 
 async def test_the_function_sees_the_submitters_context_and_keeps_its_own(make):
-    """Context variables go in and do not come out."""
+    """The coroutine sees context variables of the caller; the caller does not see its changes."""
 
     async def change():
         before = variable.get()
@@ -117,7 +117,7 @@ async def test_awaitables_that_are_no_coroutines_are_run(make):
 
 
 async def test_everything_shows_in_info_statistics_and_history(make):
-    """Names, states, ages and outcomes are the manager's to tell."""
+    """The manager shows names, states, ages and outcomes."""
     executor = make(history=10, max_concurrency=1)
     release = asyncio.Event()
     async with executor as submit:
@@ -147,7 +147,7 @@ async def test_a_timeout_cancels_the_task(make, caplog):
 
 
 async def test_ten_thousand_submits_never_run_more_than_ten(make):
-    """max_concurrency limits coroutines that were entered, first come first served."""
+    """max_concurrency limits running coroutines, first come, first served."""
     asyncio.get_running_loop().set_debug(False)
     running, most, order = 0, 0, []
 
@@ -167,8 +167,8 @@ async def test_ten_thousand_submits_never_run_more_than_ten(make):
     assert order == list(range(10_000))
 
 
-async def test_a_place_comes_back_whatever_the_end(make):
-    """Failures, cancellations and timeouts of running and of queued tasks lose no place."""
+async def test_slots_are_released_at_every_end(make):
+    """Failures, cancellations and timeouts of running and queued tasks release their slots."""
     executor = make(max_concurrency=2)
     async with executor as submit:
         tasks = []
@@ -187,7 +187,7 @@ async def test_a_place_comes_back_whatever_the_end(make):
 
 
 async def test_limits_of_executor_and_manager_hold_both(make_manager):
-    """A task needs a place of its executor first, then one of its manager."""
+    """A task needs a slot of its executor first, then one of its manager."""
     manager = make_manager(max_concurrency=3)
     running, most = {"a": 0, "b": 0}, {"a": 0, "b": 0, "all": 0}
 
@@ -212,7 +212,7 @@ async def test_limits_of_executor_and_manager_hold_both(make_manager):
 
 
 async def test_finished_tasks_are_dropped(make):
-    """The executor keeps nothing of what succeeded, was cancelled or is not to be raised."""
+    """The executor keeps no task that succeeded, was cancelled or failed without having to be raised."""
 
     class Result:
         pass
@@ -231,7 +231,7 @@ async def test_finished_tasks_are_dropped(make):
 
 
 async def test_memory_is_flat_over_many_submits_in_one_block(make):
-    """Ten thousand tasks leave as many objects behind as one thousand do."""
+    """Ten thousand tasks leave as many objects as one thousand."""
 
     async def objects_after(submit, count):
         for _ in range(count):
@@ -242,15 +242,15 @@ async def test_memory_is_flat_over_many_submits_in_one_block(make):
         gc.collect()
         return len(gc.get_objects())
 
-    # In debug mode each task remembers where it was made, which takes its time.
+    # In debug mode each task keeps its source traceback, which takes time.
     asyncio.get_running_loop().set_debug(False)
     async with make(max_concurrency=100) as submit:
         before = await objects_after(submit, 1_000)
         assert await objects_after(submit, 10_000) - before < 200
 
 
-async def test_of_many_failures_only_the_one_to_raise_is_kept(make):
-    """A thousand failures do not hold a thousand tracebacks."""
+async def test_only_the_failure_to_raise_is_kept(make):
+    """A thousand failures do not keep a thousand tracebacks."""
     executor = make()
     with pytest.raises(ValueError, match="first"):
         async with executor as submit:
@@ -265,8 +265,8 @@ async def test_of_many_failures_only_the_one_to_raise_is_kept(make):
 # -- the end of the block ----------------------------------------------------------------------------------------------
 
 
-async def test_the_end_cancels_what_asked_for_it_and_waits_for_the_rest(make):
-    """Without flags a task is awaited, with __cancel_on_exit__ cancelled."""
+async def test_the_end_cancels_tasks_with_cancel_on_exit_and_awaits_the_others(make):
+    """Without flags a task is awaited; with __cancel_on_exit__ it is cancelled."""
     release = asyncio.Event()
     async with make() as submit:
         cancelled = submit(forever, __cancel_on_exit__=True)
@@ -277,7 +277,7 @@ async def test_the_end_cancels_what_asked_for_it_and_waits_for_the_rest(make):
 
 
 async def test_the_first_failure_in_order_of_submission_is_raised(make, caplog):
-    """Not the first in time; and each failure was reported once."""
+    """The first submitted failure is raised, not the first in time; each failure is reported once."""
     with pytest.raises(ValueError, match="submitted first"):
         async with make() as submit:
             submit(failing_later, KeyError("not to be raised"), __reraise_on_exit__=False)
@@ -288,7 +288,7 @@ async def test_the_first_failure_in_order_of_submission_is_raised(make, caplog):
 
 
 async def test_an_exception_of_the_block_wins(make):
-    """What is on its way is not replaced by a task's failure."""
+    """An exception of the block is not replaced by a task's failure."""
     with pytest.raises(KeyError, match="block"):
         async with make() as submit:
             submit(failing, ValueError("task"))
@@ -296,13 +296,13 @@ async def test_an_exception_of_the_block_wins(make):
 
 
 async def test_cancelled_tasks_do_not_raise(make):
-    """A cancellation is no failure."""
+    """A cancellation is not raised as a failure."""
     async with make() as submit:
         submit(forever).cancel()
 
 
 async def test_tasks_submitted_meanwhile_are_awaited(make):
-    """Tasks may submit until the last one has ended, from their done callbacks, too."""
+    """Tasks and their done callbacks may submit until the last task has ended."""
     done = []
 
     async with make() as submit:
@@ -325,9 +325,9 @@ async def test_tasks_submitted_meanwhile_are_awaited(make):
     assert late[0].cancelled()
 
 
-async def test_a_cancelled_exit_cancels_and_settles_its_tasks(make):
-    """Running and queued tasks end, none is left an orphan, and the cancellation goes on."""
-    settled = []
+async def test_a_cancelled_exit_cancels_its_tasks_and_waits_for_them(make):
+    """Running and queued tasks end, and the cancellation propagates."""
+    ended = []
     children = []
 
     async def child():
@@ -335,7 +335,7 @@ async def test_a_cancelled_exit_cancels_and_settles_its_tasks(make):
             await forever()
         finally:
             await asyncio.sleep(0)
-            settled.append(True)
+            ended.append(True)
 
     executor = make(max_concurrency=3)
 
@@ -348,12 +348,12 @@ async def test_a_cancelled_exit_cancels_and_settles_its_tasks(make):
     closer.cancel("enough")
     with pytest.raises(asyncio.CancelledError, match="enough"):
         await closer
-    assert len(settled) == 3
+    assert len(ended) == 3
     assert all(child.cancelled() for child in children)
 
 
 async def test_a_cancelled_exit_outlasts_more_cancellations(make):
-    """However often the exit is cancelled, a task that needs time to end gets it."""
+    """Further cancellations of the exit do not cut short a task that needs time to end."""
     release = asyncio.Event()
     executor = make()
 
@@ -373,7 +373,7 @@ async def test_a_cancelled_exit_outlasts_more_cancellations(make):
 
 
 async def test_a_task_that_swallows_its_cancellation_is_named_and_let_go(make_manager, caplog):
-    """A cancelled exit ends after the manager's default_shutdown_timeout, and the log says who remained."""
+    """A cancelled exit ends after the manager's default_shutdown_timeout, and the log names the remaining tasks."""
     release = asyncio.Event()
     executor = AsyncBackgroundExecutor(manager=make_manager(default_shutdown_timeout=0.01))
 
@@ -392,7 +392,7 @@ async def test_a_task_that_swallows_its_cancellation_is_named_and_let_go(make_ma
 
 
 async def test_queued_coroutines_of_a_cancelled_exit_are_closed(make):
-    """No coroutine that never had its turn is left unawaited."""
+    """Coroutines that never started are closed, not left unawaited."""
     async with make(max_concurrency=1) as submit:
         for _ in range(10):
             submit(forever, __cancel_on_exit__=True)
@@ -400,7 +400,7 @@ async def test_queued_coroutines_of_a_cancelled_exit_are_closed(make):
 
 
 async def test_submit_outside_the_block_raises(make):
-    """Before and after the block there is nobody to wait for the task."""
+    """Before and after the block, submit raises."""
     executor = make()
     with pytest.raises(ExecutorClosedError, match="was not entered"):
         executor.submit(value)
@@ -413,8 +413,8 @@ async def test_submit_outside_the_block_raises(make):
             pass
 
 
-async def test_hooks_decide_at_the_exit_what_is_reported_and_raised(make_manager, caplog):
-    """An executor in the place of another has its own say, also about failures that ended long ago."""
+async def test_hooks_decide_which_failures_the_exit_reports_and_raises(make_manager, caplog):
+    """Subclasses decide which failures are reported and raised, also of tasks that ended long ago."""
 
     class Special(AsyncBackgroundExecutor):
         _zero_is_no_limit = True
@@ -467,7 +467,7 @@ async def test_submit_from_a_thread_gives_a_concurrent_future(make):
 
 
 async def test_many_threads_submit_and_the_end_waits_for_all(make):
-    """Nothing that a thread handed over before the end is lost."""
+    """No coroutine that a thread submitted before the end is lost."""
     executor = make(max_concurrency=5)
     count = 0
 
@@ -482,7 +482,7 @@ async def test_many_threads_submit_and_the_end_waits_for_all(make):
 
 
 async def test_failures_from_threads_are_raised_and_reported_once(make, caplog):
-    """The future has the exception, and so has the end of the block."""
+    """The future has the exception, and the end of the block raises it."""
     with pytest.raises(ValueError, match="from a thread"):
         async with make() as submit:
             future = await in_thread(lambda: submit(failing_later, ValueError("from a thread")))
@@ -491,7 +491,7 @@ async def test_failures_from_threads_are_raised_and_reported_once(make, caplog):
 
 
 async def test_a_future_of_a_thread_cancels_its_task(make):
-    """Before and after the start."""
+    """The task is cancelled before and after its start."""
     executor = make()
     async with executor as submit:
         future = await in_thread(lambda: submit(forever))
@@ -503,7 +503,7 @@ async def test_a_future_of_a_thread_cancels_its_task(make):
 
 
 async def test_a_cancelled_future_of_a_thread_has_no_failure_to_raise(make, caplog):
-    """What its task raises instead of ending is logged, and the block ends well."""
+    """If the task raises instead of ending, the error is logged, and the block does not raise."""
     began = asyncio.Event()
 
     async def resists():
@@ -522,7 +522,7 @@ async def test_a_cancelled_future_of_a_thread_has_no_failure_to_raise(make, capl
 
 
 async def test_a_thread_that_submits_at_the_end_is_waited_for(make, monkeypatch):
-    """What comes when the last task has just ended runs inside the block, not behind it."""
+    """A coroutine that is submitted when the last task has just ended runs inside the block."""
     executor = make()
     loop = asyncio.get_running_loop()
     submitting, may_go = threading.Event(), threading.Event()
@@ -545,7 +545,7 @@ async def test_a_thread_that_submits_at_the_end_is_waited_for(make, monkeypatch)
     def is_busy_and_late():
         busy = is_busy()
         if not busy and not threads:
-            # The block has just seen that it may end.
+            # The block has just decided to end.
             executor._loop = SlowLoop()
             threads.append(threading.Thread(target=lambda: submit(late)))
             threads[0].start()
@@ -563,8 +563,8 @@ async def test_a_thread_that_submits_at_the_end_is_waited_for(make, monkeypatch)
     assert seen == ["inside", "behind"]
 
 
-async def test_a_thread_that_is_refused_at_the_end_does_not_hold_it_up(make):
-    """The block may have seen what was refused a moment later."""
+async def test_a_refused_thread_does_not_hold_up_the_end(make):
+    """The block ends although it may have counted a submission that was refused a moment later."""
     executor = make()
     async with executor as submit:
         executor._is_open = False
@@ -584,7 +584,7 @@ async def test_a_thread_is_refused_after_the_end_and_after_the_loop(make):
 
 
 def test_submit_to_a_closed_loop_is_refused(make):
-    """A block that never ended does not take work for a loop that is gone."""
+    """A block that never ended accepts no work for a closed loop."""
     executor = make()
     loop = asyncio.new_event_loop()
     loop.run_until_complete(executor.__aenter__())
@@ -599,7 +599,7 @@ def test_submit_to_a_closed_loop_is_refused(make):
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, "3", True, float("nan")])
 def test_a_limit_that_is_no_positive_whole_number_is_refused(limit):
-    """In the config as by keyword."""
+    """The limit is checked in the config and as a keyword."""
     with pytest.raises(InvalidOptionError, match="max_concurrency"):
         AsyncBackgroundExecutor({"max_concurrency": limit})
     with pytest.raises(InvalidOptionError, match="max_concurrency"):
@@ -607,15 +607,15 @@ def test_a_limit_that_is_no_positive_whole_number_is_refused(limit):
 
 
 def test_a_config_or_manager_of_another_kind_is_refused():
-    """What is no mapping is no config."""
+    """A config must be a mapping, a manager a BackgroundTaskManager."""
     with pytest.raises(InvalidOptionError, match="config must be a mapping"):
         AsyncBackgroundExecutor([("max_concurrency", 1)])
     with pytest.raises(InvalidOptionError, match="manager must be"):
         AsyncBackgroundExecutor(manager=object())
 
 
-async def test_what_cannot_be_run_is_refused(make):
-    """The message says what to do, and names the other class where that one would do."""
+async def test_an_object_that_cannot_be_run_is_refused(make):
+    """The message gives advice, and names the other class if it would run the function."""
 
     async def generator():
         yield
@@ -623,7 +623,7 @@ async def test_what_cannot_be_run_is_refused(make):
     async with make() as submit:
         with pytest.raises(InvalidFunctionError, match="a function is needed"):
             submit(42)
-        with pytest.raises(InvalidFunctionError, match="until somebody iterates over it"):
+        with pytest.raises(InvalidFunctionError, match="until it is iterated over"):
             submit(generator)
         coro = value()
         with pytest.raises(InvalidFunctionError, match="not the result of a call"):
@@ -642,8 +642,8 @@ async def test_what_cannot_be_run_is_refused(make):
     gc.collect()
 
 
-async def test_the_managers_refusals_hold(make_manager):
-    """A manager that was shut down or is full takes nothing from an executor either."""
+async def test_a_closed_or_full_manager_refuses(make_manager):
+    """A manager that is closed or full also refuses work of an executor."""
     manager = make_manager(max_pending_tasks=1, overflow="drop_newest")
     release = asyncio.Event()
     async with AsyncBackgroundExecutor(manager=manager) as submit:

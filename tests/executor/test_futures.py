@@ -1,4 +1,4 @@
-"""The futures of BackgroundExecutor: concurrent.futures' own in everything but when their locks are made."""
+"""The futures of BackgroundExecutor: as those of concurrent.futures, except that their locks are made later."""
 
 import asyncio
 import concurrent.futures
@@ -16,19 +16,19 @@ from bgtasks.executor import _call
 
 @pytest.fixture(params=["made late", "unknown layout"])
 def make(request, make_manager, monkeypatch):
-    """Give a maker of executors; with a layout of futures that is not known the base class makes everything."""
+    """Give a maker of executors; if the layout of futures is unknown, the base class makes all fields."""
     if request.param == "unknown layout":
         monkeypatch.setattr(_call, "_IS_KNOWN", False)
     return lambda **options: BackgroundExecutor(manager=make_manager(), **options)
 
 
-def test_this_python_is_known():
-    """The constructor of this Python's futures sets what is made late, so the short way is the one that runs."""
+def test_the_futures_of_this_python_are_known():
+    """The constructor of futures in this Python is known, so the fast path runs."""
     assert _call._IS_KNOWN
 
 
-def test_a_future_nobody_looked_at_has_its_outcome(make):
-    """result, exception, done, cancelled and repr tell of a future that settled before anybody asked."""
+def test_a_future_that_was_not_queried_has_its_outcome(make):
+    """result, exception, done, cancelled and repr of a future are right although it finished before the first query."""
     error = ValueError("expected")
 
     def fails():
@@ -59,8 +59,8 @@ def test_a_future_nobody_looked_at_has_its_outcome(make):
     assert (good.cancel(), good.result()) == (False, 7)
 
 
-def test_a_future_tells_how_far_its_function_is(make):
-    """repr, running and done say pending, running and finished, and cancel says True only of what is cancelled."""
+def test_a_future_shows_the_state_of_its_function(make):
+    """repr, running and done show pending, running and finished; cancel returns True only if it cancelled."""
     gate = threading.Event()
     with make(max_concurrency=1) as submit:
         first = submit(gate.wait)
@@ -78,7 +78,7 @@ def test_a_future_tells_how_far_its_function_is(make):
 
 
 def test_a_cancellation_that_comes_while_the_outcome_is_set_is_too_late(make, monkeypatch):
-    """Between the end of the function and that of its future cancel says False, and the outcome stays."""
+    """Between the end of the function and that of its future, cancel returns False and the outcome stays."""
     answers = []
 
     class Moment:
@@ -100,27 +100,27 @@ def test_a_cancellation_that_comes_while_the_outcome_is_set_is_too_late(make, mo
 
 
 class _Escaped(BaseException):
-    """What a done callback may raise and nobody catches as an Exception."""
+    """An error of a done callback that is no Exception."""
 
 
 def _raising(future):
     raise _Escaped
 
 
-def test_a_callback_that_raises_no_exception_costs_neither_a_thread_nor_the_end(make, caplog):
-    """The worker logs it and goes on; the end of the block is told of the function all the same."""
+def test_a_base_exception_of_a_callback_harms_neither_the_thread_nor_the_end(make, caplog):
+    """The worker logs it and goes on; the block still ends after the function."""
     gate = threading.Event()
     with make(max_concurrency=1) as submit:
-        future = submit(gate.wait, __name__="hears badly")
+        future = submit(gate.wait, __name__="failing callback")
         future.add_done_callback(_raising)
         gate.set()
         assert submit(int, 7).result(timeout=10) == 7
     assert future.result() is True
-    assert caplog.text.count("A done callback or hook of background task 'hears badly' raised") == 1
+    assert caplog.text.count("A done callback or hook of background task 'failing callback' raised") == 1
 
 
-def test_a_callback_that_raises_no_exception_reaches_who_cancels(make):
-    """As in concurrent.futures; those that wait, and the end of the block, hear of the cancellation."""
+def test_a_base_exception_of_a_callback_reaches_the_canceller(make):
+    """As in concurrent.futures, cancel() raises it; waiters and the end of the block see the cancellation."""
     gate = threading.Event()
     with make(max_concurrency=1) as submit:
         submit(gate.wait)
@@ -132,8 +132,8 @@ def test_a_callback_that_raises_no_exception_reaches_who_cancels(make):
         gate.set()
 
 
-def test_a_timeout_whose_callback_raises_no_exception_is_not_the_last(make, caplog):
-    """The thread that watches the timeouts outlives it."""
+def test_later_timeouts_work_after_a_base_exception_of_a_callback(make, caplog):
+    """The thread for timeouts survives it."""
     gate = threading.Event()
     with make() as submit:
         for _ in range(2):
@@ -147,7 +147,7 @@ def test_a_timeout_whose_callback_raises_no_exception_is_not_the_last(make, capl
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_the_child_of_a_fork_is_not_held_up_by_a_lock_of_the_parent(make):
-    """Whatever the parent's threads held at that moment, an executor of the child works."""
+    """An executor works in the child, even if threads of the parent held locks during the fork."""
     held, gate = threading.Event(), threading.Event()
 
     def hold():
@@ -173,14 +173,14 @@ def test_the_child_of_a_fork_is_not_held_up_by_a_lock_of_the_parent(make):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def test_waiters_and_callbacks_hear_of_the_end_whenever_they_come(make):
-    """wait, as_completed, callbacks and asyncio work on futures that wait, that run and that have ended."""
+def test_waiters_and_callbacks_are_notified_in_every_state(make):
+    """wait, as_completed, callbacks and asyncio work on pending, running and finished futures."""
     gate = threading.Event()
-    heard = []
+    called = []
     with make(max_concurrency=1) as submit:
         futures = [submit(gate.wait), submit(lambda: 1), submit(lambda: 2)]
         for future in futures:
-            future.add_done_callback(heard.append)
+            future.add_done_callback(called.append)
         assert concurrent.futures.wait(futures, timeout=0).not_done == set(futures)
         with pytest.raises(concurrent.futures.TimeoutError):
             futures[1].result(timeout=0)
@@ -191,14 +191,14 @@ def test_waiters_and_callbacks_hear_of_the_end_whenever_they_come(make):
             return await asyncio.wrap_future(submit(lambda: 3))
 
         assert asyncio.run(awaiting()) == 3
-    assert heard == futures
+    assert called == futures
     late = []
     futures[0].add_done_callback(late.append)
     assert late == [futures[0]]
 
 
-def test_no_waiter_misses_an_end_that_comes_at_the_same_time(make):
-    """Ten thousand futures, each waited for by other threads while its function may just have ended."""
+def test_no_waiter_misses_a_simultaneous_end(make):
+    """Other threads wait for ten thousand futures, each of which may be finishing, and all waits end."""
     found = []
 
     def wait(futures):
@@ -218,8 +218,8 @@ def test_no_waiter_misses_an_end_that_comes_at_the_same_time(make):
     assert all(future.done() for future in futures)
 
 
-def test_a_settled_future_holds_its_outcome_and_nothing_else(make):
-    """Neither function nor arguments nor executor are kept by a future that is."""
+def test_a_finished_future_keeps_only_its_outcome(make):
+    """A finished future keeps neither its function nor its arguments nor its executor."""
 
     class Argument:
         pass

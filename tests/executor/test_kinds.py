@@ -14,7 +14,7 @@ from bgtasks.executor._processes import ProcessRunner
 
 
 class Unpicklable(Exception):  # noqa: N818
-    """An error that goes out and does not come back."""
+    """An error that can be pickled, but not unpickled."""
 
     def __init__(self, first, second):
         super().__init__(first)
@@ -26,12 +26,12 @@ def fails(error):
 
 
 def fails_unpicklably():
-    """Raise what cannot come back."""
+    """Raise an error that cannot be unpickled."""
     raise Unpicklable(1, 2)
 
 
 def gives_a_function():
-    """Return what cannot be pickled."""
+    """Return an object that cannot be pickled."""
     return lambda: None
 
 
@@ -50,7 +50,7 @@ def make(make_manager):
 
 
 def test_functions_run_in_processes_that_are_reused(make):
-    """Arguments go there, results and errors come back, the error with the traceback it had there."""
+    """Arguments, results and errors are passed; an error has its traceback from there."""
     with make() as submit:
         first = submit(os.getpid).result(60)
         assert first != os.getpid()
@@ -61,14 +61,14 @@ def test_functions_run_in_processes_that_are_reused(make):
 
 
 def test_a_failure_in_a_process_is_raised_at_the_end(make):
-    """As one in a thread."""
+    """A failure in a process is raised as one in a thread."""
     with pytest.raises(ZeroDivisionError):
         with make() as submit:
             submit(divmod, 1, 0)
 
 
 def test_a_function_that_runs_is_ended_with_its_process(make):
-    """Cancelled at the end of the block or by its timeout, it does not go on computing."""
+    """A function that is cancelled at the end of the block or by its timeout stops computing."""
     executor = make()
     begin = time.monotonic()
     with executor as submit:
@@ -84,8 +84,8 @@ def test_a_function_that_runs_is_ended_with_its_process(make):
     assert (stats["abandoned"], stats["timed_out"]) == (1, 1)
 
 
-def test_a_function_abandoned_before_its_process_began_starts_none():
-    """An interruption that comes first is not forgotten."""
+def test_a_function_abandoned_before_its_process_began_starts_no_process():
+    """A function that is abandoned before its process has started does not start one."""
     runner = ProcessRunner()
     runner.interrupt()
     with pytest.raises(WorkerDiedError, match="abandoned before"):
@@ -94,7 +94,7 @@ def test_a_function_abandoned_before_its_process_began_starts_none():
 
 
 def test_a_process_that_dies_is_replaced(make):
-    """Its function fails with the exit code, the next one gets a new process."""
+    """Its function fails with the exit code; the next function gets a new process."""
     with make() as submit:
         error = submit(os._exit, 3, __reraise_on_exit__=False).exception(60)
         assert isinstance(error, WorkerDiedError)
@@ -102,8 +102,8 @@ def test_a_process_that_dies_is_replaced(make):
         assert submit(pow, 2, 3).result(60) == 8
 
 
-def test_what_cannot_be_pickled_is_refused(make):
-    """At once for functions and arguments, through the future for results and errors; the message says what to do."""
+def test_objects_that_cannot_be_pickled_are_refused(make):
+    """Functions and arguments are refused at once, results and errors fail the future; the message gives advice."""
     with make() as submit:
         with pytest.raises(NotPicklableError, match="define the function at the top of a module"):
             submit(lambda: 1)
@@ -125,7 +125,7 @@ has_interpreters = pytest.mark.skipif(
 
 @has_interpreters
 def test_functions_run_in_interpreters(make_manager):
-    """Arguments go there, results and errors come back, the error with the traceback it had there."""
+    """Arguments, results and errors are passed; an error has its traceback from there."""
     with BackgroundExecutor(kind="interpreters", manager=make_manager(), max_concurrency=2) as submit:
         assert submit(int, "1000", base=2).result(60) == 8
         assert len({submit(threading.get_native_id).result(60) for _ in range(9)}) <= 2
@@ -152,7 +152,7 @@ UNGUARDED = """
 
 @has_interpreters
 def test_functions_of_the_main_module_run_in_interpreters(tmp_path, twin):
-    """As in processes: the interpreter imports the program's file, without its main part."""
+    """As in processes, the interpreter imports the program's file, without its main part."""
     with child(tmp_path, GUARDED, twin, "asyncio") as program:
         assert program.end() == 0, program.output
     assert program.lines == ["90"]
@@ -160,7 +160,7 @@ def test_functions_of_the_main_module_run_in_interpreters(tmp_path, twin):
 
 @has_interpreters
 def test_a_program_without_a_main_part_starts_no_interpreters_for_ever(tmp_path, twin):
-    """The error says what the program lacks."""
+    """A program without a main guard fails with an error that says so."""
     with child(tmp_path, UNGUARDED, twin, "asyncio") as program:
         assert program.end() == 1
     assert "bgtasks.errors.InvalidProgramError" in program.output
@@ -168,7 +168,7 @@ def test_a_program_without_a_main_part_starts_no_interpreters_for_ever(tmp_path,
 
 
 @pytest.mark.skipif(hasattr(concurrent.futures, "InterpreterPoolExecutor"), reason="before Python 3.14")
-def test_interpreters_are_refused_where_there_are_none():
-    """The message names the release that has them, and what to take instead."""
+def test_interpreters_are_refused_if_python_has_none():
+    """The message names the release that has interpreters, and the alternative."""
     with pytest.raises(InvalidOptionError, match=r"needs Python 3\.14 or later.*'processes'"):
         BackgroundExecutor(kind="interpreters")

@@ -1,4 +1,4 @@
-"""What an executor keeps of functions and coroutines that have ended: nothing."""
+"""An executor keeps no references to functions and coroutines that have ended."""
 
 import asyncio
 import gc
@@ -13,23 +13,23 @@ WAIT = 10
 
 
 class Marker:
-    """An object that can be watched by a weak reference."""
+    """An object that can be referred to weakly."""
 
 
 def fail(marker):
-    """Raise, with the argument in the frame of the traceback."""
+    """Raise an error whose traceback refers to the argument."""
     raise ValueError("wrong")
 
 
 @pytest.fixture(autouse=True)
 def _no_records(caplog):
-    """Log nothing: pytest keeps the records, and they the failures."""
+    """Disable logging: pytest keeps the records, and the records keep the failures."""
     caplog.set_level(logging.CRITICAL, logger="bgtasks")
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
-def test_ended_functions_are_let_go(make_manager, fails):
-    """A function's argument, result, failure and future go with their last user, and the executor after its exit."""
+def test_ended_functions_are_freed(make_manager, fails):
+    """A function's argument, result, failure and future are freed after their last use, the executor after its exit."""
     executor = BackgroundExecutor(manager=make_manager())
     with executor as submit:
         marker = Marker()
@@ -44,8 +44,8 @@ def test_ended_functions_are_let_go(make_manager, fails):
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
-async def test_ended_coroutines_are_let_go(make_manager, fails):
-    """A coroutine's argument, result, failure and task go with their last user, and the executor after its exit."""
+async def test_ended_coroutines_are_freed(make_manager, fails):
+    """A coroutine's argument, result, failure and task are freed after their last use, the executor after its exit."""
 
     async def work(given):
         return fail(given) if fails else given

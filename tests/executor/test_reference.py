@@ -1,4 +1,4 @@
-"""The tests that users have for LangGraph's executors, as they have them but for the imports and the markers."""
+"""The tests of users for LangGraph's executors, unchanged except for imports and markers."""
 
 import asyncio
 import time
@@ -205,5 +205,5 @@ def test_executor_performance(benchmark):
 
 
 def test_the_executor_of_a_fixture(executor):
-    """What the fixture yields is submit, in its block."""
+    """The fixture yields submit, inside the block of its executor."""
     assert executor(sum, [1, 2]).result() == 3

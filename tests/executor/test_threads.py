@@ -41,7 +41,7 @@ def make(make_manager):
 
 
 class Gate:
-    """A function that says when it runs and returns when it is told to."""
+    """A function that sets ``entered`` when it runs, and returns when ``opened`` is set."""
 
     def __init__(self):
         self.entered = threading.Event()
@@ -55,7 +55,7 @@ class Gate:
         return "late"
 
 
-def settled(condition):
+def wait_until(condition):
     """Wait until a condition holds."""
     deadline = time.monotonic() + 10
     while not condition():
@@ -64,7 +64,7 @@ def settled(condition):
 
 
 def workers():
-    """Return the threads of executors that live."""
+    """Return the live threads of executors."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("bgtasks-")]
 
 
@@ -77,7 +77,7 @@ def raising(error):
 
 
 def test_submit_gives_a_concurrent_future(make):
-    """Results and errors come through it, callbacks and waits work on it."""
+    """The future has the result or the error; callbacks and waits work."""
     with make() as submit:
         future = submit(divmod, 7, 2)
         assert isinstance(future, concurrent.futures.Future)
@@ -94,14 +94,14 @@ def test_submit_gives_a_concurrent_future(make):
 
 
 def test_submit_can_be_held_by_a_weak_method(make):
-    """What the block gets is a bound method."""
+    """The block gets a bound method."""
     executor = make()
     with executor as submit:
         assert weakref.WeakMethod(submit)() == executor.submit
 
 
 def test_the_function_sees_the_submitters_context_and_keeps_its_own(make):
-    """Context variables go in and do not come out."""
+    """The function sees context variables of the caller; the caller does not see its changes."""
 
     def change():
         before = variable.get()
@@ -119,7 +119,7 @@ def test_the_function_sees_the_submitters_context_and_keeps_its_own(make):
 
 
 def test_everything_shows_in_info_statistics_and_history(make):
-    """Functions are in the books as tasks are: by id, name, state, age and outcome."""
+    """Functions are shown and counted as tasks are: by id, name, state, age and outcome."""
     executor = make(history=10, max_concurrency=1)
     gate = Gate()
     with executor as submit:
@@ -146,8 +146,8 @@ def test_everything_shows_in_info_statistics_and_history(make):
     assert len({task["task_id"] for task in manager.get_history()}) == 2
 
 
-def test_counters_and_percentiles_of_one_name_are_those_of_tasks_and_functions(make_manager):
-    """Coroutines and functions of one name are one entry of the statistics."""
+def test_tasks_and_functions_of_one_name_share_counters_and_percentiles(make_manager):
+    """Coroutines and functions of one name share one entry of the statistics."""
     manager = make_manager()
 
     async def main():
@@ -169,7 +169,7 @@ def test_counters_and_percentiles_of_one_name_are_those_of_tasks_and_functions(m
 
 
 def test_ten_thousand_submits_never_run_more_than_ten(make):
-    """max_concurrency limits the threads that exist."""
+    """max_concurrency limits the number of threads."""
     lock = threading.Lock()
     running = most = 0
     threads = set()
@@ -194,7 +194,7 @@ def test_ten_thousand_submits_never_run_more_than_ten(make):
 
 
 def test_functions_start_in_the_order_of_their_submission(make):
-    """First come, first served."""
+    """Functions start first come, first served."""
     order = []
     with make(max_concurrency=1) as submit:
         for number in range(1000):
@@ -203,12 +203,12 @@ def test_functions_start_in_the_order_of_their_submission(make):
 
 
 def test_idle_threads_are_reused_and_new_ones_start_on_demand(make):
-    """One after another needs one thread; functions that wait for each other get one each."""
+    """Sequential functions share one thread; functions that wait for each other get one each."""
     executor = make(max_concurrency=8)
     with executor as submit:
         for _ in range(20):
             submit(int).result(10)
-            settled(lambda: not executor._running)
+            wait_until(lambda: not executor._running)
         assert len(executor._threads) == 1
         barrier = threading.Barrier(8)
         for _ in range(8):
@@ -216,8 +216,8 @@ def test_idle_threads_are_reused_and_new_ones_start_on_demand(make):
     assert not any(thread.is_alive() for thread in executor._threads)
 
 
-def test_the_default_is_that_of_the_thread_pool(make):
-    """So many threads as ThreadPoolExecutor would have."""
+def test_the_default_limit_is_that_of_the_thread_pool(make):
+    """The default number of threads is that of ThreadPoolExecutor."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         assert make()._limit == pool._max_workers
 
@@ -226,7 +226,7 @@ def test_the_default_is_that_of_the_thread_pool(make):
 
 
 def test_a_queued_function_can_be_cancelled_a_running_one_cannot(make):
-    """As with ThreadPoolExecutor; the manager's cancel reaches functions by id and name, too."""
+    """As with ThreadPoolExecutor; the manager cancels functions by id and name as well."""
     gate = Gate()
     executor = make(max_concurrency=1)
     called = []
@@ -249,8 +249,8 @@ def test_a_queued_function_can_be_cancelled_a_running_one_cannot(make):
     assert executor.manager.stats()["cancelled"] == 4
 
 
-def test_the_end_abandons_what_runs_and_is_to_be_cancelled(make, caplog):
-    """Its future is cancelled at once, its late result thrown away, its late error logged once."""
+def test_the_end_abandons_running_functions_with_cancel_on_exit(make, caplog):
+    """The future is cancelled at once; a late result is discarded, a late error logged once."""
     gates = [Gate(), Gate()]
     executor = make()
     with executor as submit:
@@ -261,14 +261,14 @@ def test_the_end_abandons_what_runs_and_is_to_be_cancelled(make, caplog):
     assert executor.manager.stats()["abandoned"] == 2
     for gate in gates:
         gate.opened.set()
-    settled(lambda: "too late" in caplog.text)
-    settled(lambda: not workers())
+    wait_until(lambda: "too late" in caplog.text)
+    wait_until(lambda: not workers())
     assert caplog.text.count("'fails late' failed after it was abandoned: ValueError: too late") == 1
     assert all(future.cancelled() for future in futures)
 
 
-def test_abandon_running_false_waits_for_what_runs(make):
-    """LangGraph's behaviour: only what has not started is cancelled."""
+def test_abandon_running_false_waits_for_running_functions(make):
+    """As in LangGraph, only functions that have not started are cancelled."""
     gate = Gate()
     with make(abandon_running=False, max_concurrency=1) as submit:
         running = submit(gate, __cancel_on_exit__=True)
@@ -277,11 +277,11 @@ def test_abandon_running_false_waits_for_what_runs(make):
         threading.Timer(0.01, gate.opened.set).start()
     assert running.result() == "late"
     assert queued.cancelled()
-    settled(lambda: not workers())
+    wait_until(lambda: not workers())
 
 
 def test_a_timeout_fails_the_future_and_abandons_the_function(make, caplog):
-    """TimeoutError is raised at the end, the late outcome thrown away, and another thread serves the queue."""
+    """TimeoutError is raised at the end, the late outcome is discarded, and another thread serves the queue."""
     gate = Gate()
     executor = make(max_concurrency=1)
     with pytest.raises(TimeoutError, match=r"timed out after 0\.01 seconds"):
@@ -293,21 +293,21 @@ def test_a_timeout_fails_the_future_and_abandons_the_function(make, caplog):
     stats = executor.manager.stats()
     assert (stats["timed_out"], stats["completed"]) == (1, 1)
     assert caplog.text.count("'hangs' timed out after 0.01 seconds") == 1
-    settled(lambda: not workers())
+    wait_until(lambda: not workers())
 
 
 def test_timeouts_of_functions_that_ended_are_forgotten(make):
-    """A thousand quick functions with an hour each leave nothing behind."""
+    """A thousand quick functions with timeouts of an hour leave nothing behind."""
     executor = make()
     with executor as submit:
         for _ in range(1000):
             submit(int, __timeout__=3600)
-        settled(lambda: not executor._live)
+        wait_until(lambda: not executor._live)
         assert len(executor._deadlines._heap) < 200
 
 
-def test_an_abandoned_function_does_not_hold_the_interpreter_up():
-    """The program ends although a thread of it sleeps for a minute."""
+def test_an_abandoned_function_does_not_hold_up_the_interpreter():
+    """The program ends although one of its threads sleeps for a minute."""
     program = (
         "import time\nfrom bgtasks import BackgroundExecutor\n"
         "with BackgroundExecutor() as submit:\n    future = submit(time.sleep, 60, __cancel_on_exit__=True)\n"
@@ -324,7 +324,7 @@ def test_an_abandoned_function_does_not_hold_the_interpreter_up():
 
 
 def test_the_first_failure_in_order_of_submission_is_raised(make, caplog):
-    """Not the first in time; and each failure was reported once."""
+    """The first submitted failure is raised, not the first in time; each failure is reported once."""
     gate = Gate()
     with pytest.raises(ValueError, match="submitted first"):
         with make() as submit:
@@ -336,7 +336,7 @@ def test_the_first_failure_in_order_of_submission_is_raised(make, caplog):
 
 
 def test_an_exception_of_the_block_wins(make):
-    """What is on its way is not replaced by a function's failure."""
+    """An exception of the block is not replaced by a function's failure."""
     with pytest.raises(KeyError, match="block"):
         with make() as submit:
             submit(raising, ValueError("function"))
@@ -344,8 +344,8 @@ def test_an_exception_of_the_block_wins(make):
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), StopIteration(1)])
-def test_what_is_no_exception_comes_through_the_future(make, error):
-    """The thread outlives it, and it is raised at the end."""
+def test_a_base_exception_is_set_on_the_future(make, error):
+    """The thread survives it, and the end of the block raises it."""
     executor = make(max_concurrency=1)
     with pytest.raises(type(error)):
         with executor as submit:
@@ -372,8 +372,8 @@ def test_functions_submitted_meanwhile_are_awaited(make):
     assert late[0].cancelled() or late[0].done()
 
 
-def test_an_interrupted_exit_lets_go_of_everything(make, monkeypatch):
-    """What waits is cancelled, what runs abandoned, and the interrupt goes on."""
+def test_an_interrupted_exit_waits_for_no_function(make, monkeypatch):
+    """Queued functions are cancelled, running ones abandoned, and the interrupt propagates."""
     gate = Gate()
     executor = make(max_concurrency=1)
 
@@ -389,11 +389,11 @@ def test_an_interrupted_exit_lets_go_of_everything(make, monkeypatch):
     assert running.cancelled()
     assert queued.cancelled()
     gate.opened.set()
-    settled(lambda: not workers())
+    wait_until(lambda: not workers())
 
 
 def test_submit_outside_the_block_raises(make):
-    """Before and after the block there is nobody to wait for the function."""
+    """Before and after the block, submit raises."""
     executor = make()
     with pytest.raises(ExecutorClosedError, match="was not entered"):
         executor.submit(int)
@@ -407,7 +407,7 @@ def test_submit_outside_the_block_raises(make):
 
 
 def test_no_thread_outlives_the_block(make):
-    """Nor does one start without work."""
+    """No thread starts without work, and all end with the block."""
     with make() as submit:
         assert not workers()
         for _ in range(100):
@@ -415,8 +415,8 @@ def test_no_thread_outlives_the_block(make):
     assert not workers()
 
 
-def test_nothing_is_kept_of_finished_functions(make):
-    """Neither result, nor arguments, nor future, while the threads idle."""
+def test_finished_functions_are_freed(make):
+    """Idle threads keep no result, arguments or future."""
 
     class Thing:
         def method(self):
@@ -432,17 +432,17 @@ def test_nothing_is_kept_of_finished_functions(make):
             gc.collect()
             return all(reference() is None for reference in references)
 
-        settled(gone)
+        wait_until(gone)
 
 
 def test_memory_is_flat_over_many_submits_in_one_block(make):
-    """Twenty thousand functions leave as many objects behind as two thousand do."""
+    """Twenty thousand functions leave as many objects as two thousand."""
     executor = make(max_concurrency=4)
 
     def objects_after(submit, count):
         for _ in range(count):
             submit(int, __cancel_on_exit__=True)
-        settled(lambda: not executor._live)
+        wait_until(lambda: not executor._live)
         gc.collect()
         return len(gc.get_objects())
 
@@ -451,19 +451,19 @@ def test_memory_is_flat_over_many_submits_in_one_block(make):
         assert objects_after(submit, 20_000) - before < 200
 
 
-def test_of_many_failures_only_the_one_to_raise_is_kept(make):
-    """A hundred failures do not hold a hundred tracebacks."""
+def test_only_the_failure_to_raise_is_kept(make):
+    """A hundred failures do not keep a hundred tracebacks."""
     executor = make()
     with pytest.raises(ValueError, match="number 0"):
         with executor as submit:
             for number in range(100):
                 submit(raising, ValueError(f"number {number}"))
-            settled(lambda: not executor._live)
+            wait_until(lambda: not executor._live)
             assert len(executor._failures) == 1
 
 
-def test_hooks_decide_at_the_exit_what_is_reported_and_raised(make_manager, caplog):
-    """An executor in the place of another has its own say, also about failures that ended long ago."""
+def test_hooks_decide_which_failures_the_exit_reports_and_raises(make_manager, caplog):
+    """Subclasses decide which failures are reported and raised, also of functions that ended long ago."""
 
     class Special(BackgroundExecutor):
         _zero_is_no_limit = True
@@ -486,7 +486,7 @@ def test_hooks_decide_at_the_exit_what_is_reported_and_raised(make_manager, capl
 
 
 def test_without_a_thread_the_submission_is_refused(make, monkeypatch):
-    """What the system gives no thread for is refused by submit, and not run later."""
+    """If the system starts no thread, submit refuses the function, which does not run later."""
     called = []
     with make() as submit:
         with monkeypatch.context() as patch:
@@ -498,7 +498,7 @@ def test_without_a_thread_the_submission_is_refused(make, monkeypatch):
 
 
 def test_without_a_thread_for_its_timeout_the_function_fails(make, monkeypatch):
-    """Its future says why; the next one has its timeout."""
+    """The error of the future says why; the next function has its timeout."""
     start, gate = threading.Thread.start, Gate()
     with make() as submit:
         with monkeypatch.context() as patch:
@@ -517,8 +517,8 @@ def test_without_a_thread_for_its_timeout_the_function_fails(make, monkeypatch):
 # -- with the manager --------------------------------------------------------------------------------------------------
 
 
-async def test_shutdown_of_the_manager_cancels_what_waits_and_waits_for_what_runs(make_manager):
-    """Functions are the manager's work as tasks are."""
+async def test_shutdown_cancels_queued_functions_and_waits_for_running_ones(make_manager):
+    """The manager's shutdown cancels queued functions and waits for running ones."""
     manager = make_manager()
     gate = Gate()
     executor = BackgroundExecutor(manager=manager, max_concurrency=1)
@@ -538,7 +538,7 @@ async def test_shutdown_of_the_manager_cancels_what_waits_and_waits_for_what_run
 
 
 def test_a_full_manager_refuses(make_manager):
-    """Its cap holds for functions."""
+    """The cap of a manager includes functions."""
     for overflow in ("raise", "drop_newest"):
         gate = Gate()
         manager = make_manager(max_pending_tasks=1, overflow=overflow)
@@ -549,8 +549,8 @@ def test_a_full_manager_refuses(make_manager):
             gate.opened.set()
 
 
-def test_threads_submit_and_cancel_at_once(make):
-    """Every future ends, every function is counted once, whatever the threads do."""
+def test_every_future_ends_while_threads_submit_and_cancel(make):
+    """Every future ends, and every function is counted once."""
     executor = make(max_concurrency=4)
     futures = [[] for _ in range(8)]
     with executor as submit:
@@ -579,7 +579,7 @@ def test_threads_submit_and_cancel_at_once(make):
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, "3", True])
 def test_a_limit_that_is_no_positive_whole_number_is_refused(limit):
-    """In the config as by keyword."""
+    """The limit is checked in the config and as a keyword."""
     with pytest.raises(InvalidOptionError, match="max_concurrency"):
         BackgroundExecutor({"max_concurrency": limit})
     with pytest.raises(InvalidOptionError, match="max_concurrency"):
@@ -587,15 +587,15 @@ def test_a_limit_that_is_no_positive_whole_number_is_refused(limit):
 
 
 def test_options_of_other_values_are_refused():
-    """Each message lists what there is."""
+    """Each message lists the allowed values."""
     with pytest.raises(InvalidOptionError, match="kind must be one of 'threads', 'processes', 'interpreters'"):
         BackgroundExecutor(kind="fibres")
     with pytest.raises(InvalidOptionError, match="config must be a mapping"):
         BackgroundExecutor(7)
 
 
-def test_what_cannot_be_run_is_refused(make):
-    """The message names the other class where that one would do."""
+def test_an_object_that_cannot_be_run_is_refused(make):
+    """The message names the other class if it would run the function."""
 
     async def coroutine():
         pass
@@ -611,7 +611,7 @@ def test_what_cannot_be_run_is_refused(make):
         with pytest.raises(InvalidFunctionError, match="a function is needed"):
             submit(42)
         for function in (generator, functools.partial(generator)):
-            with pytest.raises(InvalidFunctionError, match="until somebody iterates over it"):
+            with pytest.raises(InvalidFunctionError, match="until it is iterated over"):
                 submit(function)
         for function in (coroutine, functools.partial(coroutine)):
             with pytest.raises(InvalidFunctionError, match="AsyncBackgroundExecutor runs coroutine functions"):

@@ -17,9 +17,9 @@ from internals import release_closed_loops
 from work import after, failing, forever, stubborn, until, value
 
 from bgtasks import BackgroundTaskManager, InvalidOptionError, InvalidTimeoutError
-from bgtasks.integrations import agentflow
+from bgtasks.integrations import _agentflow_graphs, agentflow
 
-# What the frameworks and InjectQ themselves use of asyncio that newer Pythons advise against.
+# The frameworks and InjectQ use parts of asyncio that newer Pythons deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(injectq|agentflow|tenxgraph)")
 
 THREAD = {"thread_id": "thread"}
@@ -27,7 +27,7 @@ THREAD = {"thread_id": "thread"}
 
 @pytest.fixture(params=FRAMEWORKS)
 def framework(request):
-    """Give each framework that is installed, with its own manager and a container of the test's own."""
+    """Give each framework that is installed, with its own manager, and with a container for the test alone."""
     framework = needed(request.param)
     with clean_containers():
         yield framework
@@ -35,7 +35,7 @@ def framework(request):
 
 @pytest.fixture
 def installed(framework, twin):
-    """Give the framework with our manager in it; what is left of its tasks at the end is an error."""
+    """Give the framework with our manager installed; tasks that are left at the end are an error."""
     with ours_in(framework.name, twin):
         yield framework
 
@@ -47,7 +47,7 @@ def make(installed):
 
 
 def run(program, *arguments):
-    """Run a program in an interpreter of its own and return what it printed."""
+    """Run a program in its own interpreter and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, check=False
     )
@@ -60,7 +60,7 @@ def run(program, *arguments):
 
 @pytest.mark.parametrize("first", ["framework", "bgtasks"])
 def test_install_works_before_and_after_the_framework_is_imported(framework, first):
-    """Whichever comes first, every module of the framework and every default means our class."""
+    """In either order every module of the framework and every default has our class."""
     program = """
 import sys
 from importlib import import_module
@@ -73,24 +73,25 @@ from bgtasks.integrations import agentflow
 agentflow.install()
 for part in parts:
     import_module(part)
-ours = import_module(f"{name}.utils.background_task_manager").BackgroundTaskManager
+replacement = import_module(f"{name}.utils.background_task_manager").BackgroundTaskManager
 names = [module for module, content in sorted(sys.modules.items()) if "BackgroundTaskManager" in vars(content)]
-assert all(vars(sys.modules[module])["BackgroundTaskManager"] is ours for module in names if module.startswith(name))
-print(ours.__mro__[2], len(names))
+own = [module for module in names if module.startswith(name)]
+assert all(vars(sys.modules[module])["BackgroundTaskManager"] is replacement for module in own)
+print(replacement.__mro__[2], len(names))
 publish = import_module(f"{name}.runtime.publisher.publish").publish_event
 memory = import_module(f"{name}.prebuilt.tools.memory").memory_tool
 for function in (publish, memory):
     defaults = [default for default in function.__defaults__ if "Inject" in str(type(default))]
-    assert ours in [vars(default)["service_type"] for default in defaults]
-assert isinstance(import_module(f"{name}.core").StateGraph()._task_manager, ours)
+    assert replacement in [vars(default)["service_type"] for default in defaults]
+assert isinstance(import_module(f"{name}.core").StateGraph()._task_manager, replacement)
 """
     printed = run(program, framework.name, first)
     assert printed.startswith("<class 'bgtasks.manager.BackgroundTaskManager'> ")
     assert int(printed.split()[-1]) >= 8
 
 
-def test_what_a_program_imported_or_defined_before_means_ours_too(framework, twin):
-    """A module of the program, a default of a function, a default that was resolved already: all are changed."""
+def test_names_that_a_program_imported_before_are_replaced(framework, twin):
+    """A module of the program, a default of a function and a default that was resolved all have our class."""
     import injectq
 
     module = types.ModuleType("program_of_the_test")
@@ -107,11 +108,11 @@ def test_what_a_program_imported_or_defined_before_means_ours_too(framework, twi
         original = framework.module.BackgroundTaskManager
         assert module.Manager is original
         assert original.__module__ == f"{framework.name}.utils.background_task_manager"
-        assert not issubclass(original, agentflow.BackgroundTaskManager)
+        assert not issubclass(original, _agentflow_graphs.BackgroundTaskManager)
 
 
-def test_what_only_a_decorator_knows_is_answered_with_the_same_manager(framework, twin):
-    """A class that no module names any more, taken at decoration, still leads to the manager of the graph."""
+def test_a_decorator_of_before_gives_the_same_manager(framework, twin):
+    """A class that only a decorator holds still gives the manager of the graph."""
     import injectq
 
     def decorated(kind):
@@ -129,8 +130,8 @@ def test_what_only_a_decorator_knows_is_answered_with_the_same_manager(framework
             assert decorated(framework.module.BackgroundTaskManager)() is graph._task_manager
 
 
-def test_uninstall_undoes_it(framework, twin):
-    """Names, defaults, methods and counters are what they were."""
+def test_uninstall_restores_everything(framework, twin):
+    """Names, defaults, methods and counters are as they were."""
 
     def state():
         defaults = [vars(default)["service_type"] for default in framework.publish.publish_event.__defaults__]
@@ -155,15 +156,15 @@ def test_uninstall_undoes_it(framework, twin):
     assert state() == before
 
 
-def test_twice_counts_once(framework):
-    """A second install changes nothing, and one uninstall undoes both; another drain_timeout is refused."""
+def test_a_second_install_changes_nothing(framework):
+    """One uninstall undoes both; another drain_timeout is refused."""
     original = framework.module.BackgroundTaskManager
     agentflow.install(framework.name, drain_timeout=2.0)
     try:
-        ours = framework.module.BackgroundTaskManager
+        installed = framework.module.BackgroundTaskManager
         agentflow.install()
         agentflow.install(framework.name, drain_timeout=2.0)
-        assert framework.module.BackgroundTaskManager is ours
+        assert framework.module.BackgroundTaskManager is installed
         with pytest.raises(InvalidOptionError, match=r"drain_timeout=2.0: uninstall\(\) it first"):
             agentflow.install(framework.name, drain_timeout=3.0)
     finally:
@@ -180,7 +181,7 @@ def test_twice_counts_once(framework):
     ],
 )
 def test_bad_arguments_are_refused(framework, arguments, options, text):
-    """The error names the argument and the values it takes; nothing is installed."""
+    """The error names the argument and its valid values; nothing is installed."""
     with pytest.raises(InvalidOptionError, match=text):
         agentflow.install(*arguments, **options)
     with pytest.raises(InvalidOptionError, match="framework must be one of"):
@@ -190,7 +191,7 @@ def test_bad_arguments_are_refused(framework, arguments, options, text):
 
 @pytest.mark.parametrize("arguments", ["", "'agentflow'", "'tenxgraph'"])
 def test_without_the_framework_the_error_says_what_to_install(arguments):
-    """The missing extra is named with the command that installs it."""
+    """The error has the command that installs the missing extra."""
     program = f"""
 import sys
 sys.modules["agentflow"] = sys.modules["tenxgraph"] = None
@@ -220,7 +221,7 @@ def test_two_frameworks_at_once_each_get_a_class_of_their_own():
 
 
 def test_the_old_name_means_the_framework_that_it_points_to():
-    """Where 10xGraph brings the name agentflow along, installing and uninstalling by that name works on 10xGraph."""
+    """If 10xGraph provides the name agentflow, installing and uninstalling by that name works on 10xGraph."""
     needed("tenxgraph")
     program = """
 import warnings
@@ -231,18 +232,18 @@ from bgtasks.integrations import agentflow as integration
 original = id(tenxgraph.utils.BackgroundTaskManager)  # a class in a global would be replaced, too
 integration.install()
 integration.install("agentflow")
-ours = id(tenxgraph.utils.BackgroundTaskManager)
+replacement = id(tenxgraph.utils.BackgroundTaskManager)
 same = agentflow.utils is tenxgraph.utils
 integration.uninstall("agentflow")
-print(same, ours != original, id(tenxgraph.utils.BackgroundTaskManager) == original)
+print(same, replacement != original, id(tenxgraph.utils.BackgroundTaskManager) == original)
 """
     printed = run(program).split()
     assert printed[1] == "True"
     assert printed[0] == printed[2]
 
 
-def test_a_program_that_ends_with_live_graphs_ends_quietly(framework):
-    """Managers that are collected while the interpreter goes down say nothing."""
+def test_a_program_that_ends_with_live_graphs_prints_nothing(framework):
+    """Managers that are collected during the interpreter's shutdown print nothing."""
     program = """
 import asyncio, sys
 from importlib import import_module
@@ -268,8 +269,8 @@ asyncio.run(main())
 # -- graphs ---------------------------------------------------------------------------------------------------------
 
 
-def nodes_that_ask(framework, seen):
-    """Return nodes that ask for a manager in every way, and put what they got into ``seen``."""
+def nodes_with_managers(framework, seen):
+    """Return nodes that ask for a manager in every way; they append it to ``seen``."""
     from injectq import Inject
 
     Manager = framework.module.BackgroundTaskManager  # noqa: N806
@@ -290,7 +291,7 @@ def nodes_that_ask(framework, seen):
         seen.append(task_manager)
         return state
 
-    async def of_bgtasks(anything, task_manager: agentflow.BackgroundTaskManager):
+    async def of_bgtasks(anything, task_manager: _agentflow_graphs.BackgroundTaskManager):
         seen.append(task_manager)
         return anything
 
@@ -303,9 +304,9 @@ def nodes_that_ask(framework, seen):
 
 @pytest.mark.parametrize("how", ["ainvoke", "astream"])
 async def test_every_node_gets_the_manager_of_its_graph(installed, how):
-    """Bare, quoted, optional, keyword-only, as default, in a sync function: each parameter gets it, in both graphs."""
+    """Bare, quoted, optional, keyword-only, as a default or in a sync function: each parameter gets it."""
     seen = []
-    apps = [graph_of(installed, *nodes_that_ask(installed, seen)).compile() for _ in range(2)]
+    apps = [graph_of(installed, *nodes_with_managers(installed, seen)).compile() for _ in range(2)]
     for app in [*apps, apps[0]]:
         if how == "ainvoke":
             await app.ainvoke(question(installed), {"thread_id": f"thread {len(seen)}"})
@@ -318,9 +319,9 @@ async def test_every_node_gets_the_manager_of_its_graph(installed, how):
 
 
 async def test_a_node_that_replaces_another_gets_the_manager_too(installed):
-    """``override_node`` of a compiled graph is heeded."""
+    """It is the same after ``override_node`` of a compiled graph."""
     seen = []
-    bare, *_, in_a_thread = nodes_that_ask(installed, seen)
+    bare, *_, in_a_thread = nodes_with_managers(installed, seen)
     app = graph_of(installed, bare).compile()
     app.override_node("bare", in_a_thread)
     await app.ainvoke(question(installed), THREAD)
@@ -328,8 +329,8 @@ async def test_a_node_that_replaces_another_gets_the_manager_too(installed):
     await app.aclose()
 
 
-async def test_nodes_that_ask_for_nothing_are_called_as_ever(installed):
-    """State and config arrive by name, a single parameter is the state, a missing one is the framework's error."""
+async def test_nodes_without_a_manager_are_called_as_before(installed):
+    """State and config are passed by name, a single parameter is the state, a missing one the framework's error."""
     seen = []
 
     async def both(state, config):
@@ -353,7 +354,7 @@ async def test_nodes_that_ask_for_nothing_are_called_as_ever(installed):
 
 
 def test_each_sync_invoke_runs_a_loop_of_its_own(installed):
-    """One graph, one manager, many loops: tasks that end in time are completed, the others go with their loop."""
+    """One manager serves many loops: tasks that end in time are completed, the others end with their loop."""
     Manager = installed.module.BackgroundTaskManager  # noqa: N806
     ended = []
 
@@ -376,7 +377,7 @@ def test_each_sync_invoke_runs_a_loop_of_its_own(installed):
 
 
 async def test_events_go_through_the_manager_and_aclose_reports_them(installed):
-    """The framework's publish_event, with a default made at import, uses the manager of the newest graph."""
+    """The framework's publish_event, whose default was made at import, uses the manager of the newest graph."""
     publisher = recording_publisher(installed)
 
     async def node(state, config):
@@ -394,7 +395,7 @@ async def test_events_go_through_the_manager_and_aclose_reports_them(installed):
 
 
 async def test_graphs_made_before_keep_their_manager_and_its_events(framework, twin):
-    """install() takes no manager away from a graph that has one."""
+    """install() does not replace the manager of a graph that has one."""
     from injectq import InjectQ
 
     publisher = recording_publisher(framework)
@@ -403,19 +404,19 @@ async def test_graphs_made_before_keep_their_manager_and_its_events(framework, t
         return state
 
     app = graph_of(framework, node, publisher=publisher).compile()
-    theirs = app._task_manager
+    manager = app._task_manager
     with ours_in(framework.name, twin):
-        assert not isinstance(theirs, agentflow.BackgroundTaskManager)
-        assert InjectQ.get_instance().get(framework.module.BackgroundTaskManager) is theirs
+        assert not isinstance(manager, _agentflow_graphs.BackgroundTaskManager)
+        assert InjectQ.get_instance().get(framework.module.BackgroundTaskManager) is manager
         await app.ainvoke(question(framework), THREAD)
-        assert theirs.get_task_count() > 0
-        await theirs.wait_for_all()
+        assert manager.get_task_count() > 0
+        await manager.wait_for_all()
         assert publisher.events
         await app.aclose()
 
 
 async def test_the_shutdown_timeout_of_compile_bounds_aclose(installed):
-    """A task that swallows its cancellation is reported as remaining when the time is up."""
+    """A task that swallows its cancellation is reported as remaining after the timeout."""
     release = asyncio.Event()
     Manager = installed.module.BackgroundTaskManager  # noqa: N806
 
@@ -436,7 +437,7 @@ async def test_the_shutdown_timeout_of_compile_bounds_aclose(installed):
 
 
 async def test_draining_lets_tasks_end_inside_the_shutdown_timeout(framework, twin):
-    """With drain_timeout what ends in time is completed; what does not is cancelled, inside the same time."""
+    """With drain_timeout, tasks that end in time are completed; the others are cancelled within the same time."""
     with ours_in(framework.name, twin, drain_timeout=60.0):
         Manager = framework.module.BackgroundTaskManager  # noqa: N806
         event = asyncio.Event()
@@ -462,8 +463,8 @@ async def test_draining_lets_tasks_end_inside_the_shutdown_timeout(framework, tw
 # -- the class ------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_made_without_a_loop_and_true_when_empty(make, installed):
-    """The names that programs and tests read are there, with their types."""
+def test_a_manager_is_made_without_a_loop_and_true_when_empty(make, installed):
+    """It has the names that programs and tests read, with their types."""
     manager = make()
     assert manager
     assert manager._tasks == set()
@@ -474,22 +475,22 @@ def test_it_is_made_without_a_loop_and_true_when_empty(make, installed):
     assert mock.MagicMock(spec=make).create_task
 
 
-def test_it_takes_the_calls_that_the_framework_s_own_takes(framework, twin):
+def test_every_call_of_the_framework_s_own_manager_is_accepted(framework, twin):
     """Each public method has at least the parameters of the original, in order, with their defaults."""
     original = framework.module.BackgroundTaskManager
     with ours_in(framework.name, twin):
-        ours = framework.module.BackgroundTaskManager
+        replacement = framework.module.BackgroundTaskManager
         names = [name for name in vars(original) if not name.startswith("_") or name == "__init__"]
         assert len(names) == 9
         for name in names:
             if isinstance(vars(original)[name], property):
-                assert isinstance(getattr(ours, name), property)
+                assert isinstance(getattr(replacement, name), property)
                 continue
-            theirs = inspect.signature(getattr(original, name)).parameters
-            known = inspect.signature(getattr(ours, name)).parameters
-            assert list(known)[: len(theirs)] == list(theirs)
-            for parameter in theirs.values():
-                same = known[parameter.name]
+            expected = inspect.signature(getattr(original, name)).parameters
+            found = inspect.signature(getattr(replacement, name)).parameters
+            assert list(found)[: len(expected)] == list(expected)
+            for parameter in expected.values():
+                same = found[parameter.name]
                 assert (same.kind, same.default) == (parameter.kind, parameter.default), name
 
 
@@ -507,8 +508,8 @@ async def test_a_task_has_the_frameworks_metadata_while_it_runs(make, installed)
     assert (manager._tasks, manager._task_metadata) == (set(), {})
 
 
-async def test_work_is_taken_after_shutdown(make):
-    """A default value of a function may hold a manager whose graph is closed: its tasks run."""
+async def test_tasks_are_accepted_after_shutdown(make):
+    """A default of a function may hold a manager whose graph is closed: its tasks run."""
     manager = make()
     task = manager.create_task(forever())
     report = await manager.shutdown()
@@ -521,15 +522,15 @@ async def test_work_is_taken_after_shutdown(make):
 
 
 async def test_concurrent_shutdowns_all_return(make):
-    """One does the work, the others say that it was done."""
+    """One shuts down; the others report that it was done."""
     manager = make()
     manager.create_task(forever())
     reports = await asyncio.gather(*(manager.shutdown() for _ in range(3)))
     assert sorted(report["status"] for report in reports) == ["already_shutdown", "already_shutdown", "completed"]
 
 
-async def test_at_the_cap_the_newest_is_dropped(make, caplog):
-    """None comes back, the coroutine is closed, the drop counted, and one warning logged in five seconds."""
+async def test_a_full_manager_drops_the_newest_task(make, caplog):
+    """create_task returns None, closes the coroutine and counts the drop; there is one warning in five seconds."""
     manager = make(max_pending_tasks=2)
     kept = [manager.create_task(forever()) for _ in range(2)]
     refused = [forever() for _ in range(50)]
@@ -544,8 +545,8 @@ async def test_at_the_cap_the_newest_is_dropped(make, caplog):
     assert await manager.create_task(value("room")) == "room"
 
 
-async def test_a_cap_of_0_is_none(make):
-    """Thousands of tasks are taken."""
+async def test_a_limit_of_0_is_no_limit(make):
+    """Thousands of tasks are accepted."""
     manager = make(max_pending_tasks=0)
     for _ in range(1500):
         assert manager.create_task(forever()) is not None
@@ -553,7 +554,7 @@ async def test_a_cap_of_0_is_none(make):
     assert manager.dropped_count == 0
 
 
-def test_tasks_of_a_closed_loop_do_not_count_against_the_cap(make):
+def test_tasks_of_a_closed_loop_do_not_count_against_the_limit(make):
     """They are released when the manager uses its next loop."""
     manager = make(max_pending_tasks=1)
 
@@ -573,8 +574,8 @@ def test_tasks_of_a_closed_loop_do_not_count_against_the_cap(make):
     release_closed_loops(manager)
 
 
-async def test_a_timeout_of_0_is_none_and_a_negative_one_is_refused(make):
-    """What cannot be a length of time is a named error, and the coroutine is closed."""
+async def test_a_timeout_of_0_is_no_limit_and_a_negative_one_is_refused(make):
+    """A value that is no length of time is a named error, and the coroutine is closed."""
     manager = make()
     event = asyncio.Event()
     task = manager.create_task(after(event, "done"), timeout=0)
@@ -586,8 +587,8 @@ async def test_a_timeout_of_0_is_none_and_a_negative_one_is_refused(make):
         manager.create_task(value(), timeout=-1)
 
 
-async def test_a_timeout_costs_no_task_and_cancels(make, caplog):
-    """Nothing is scheduled beside the task; when the time is over it is cancelled with a warning."""
+async def test_a_timeout_needs_no_further_task(make, caplog):
+    """When the time is up the task is cancelled with a warning."""
     manager = make()
     await asyncio.sleep(0)
     before = len(asyncio.all_tasks())
@@ -601,7 +602,7 @@ async def test_a_timeout_costs_no_task_and_cancels(make, caplog):
 
 
 async def test_a_wait_that_times_out_cancels_nothing(make, installed, caplog):
-    """The tasks run on; the framework's counter of such waits goes up."""
+    """The tasks continue; the framework's counter of such waits is incremented."""
     manager = make()
     before = installed.metrics.snapshot()["counters"].get("background_task_manager.wait_timeout", 0)
     event = asyncio.Event()
@@ -642,7 +643,7 @@ def counters(framework):
 
 
 def observe(framework, caplog):
-    """Run the scenario on the class that the framework has now; return its records and what it counted."""
+    """Run the scenario on the framework's current class; return its log records and the changes of its counters."""
     caplog.clear()
     before = counters(framework)
     with caplog.at_level(logging.DEBUG, logger=f"{framework.name}.utils"):
@@ -663,19 +664,18 @@ def observe(framework, caplog):
 
 
 def test_records_and_counters_are_those_of_the_original(framework, twin, caplog):
-    """The same program leaves the same records and the same counts, whichever manager it has."""
-    theirs, their_counts = observe(framework, caplog)
+    """The same program leaves the same log records and the same counts with either manager."""
+    expected, expected_counts = observe(framework, caplog)
     with ours_in(framework.name, twin):
-        ours, our_counts = observe(framework, caplog)
-    assert len(theirs) > 15
-    # Where the original says nothing of a task's context, ours does.
-    assert sorted(record[:3] for record in ours) == sorted(record[:3] for record in theirs)
-    assert [record for record in theirs if record[3] or record[4]] == [r for r in ours if r[3] or r[4]]
-    assert our_counts == their_counts
+        found, found_counts = observe(framework, caplog)
+    assert len(expected) > 15
+    assert sorted(record[:3] for record in found) == sorted(record[:3] for record in expected)
+    assert [r for r in expected if r[3] or r[4]] == [r for r in found if r[3] or r[4]]
+    assert found_counts == expected_counts
 
 
 async def test_the_logger_of_the_module_can_be_patched(make, installed):
-    """Every record goes to what stands in its place, the text of an error formatted."""
+    """Every record goes to the mock; the text of an error is formatted."""
     with mock.patch(f"{installed.module.__name__}.logger") as logger:
         manager = make()
         await manager.create_task(value(), name="good")
@@ -684,13 +684,13 @@ async def test_the_logger_of_the_module_can_be_patched(make, installed):
         text = logger.error.call_args[0][0]
         assert re.fullmatch(r"Background task raised an exception - bad: broken \(duration=\d\.\d\ds\)", text)
         texts = [call.args[0] for call in logger.debug.call_args_list]
-        # In the order of an eager task, which ends before it is there, or of any other.
+        # An eager task ends before it is created; any other task is created first.
         created = "Created background task: %s (timeout=%s)"
         assert sorted(text.split("'")[0] for text in texts) == ["Background task ", created, created]
 
 
 async def test_counting_costs_nothing_while_tasks_run(make, installed):
-    """No counter of the framework is touched when tasks start and end; reading sums up what the managers counted."""
+    """Starting and ending tasks touches no counter of the framework; reading adds up the managers' counts."""
     manager = make()
     before = counters(installed)
     with mock.patch.object(installed.metrics, "counter", side_effect=AssertionError):
@@ -702,8 +702,8 @@ async def test_counting_costs_nothing_while_tasks_run(make, installed):
     )
 
 
-def test_a_manager_that_is_gone_stays_in_the_counters(make, installed):
-    """What it counted is kept when it is collected, and after uninstall."""
+def test_counts_of_a_collected_manager_are_kept(make, installed):
+    """They are kept when the manager is collected, and after uninstall."""
     before = counters(installed)["background_task_manager.tasks_created"]
 
     async def work():
@@ -711,9 +711,9 @@ def test_a_manager_that_is_gone_stays_in_the_counters(make, installed):
         await manager.create_task(value())
         return weakref.ref(manager)
 
-    gone = asyncio.run(work())
+    reference = asyncio.run(work())
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     assert counters(installed)["background_task_manager.tasks_created"] == before + 1
     agentflow.uninstall(installed.name)
     counter = installed.metrics.counter("background_task_manager.tasks_created")
@@ -723,7 +723,7 @@ def test_a_manager_that_is_gone_stays_in_the_counters(make, installed):
 
 
 async def test_a_counter_can_still_be_incremented_by_others(installed, make):
-    """What a program adds itself stays, beside what the managers count."""
+    """A program's own increments are added to the managers' counts."""
     counter = installed.metrics.counter("background_task_manager.tasks_created")
     before = counter.value
     counter.inc(5)
@@ -731,16 +731,16 @@ async def test_a_counter_can_still_be_incremented_by_others(installed, make):
     assert counter.value == before + 6
 
 
-async def test_a_manager_that_cannot_be_made_leaves_nothing(make, installed):
-    """A refused option is an error, and the counters go on."""
+async def test_a_manager_that_cannot_be_made_leaves_the_counters_usable(make, installed):
+    """A refused option is an error, and reading the counters works."""
     with pytest.raises(InvalidOptionError):
         make(max_pending_tasks=-1)
     gc.collect()
     assert counters(installed)
 
 
-async def test_injectq_builds_one_where_no_graph_bound_any(installed):
-    """Without a graph the frameworks' functions get a manager of InjectQ's making: one of ours."""
+async def test_injectq_builds_our_manager_if_no_graph_bound_one(installed):
+    """Without a graph, InjectQ builds the manager that the frameworks' functions get; it is of our class."""
     publisher = recording_publisher(installed)
     events = installed.events
     event = events.EventModel(event=events.Event.NODE_EXECUTION, event_type=events.EventType.START)
@@ -748,6 +748,5 @@ async def test_injectq_builds_one_where_no_graph_bound_any(installed):
     await until(lambda: publisher.events)
     import injectq
 
-    assert isinstance(
-        injectq.InjectQ.get_instance().get(installed.module.BackgroundTaskManager), (agentflow.BackgroundTaskManager)
-    )
+    manager = injectq.InjectQ.get_instance().get(installed.module.BackgroundTaskManager)
+    assert isinstance(manager, _agentflow_graphs.BackgroundTaskManager)

@@ -1,4 +1,4 @@
-"""What the frameworks' manual shows of background tasks, run in real graphs with our manager."""
+"""The examples of the frameworks' manual for background tasks, run in real graphs with our manager."""
 
 import asyncio
 import io
@@ -10,7 +10,7 @@ from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, ours_in, 
 from work import after, forever, until
 
 from bgtasks import NotACoroutineError
-from bgtasks.integrations import agentflow
+from bgtasks.integrations import _agentflow_graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(injectq|agentflow|tenxgraph)")
 
@@ -19,7 +19,7 @@ CONFIG = {"thread_id": "thread 1", "user_id": "ada", "run_id": "run 1"}
 
 @pytest.fixture(params=FRAMEWORKS)
 def framework(request, twin):
-    """Give each framework that is installed, with our manager in it."""
+    """Give each framework that is installed, with our manager installed."""
     framework = needed(request.param)
     with clean_containers(), ours_in(framework.name, twin):
         yield framework
@@ -39,7 +39,7 @@ def state_with_data(framework):
 
 
 async def test_the_quick_start(framework):
-    """A bare parameter, a reply at once, the notification while the caller has it already."""
+    """With a bare parameter the caller has the reply before the notification is sent."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
     notified, may_end = [], asyncio.Event()
 
@@ -67,7 +67,7 @@ async def test_the_quick_start(framework):
 
 
 async def test_a_node_with_an_inject_default(framework):
-    """The default stands for the manager; name and context are those of the task."""
+    """The default gives the manager; name and context are those of the task."""
     from injectq import Inject
 
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
@@ -98,7 +98,7 @@ async def test_a_node_with_an_inject_default(framework):
 
 
 async def test_publishing_an_event_through_injection(framework):
-    """A function with defaults for publisher and manager publishes without anybody waiting for it."""
+    """A function with defaults for publisher and manager publishes without a wait."""
     from injectq import Inject
 
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
@@ -141,7 +141,7 @@ async def test_publishing_an_event_through_injection(framework):
 
 
 async def test_a_failed_publish_stops_nothing(framework):
-    """The framework's own publish_event logs what its publisher raises, and the graph goes on."""
+    """The framework's own publish_event logs the publisher's exception, and the graph continues."""
     publisher = recording_publisher(framework)
 
     async def refuse(event):
@@ -160,7 +160,7 @@ async def test_a_failed_publish_stops_nothing(framework):
 
 
 async def test_the_manager_of_a_graph_and_its_statistics(framework):
-    """``aclose()`` cancels what runs and returns the dictionary of the manual."""
+    """``aclose()`` cancels running tasks and returns the dictionary of the manual."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
 
     async def my_node(state, config, task_manager: BackgroundTaskManager):
@@ -182,7 +182,7 @@ async def test_the_manager_of_a_graph_and_its_statistics(framework):
 
 
 async def test_pattern_notifications(framework):
-    """The node's result is there before the notification is sent."""
+    """The caller has the node's result before the notification is sent."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
     sent = []
 
@@ -210,7 +210,7 @@ async def test_pattern_notifications(framework):
 
 
 async def test_pattern_metrics(framework, caplog):
-    """A node tells how long it took; a service that is down costs a warning."""
+    """A node reports its duration; a service that is down costs only a warning."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
     log = logging.getLogger("shop")
 
@@ -236,7 +236,7 @@ async def test_pattern_metrics(framework, caplog):
 
 
 async def test_pattern_parallel_fetching(framework):
-    """Several sources are read at once, from a server on the loopback address."""
+    """Several sources are read in parallel, from a server on the loopback address."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
 
     async def answer(reader, writer):
@@ -273,7 +273,7 @@ async def test_pattern_parallel_fetching(framework):
 
 
 async def test_best_practices(framework, caplog):
-    """A task without a name has the general one, its result can be awaited, and it can handle its own errors."""
+    """A task without a name has the default name, its result can be awaited, and it can handle its own errors."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
     log = logging.getLogger("shop")
     reported = []
@@ -299,7 +299,7 @@ async def test_best_practices(framework, caplog):
         task = task_manager.create_task(send_email("ada"))
         assert [info["name"] for info in task_manager.get_task_info()] in (
             ["send_welcome_email", "background_task"],
-            [],  # both have ended where every task starts at once
+            [],  # eager tasks have both ended
         )
         assert await task == "to ada"
         await task_manager.create_task(robust_background_work())
@@ -314,7 +314,7 @@ async def test_best_practices(framework, caplog):
 
 
 def test_standalone_use(framework):
-    """Outside of a graph, in a program of its own, with its own loop."""
+    """A program without a graph uses the manager on its own loop."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
 
     async def main():
@@ -329,7 +329,7 @@ def test_standalone_use(framework):
 
 
 async def test_use_as_a_context_manager(framework):
-    """At the end of the block nothing is left; tasks that had the time ended well."""
+    """At the end of the block no task is left; tasks that had enough time succeeded."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
     done = []
 
@@ -347,7 +347,7 @@ async def test_use_as_a_context_manager(framework):
 
 
 async def test_tasks_with_timeout_and_context(framework, caplog):
-    """What exceeds its timeout is cancelled with a warning that carries the context."""
+    """A task that exceeds its timeout is cancelled, with a warning that has the context."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
 
     async def upload_to_s3(data):
@@ -364,7 +364,7 @@ async def test_tasks_with_timeout_and_context(framework, caplog):
 
 
 async def test_tracking_waiting_and_cancelling(framework, capsys):
-    """The count, the details, waiting with a limit, and cancelling all."""
+    """The count, the details, waiting with a timeout, and cancelling all."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
     event = asyncio.Event()
     task_manager = BackgroundTaskManager()
@@ -382,7 +382,7 @@ async def test_tracking_waiting_and_cancelling(framework, capsys):
 
 
 async def test_troubleshooting_stuck_and_too_many_tasks(framework, caplog):
-    """What is stuck can be named, and how many there are can be watched."""
+    """Stuck tasks can be listed by name, and the number of tasks can be read."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
     log = logging.getLogger("shop")
     task_manager = BackgroundTaskManager()
@@ -398,7 +398,7 @@ async def test_troubleshooting_stuck_and_too_many_tasks(framework, caplog):
 
 
 async def test_troubleshooting_missing_error_logs(framework):
-    """With logging configured as the manual says, a failure is there at once, with its traceback."""
+    """With the manual's logging configuration, a failure is logged at once, with its traceback."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
@@ -429,7 +429,7 @@ async def test_common_error_a_coroutine_function(framework):
 
 
 def test_common_error_the_parameter_is_none(framework):
-    """A node of a compiled graph is never called with None for its manager, in any way of running it."""
+    """A compiled graph never calls a node with None for its manager, however it is run."""
     BackgroundTaskManager = framework.module.BackgroundTaskManager  # noqa: N806
     seen = []
 
@@ -441,5 +441,5 @@ def test_common_error_the_parameter_is_none(framework):
     app.invoke(question(framework), CONFIG)
     list(app.stream(question(framework), CONFIG | {"thread_id": "thread 2"}))
     assert seen == [app._task_manager] * 2
-    assert isinstance(seen[0], agentflow.BackgroundTaskManager)
+    assert isinstance(seen[0], _agentflow_graphs.BackgroundTaskManager)
     asyncio.run(app.aclose())

@@ -1,4 +1,4 @@
-"""Events of real agentflow and 10xGraph graphs through publishers of ours, into Redis and elsewhere."""
+"""Events of real agentflow and 10xGraph graphs through our publishers, into Redis and elsewhere."""
 
 import asyncio
 import json
@@ -10,24 +10,25 @@ import uuid
 
 import pytest
 from arrivals import in_redis
-from event_tools import assert_books_close
+from event_tools import assert_counters_add_up
 from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, ours_in, question, recording_publisher
 from paths import SUPPORT
 from requirements import need
 
 from bgtasks import InvalidOptionError
-from bgtasks.events.sinks.memory import MemoryPublisher
-from bgtasks.events.sinks.redis import RedisPublisher
-from bgtasks.events.workers import WorkerPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.memory import MemorySink
+from bgtasks.events.sinks.publish import PublishSink
+from bgtasks.events.sinks.redis import RedisSink
 from bgtasks.integrations import agentflow
 
 need("msgspec")
 need("redis")
 
-# What the frameworks and InjectQ themselves use of asyncio that newer Pythons advise against.
+# The frameworks and InjectQ use parts of asyncio that newer Pythons deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(injectq|agentflow|tenxgraph)")
 
-# The phases that the frameworks give a run of three nodes: whose event it is, and which one.
+# The events of a run of three nodes: of the graph or of a node, and of which type.
 START = ["graph start", "graph update", "graph progress"]
 OF_A_NODE = ["graph progress", "node start", "node start", "node progress", "node end", "node end"]
 STEP = [*OF_A_NODE, "graph update", "graph update"]
@@ -37,8 +38,8 @@ RUN = [*START, *STEP * len(NODES), "graph end", "graph end"]
 
 
 @pytest.fixture(params=FRAMEWORKS)
-def framework(request, ring_of_twin):
-    """Give each framework that is installed, with a container of the test's own and the ring of the twin."""
+def framework(request, queue_of_twin):
+    """Give each framework that is installed, with a container for the test alone and the event queue of the twin."""
     framework = needed(request.param)
     with clean_containers():
         yield framework
@@ -46,7 +47,7 @@ def framework(request, ring_of_twin):
 
 @pytest.fixture
 def installed(framework, twin):
-    """Give the framework with our manager in it."""
+    """Give the framework with our manager installed."""
     with ours_in(framework.name, twin):
         yield framework
 
@@ -63,24 +64,24 @@ async def plan(state, config):
 
 
 async def act(state, config):
-    """Let the loop turn."""
+    """Suspend once."""
     await asyncio.sleep(0)
     return state
 
 
 async def report(state, config):
-    """Wait for what another thread does."""
+    """Wait for another thread."""
     await asyncio.to_thread(time.sleep, 0)
     return state
 
 
-def compiled(framework, ours):
-    """Return an application of three nodes; the publisher is the one changed line."""
-    return graph_of(framework, plan, act, report, publisher=agentflow.publisher(ours, framework.name)).compile()
+def compiled(framework, inner):
+    """Return an application of three nodes; only its publisher differs from the framework's manual."""
+    return graph_of(framework, plan, act, report, publisher=agentflow.publisher(inner, framework.name)).compile()
 
 
 def run(program, *arguments, **environment):
-    """Run a program in an interpreter of its own."""
+    """Run a program in its own interpreter."""
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env=os.environ | environment,
@@ -97,7 +98,7 @@ def phases(events):
 
 
 def nodes(events):
-    """Return the names of the nodes that events tell of, each once for each time in a row."""
+    """Return the names of the nodes of events, without repetitions in a row."""
     names = [event["node_name"] for event in map(json.loads, events) if event["event"] == "node_execution"]
     return [name for name, before in zip(names, [None, *names], strict=False) if name != before]
 
@@ -106,9 +107,9 @@ def nodes(events):
 
 
 async def test_events_arrive_complete_and_in_order_without_install(framework, redis_server, key):
-    """The framework starts a task an event, in whose order they arrive, each with a time of its own."""
-    ours = RedisPublisher(redis_server.url, key=key)
-    app = compiled(framework, ours)
+    """The framework starts a task per event; events arrive in that order, each with its own time."""
+    inner = Publisher(RedisSink(redis_server.url, key=key))
+    app = compiled(framework, inner)
     await app.ainvoke(question(framework), {"thread_id": "thread"})
     await app._task_manager.wait_for_all(timeout=20)
     report = await app.aclose()
@@ -119,16 +120,16 @@ async def test_events_arrive_complete_and_in_order_without_install(framework, re
     times = [json.loads(event)["timestamp"] for event in events]
     assert times == sorted(times)
     assert len(set(times)) > len(times) // 2
-    assert_books_close(ours.stats())
+    assert_counters_add_up(inner.stats())
 
 
 async def test_events_arrive_complete_and_in_order_with_install(installed, redis_server, key):
-    """Every event arrives as it was when it was published; no task is started for any; aclose() waits for the last."""
-    ours = RedisPublisher(redis_server.url, key=key)
-    app = compiled(installed, ours)
+    """Every event arrives as it was published, without a task for each; aclose() waits for the last one."""
+    inner = Publisher(RedisSink(redis_server.url, key=key))
+    app = compiled(installed, inner)
     for number in range(5):
         await app.ainvoke(question(installed), {"thread_id": f"thread {number}"})
-    assert [task["name"] for task in app._task_manager.get_task_info()] == ["publisher RedisPublisher"]
+    assert [task["name"] for task in app._task_manager.get_task_info()] == ["publisher RedisSink"]
     report = await app.aclose()
     assert report["background_tasks"]["status"] == report["publisher"]["status"] == "completed"
     events = in_redis(redis_server.url, key)
@@ -137,32 +138,32 @@ async def test_events_arrive_complete_and_in_order_with_install(installed, redis
     assert {json.loads(event)["thread_id"] for event in events} == {f"thread {number}" for number in range(5)}
     assert [json.loads(event)["thread_id"][-1] for event in events] == sorted("01234" * len(RUN))
     assert app._task_manager.stats()["started"] == 1
-    assert_books_close(ours.stats())
+    assert_counters_add_up(inner.stats())
 
 
 @pytest.mark.parametrize("how", ["alone", "installed"])
-def test_sync_invokes_lose_nothing(framework, twin, redis_server, key, how):
-    """Each runs a loop of its own, at whose end the queue is empty; sync_close() closes without any loop."""
-    ours = RedisPublisher(redis_server.url, key=key)
+def test_sync_invokes_lose_no_event(framework, twin, redis_server, key, how):
+    """Each runs its own loop and leaves an empty queue; sync_close() closes without any loop."""
+    inner = Publisher(RedisSink(redis_server.url, key=key))
     with clean_containers() if how == "alone" else ours_in(framework.name, twin):
-        app = compiled(framework, ours)
+        app = compiled(framework, inner)
         for number in range(3):
             app.invoke(question(framework), {"thread_id": f"thread {number}"})
         app._publisher.sync_close()
     events = in_redis(redis_server.url, key)
     assert len(events) == 3 * len(RUN)
     assert nodes(events) == NODES * 3
-    assert ours.stats()["state"] == "closed"
+    assert inner.stats()["state"] == "closed"
     app._publisher.sync_close()
 
 
-# -- what passes ----------------------------------------------------------------------------------------------------
+# -- encoding -----------------------------------------------------------------------------------------------------
 
 
-async def test_an_event_is_taken_as_it_is_when_it_passes(framework):
-    """What changes afterwards changes nothing; the event itself is left alone, and only its time is added."""
-    ours = MemoryPublisher()
-    publisher = agentflow.publisher(ours, framework.name)
+async def test_an_event_is_encoded_when_it_is_published(framework):
+    """Later changes have no effect on it; the event object is not changed, and only its time is added."""
+    inner = Publisher(MemorySink())
+    publisher = agentflow.publisher(inner, framework.name)
     assert isinstance(publisher, framework.publisher.BasePublisher)
     event = framework.events.EventModel(event="streaming", event_type="start", data={"tokens": [1]}, thread_id=7)
     other = framework.events.EventModel(event="streaming", event_type="end", timestamp=12.5)
@@ -177,7 +178,7 @@ async def test_an_event_is_taken_as_it_is_when_it_passes(framework):
     assert event.timestamp == was
     async with publisher:
         pass
-    first, second, third, fourth = map(json.loads, ours.events)
+    first, second, third, fourth = map(json.loads, inner.sink.events)
     assert begun <= first.pop("timestamp") <= second.pop("timestamp") <= time.time()
     whole = json.loads(event.model_dump_json(exclude={"timestamp"}))
     assert second == whole
@@ -186,16 +187,16 @@ async def test_an_event_is_taken_as_it_is_when_it_passes(framework):
     assert fourth == {"event": "of the program"}
 
 
-async def test_what_cannot_be_encoded_is_refused_and_stops_no_graph(installed, caplog):
-    """The event is counted with its reason; the run goes on."""
-    ours = MemoryPublisher()
-    app = compiled(installed, ours)
+async def test_an_event_that_cannot_be_encoded_is_refused_and_stops_no_graph(installed, caplog):
+    """The event is counted with its reason; the run continues."""
+    inner = Publisher(MemorySink())
+    app = compiled(installed, inner)
     event = installed.events.EventModel(event="streaming", event_type="start", data={"handle": object()})
     installed.publisher.publish_event(event)
     await app.ainvoke(question(installed), {"thread_id": "thread"})
     await app.aclose()
-    assert ours.stats()["refused"] == {"encode": 1}
-    assert len(ours.events) == len(RUN)
+    assert inner.stats()["refused"] == {"encode": 1}
+    assert len(inner.sink.events) == len(RUN)
     assert "1 (encode 1) refused" in caplog.text
     assert "EventModel cannot be encoded" in caplog.text
 
@@ -204,7 +205,7 @@ async def test_what_cannot_be_encoded_is_refused_and_stops_no_graph(installed, c
 
 
 def test_install_replaces_publish_event_wherever_it_was_imported(framework, twin):
-    """Modules of the framework and of the program mean ours, with the same defaults, until uninstall."""
+    """Modules of the framework and of the program have our function, with the same defaults, until uninstall."""
     original = framework.publish.publish_event
 
     def holders():
@@ -222,63 +223,67 @@ def test_install_replaces_publish_event_wherever_it_was_imported(framework, twin
 
 
 async def test_other_publishers_get_their_events_from_tasks(installed):
-    """The framework's own keep their way; in a list with ours, ours does too."""
-    alone, first, ours = recording_publisher(installed), recording_publisher(installed), MemoryPublisher()
+    """The framework's own publishers get events as before, and so does our publisher in a list with one."""
+    alone, first, inner = recording_publisher(installed), recording_publisher(installed), Publisher(MemorySink())
     app = graph_of(installed, plan, act, report, publisher=alone).compile()
     await app.ainvoke(question(installed), {"thread_id": "thread"})
     await app._task_manager.wait_for_all(timeout=20)
     assert len(alone.events) == app._task_manager.stats()["started"] == len(RUN)
-    app = graph_of(installed, plan, act, report, publisher=[first, agentflow.publisher(ours, installed.name)]).compile()
+    app = graph_of(
+        installed, plan, act, report, publisher=[first, agentflow.publisher(inner, installed.name)]
+    ).compile()
     await app.ainvoke(question(installed), {"thread_id": "thread"})
     await app._task_manager.wait_for_all(timeout=20)
     await app.aclose()
-    assert len(alone.events) == len(first.events) == len(ours.events) == len(RUN)
+    assert len(alone.events) == len(first.events) == len(inner.sink.events) == len(RUN)
 
 
 async def test_each_graph_publishes_into_its_own_publisher(installed):
-    """The container, which goes on giving the first graph's publisher by itself, gives that of the newest graph."""
+    """The container gives the publisher of the newest graph, although InjectQ alone would keep the first one."""
     for number in range(3):
-        ours = MemoryPublisher() if number != 1 else recording_publisher(installed)
-        publisher = ours if number == 1 else agentflow.publisher(ours, installed.name)
+        sink = MemorySink()
+        other = recording_publisher(installed)
+        publisher = other if number == 1 else agentflow.publisher(Publisher(sink), installed.name)
         app = graph_of(installed, plan, act, report, publisher=publisher).compile()
         await app.ainvoke(question(installed), {"thread_id": f"thread {number}"})
         await app._task_manager.wait_for_all(timeout=20)
         await app.aclose()
-        assert len(ours.events) == len(RUN)
+        assert len(other.events if number == 1 else sink.events) == len(RUN)
 
 
 # -- the end --------------------------------------------------------------------------------------------------------
 
 
 async def test_sync_close_on_a_running_loop_leaves_the_closing_to_the_loop(framework):
-    """It returns at once; what was accepted is delivered."""
-    ours = MemoryPublisher(linger=60)
-    publisher = agentflow.publisher(ours, framework.name)
+    """It returns at once; accepted events are delivered."""
+    inner = Publisher(MemorySink(), linger=60)
+    publisher = agentflow.publisher(inner, framework.name)
     assert publisher.emit({"event": "last"})
     publisher.sync_close()
     await publisher.close()
-    assert ours.events == [b'{"event":"last"}']
+    assert inner.sink.events == [b'{"event":"last"}']
     assert not publisher.emit({"event": "too late"})
-    assert ours.stats()["refused"] == {"closed": 1}
+    assert inner.stats()["refused"] == {"closed": 1}
 
 
 async def test_sync_close_in_another_thread_waits_for_the_loop_of_the_publisher(framework):
-    """The queue is emptied on its own loop, and the call returns after that."""
-    ours = MemoryPublisher(linger=60)
-    publisher = agentflow.publisher(ours, framework.name)
+    """The queue is emptied on the publisher's loop before the call returns."""
+    inner = Publisher(MemorySink(), linger=60)
+    publisher = agentflow.publisher(inner, framework.name)
     assert publisher.emit({"event": "last"})
     await asyncio.to_thread(publisher.sync_close)
-    assert ours.events == [b'{"event":"last"}']
-    assert ours.stats()["state"] == "closed"
+    assert inner.sink.events == [b'{"event":"last"}']
+    assert inner.stats()["state"] == "closed"
 
 
-def test_a_program_that_closes_nothing_loses_nothing(framework, twin, tmp_path):
+def test_a_program_that_closes_nothing_loses_no_event(framework, twin, tmp_path):
     """Events of a sync invoke are in the file when the process has ended."""
     program = """
 import sys
 sys.path.insert(0, sys.argv[3])
 from frameworks import graph_of, needed, question
-from bgtasks.events.sinks.jsonl import JsonlPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.jsonl import JsonlSink
 from bgtasks.integrations import agentflow
 
 def node(state, config):
@@ -286,7 +291,7 @@ def node(state, config):
 
 framework = needed(sys.argv[1])
 agentflow.install(framework.name)
-publisher = agentflow.publisher(JsonlPublisher(sys.argv[2]), framework.name)
+publisher = agentflow.publisher(Publisher(JsonlSink(sys.argv[2])), framework.name)
 app = graph_of(framework, node, publisher=publisher).compile()
 app.invoke(question(framework), {"thread_id": "thread"})
 publisher.emit({"event": "after the loop"})
@@ -302,30 +307,30 @@ publisher.emit({"event": "after the loop"})
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_publisher_of_bytes_is_refused(framework):
-    """The error says what is taken instead, and shows what was given."""
-    theirs = recording_publisher(framework)
-    around = agentflow.publisher(MemoryPublisher(), framework.name)
-    for wrong in (theirs, None, RedisPublisher, WorkerPublisher(theirs), around):
-        with pytest.raises(InvalidOptionError, match=r"takes a publisher of bgtasks\.events that takes bytes"):
+def test_only_publishers_of_bytes_are_accepted(framework):
+    """The error says what is needed, and shows what was given."""
+    other = recording_publisher(framework)
+    around = agentflow.publisher(Publisher(MemorySink()), framework.name)
+    for wrong in (other, None, RedisSink, MemorySink(), Publisher(PublishSink(other)), around):
+        with pytest.raises(InvalidOptionError, match=r"takes a publisher of bgtasks\.events whose sink takes bytes"):
             agentflow.publisher(wrong, framework.name)
     with pytest.raises(InvalidOptionError, match="framework must be one of"):
-        agentflow.publisher(MemoryPublisher(), "langgraph")
+        agentflow.publisher(Publisher(MemorySink()), "langgraph")
 
 
-def test_two_frameworks_in_question_have_to_be_told_apart(monkeypatch, framework):
-    """Where both are imported one has to be named; where one is, that one is meant."""
+def test_the_framework_has_to_be_named_if_two_are_imported(monkeypatch, framework):
+    """If only one is imported, that one is meant."""
     monkeypatch.setattr(agentflow, "_found", lambda: list(FRAMEWORKS))
     for name in FRAMEWORKS:
         monkeypatch.setitem(sys.modules, name, sys.modules[framework.name])
-    with pytest.raises(InvalidOptionError, match="say which one, framework="):
-        agentflow.publisher(MemoryPublisher())
+    with pytest.raises(InvalidOptionError, match="pass the one to use, framework="):
+        agentflow.publisher(Publisher(MemorySink()))
     monkeypatch.delitem(sys.modules, next(name for name in FRAMEWORKS if name != framework.name))
-    assert isinstance(agentflow.publisher(MemoryPublisher()), framework.publisher.BasePublisher)
+    assert isinstance(agentflow.publisher(Publisher(MemorySink())), framework.publisher.BasePublisher)
 
 
 def test_without_the_framework_the_error_says_what_to_install():
-    """The missing extra is named with the command that installs it."""
+    """The error has the command that installs the missing extra."""
     program = """
 import sys
 sys.modules["agentflow"] = sys.modules["tenxgraph"] = None

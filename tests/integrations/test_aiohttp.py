@@ -41,7 +41,7 @@ def application(events, *, options):
 
 
 async def test_work_outlives_its_request_and_ends_before_the_resources():
-    """A task started in a request of a subapplication runs on, and drains before the resource closes."""
+    """A task started in a request of a subapplication runs on; it ends before the resource closes."""
     events = []
     app = application(events, options={"drain_timeout": 10.0})
     async with TestClient(TestServer(app)) as client:
@@ -52,8 +52,8 @@ async def test_work_outlives_its_request_and_ends_before_the_resources():
     assert app[TASK_MANAGER].stats()["completed"] == 2
 
 
-async def test_what_did_not_finish_is_named(caplog):
-    """Tasks that the drain time was too short for stand in the log."""
+async def test_unfinished_tasks_are_named(caplog):
+    """The log names the tasks that did not finish within the drain timeout."""
     app = application([], options={"drain_timeout": 0.0})
     async with TestClient(TestServer(app)) as client:
         await client.get("/sub/start")
@@ -69,7 +69,7 @@ async def start_and_stop(runner):
 
 
 async def test_a_context_that_raises_does_not_keep_the_manager_open():
-    """Whether another context raises when it opens or when it closes, the manager is shut down."""
+    """The manager is shut down whether another context raises when it opens or when it closes."""
 
     async def raises_at_start(app):
         app[TASK_MANAGER].create_task(forever())
@@ -93,7 +93,7 @@ async def test_a_context_that_raises_does_not_keep_the_manager_open():
 
 
 async def test_without_the_context_the_error_says_what_to_do():
-    """A handler of an application without a manager is told the missing line."""
+    """In a handler of an application without a manager, the error shows the missing line."""
     errors = []
 
     async def handler(request):
@@ -111,6 +111,6 @@ async def test_without_the_context_the_error_says_what_to_do():
 
 
 def test_refuses_options_outside_their_values():
-    """A bad option is told when the application is made."""
+    """The error comes when the application is made."""
     with pytest.raises(InvalidOptionError, match="max_pending_tasks"):
         cleanup_context(max_pending_tasks=-1)

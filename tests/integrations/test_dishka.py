@@ -17,13 +17,13 @@ from bgtasks.integrations.dishka import TaskManagerProvider  # noqa: E402
 
 
 class Pool:
-    """What tasks use."""
+    """A resource that tasks use."""
 
     open = True
 
 
 class Session:
-    """What lives as long as a request."""
+    """A resource that lives as long as a request."""
 
     open = True
 
@@ -47,7 +47,7 @@ class Resources(Provider):
 
 
 async def test_work_outlives_its_request_scope_and_ends_before_the_pool():
-    """A task opens a scope of its own, runs on after that of the request, and ends before the pool closes."""
+    """A task opens its own scope, runs on after that of the request, and ends before the pool closes."""
     container = make_async_container(Resources(), TaskManagerProvider())
     gate, seen = asyncio.Event(), []
 
@@ -74,7 +74,7 @@ async def test_work_outlives_its_request_scope_and_ends_before_the_pool():
 
 
 async def test_a_container_has_one_manager_and_options_reach_it(caplog):
-    """Every scope sees the same manager; what did not finish in its time is named."""
+    """Every scope gets the same manager; the log names tasks that did not finish in its time."""
     container = make_async_container(TaskManagerProvider(drain_timeout=0.0, max_pending_tasks=3))
     manager = await container.get(BackgroundTaskManager)
     async with container() as request:
@@ -86,6 +86,6 @@ async def test_a_container_has_one_manager_and_options_reach_it(caplog):
 
 
 def test_refuses_options_outside_their_values():
-    """A bad option is told when the provider is made."""
+    """The error comes when the provider is made."""
     with pytest.raises(InvalidOptionError, match="drain_timeout"):
         TaskManagerProvider(drain_timeout=-1)

@@ -1,4 +1,4 @@
-"""Managers out of InjectQ containers, with the real InjectQ."""
+"""Managers from InjectQ containers, with the real InjectQ."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def by_annotation(goods: str, task_manager: BackgroundTaskManager):
 
 @inject
 async def by_annotation_async(goods: str, shop: Shop, *, task_manager: BackgroundTaskManager, price: int = 3):
-    """Do the same in a coroutine function, with another class."""
+    """Return the manager that an annotation asks for, in a coroutine function that asks for a shop, too."""
     shop.sold.append((goods, price))
     return task_manager
 
@@ -59,19 +59,19 @@ def by_injectq(task_manager: BackgroundTaskManager = Inject[BackgroundTaskManage
 
 
 def managers_seen():
-    """Return what each way of injecting gives now."""
+    """Return the manager that each way of injecting gives now."""
     return [by_default(), by_annotation("tea")[1], by_injectq()]
 
 
 @pytest.fixture(autouse=True)
 def container():
-    """Give a container of the test's own in place of the global one."""
+    """Give each test its own container in place of the global one."""
     with injectq.testing.test_container() as container:
         yield container
 
 
-async def test_a_bound_manager_arrives_by_default_value_and_by_annotation(container):
-    """Each way gives the manager that was bound, to functions and coroutine functions."""
+async def test_a_bound_manager_is_injected_by_default_value_and_by_annotation(container):
+    """Functions and coroutine functions get the manager that was bound, either way."""
     async with bind(container) as manager:
         assert all(seen is manager for seen in managers_seen())
         assert by_annotation("tea") == ("tea", manager)
@@ -80,8 +80,8 @@ async def test_a_bound_manager_arrives_by_default_value_and_by_annotation(contai
         assert manager.stats()["completed"] == 1
 
 
-async def test_arguments_that_are_given_win(container):
-    """Only what the caller leaves out is filled in."""
+async def test_given_arguments_are_kept(container):
+    """Only arguments that the caller leaves out are injected."""
     bind(container)
     other = BackgroundTaskManager()
     shop = Shop()
@@ -92,7 +92,7 @@ async def test_arguments_that_are_given_win(container):
 
 
 def test_other_things_are_injected_as_injectq_does(container):
-    """A bound name comes before the annotation; an ordinary default stays where nothing is bound."""
+    """A bound name takes precedence over the annotation; an ordinary default is kept if nothing is bound."""
     manager = bind(container)
 
     @inject
@@ -104,8 +104,8 @@ def test_other_things_are_injected_as_injectq_does(container):
     assert sell() == (shop, manager, "Ada", 3)
 
 
-async def test_what_an_asynchronous_factory_makes_is_awaited(container):
-    """A coroutine function gets the result of a factory that is one, too."""
+async def test_the_result_of_an_asynchronous_factory_is_awaited(container):
+    """A coroutine function gets the result of a factory that is a coroutine function, too."""
     bind(container)
     shop = Shop()
 
@@ -118,7 +118,7 @@ async def test_what_an_asynchronous_factory_makes_is_awaited(container):
 
 
 def test_two_containers_each_give_their_own(container):
-    """The container that is active at the call is asked, however often another one was before."""
+    """The container that is active at the time of the call is asked each time."""
     first, second = injectq.InjectQ(), injectq.InjectQ()
     managers = [bind(first), bind(second)]
     proxy = Inject[BackgroundTaskManager]
@@ -132,7 +132,7 @@ def test_two_containers_each_give_their_own(container):
 
 
 def test_the_decorator_can_be_given_a_container(container):
-    """``@inject(container=...)`` looks there, whichever is active."""
+    """``@inject(container=...)`` asks that container, whichever is active."""
     source = injectq.InjectQ()
     manager = bind(source)
     bind(container)
@@ -157,8 +157,8 @@ async def test_a_rebound_container_gives_the_new_manager(container):
         assert second.stats()["completed"] == 1
 
 
-def test_a_manager_bound_with_injectqs_own_means_is_honoured(container):
-    """``container[...] = manager`` works, and so does doing it again after a look."""
+def test_a_manager_bound_with_injectqs_own_functions_is_injected(container):
+    """``container[...] = manager`` and a factory work, and so does a new binding after a lookup."""
     for _ in range(2):
         manager = container[BackgroundTaskManager] = BackgroundTaskManager()
         assert by_default() is manager
@@ -168,16 +168,16 @@ def test_a_manager_bound_with_injectqs_own_means_is_honoured(container):
     assert by_default() is made[0]
 
 
-def test_a_class_that_is_bound_is_built_once(container):
-    """Where a class is bound instead of an object, InjectQ's scope says how many are built."""
+def test_a_bound_class_is_built_as_its_scope_says(container):
+    """If a class is bound instead of an object, InjectQ's scope decides how many are built."""
     container.bind(BackgroundTaskManager, BackgroundTaskManager)
     manager = by_default()
     assert type(manager) is BackgroundTaskManager
     assert by_default() is manager
 
 
-def test_an_override_of_a_test_scope_is_seen(container):
-    """What a test puts in the manager's place is what functions get, and only inside the scope."""
+def test_an_override_in_a_test_is_injected(container):
+    """Functions get the override only inside its scope."""
     manager = bind(container)
     assert by_default() is manager
     stand_in = BackgroundTaskManager()
@@ -187,8 +187,8 @@ def test_an_override_of_a_test_scope_is_seen(container):
 
 
 @pytest.mark.parametrize("call", [by_proxy, by_default, lambda: by_annotation("tea")])
-def test_unbound_says_how_to_bind(container, call):
-    """Nobody gets None, nor a manager that nobody bound: the error names the call to make."""
+def test_an_unbound_manager_is_an_error_that_says_how_to_bind(container, call):
+    """Functions get neither None nor a manager that was never bound; the error names the call to make."""
     with pytest.raises(ManagerNotBoundError, match=r"no BackgroundTaskManager is bound .* bgtasks\.injection\.bind"):
         call()
     container.bind(BackgroundTaskManager, None, allow_none=True)
@@ -196,14 +196,14 @@ def test_unbound_says_how_to_bind(container, call):
         call()
 
 
-async def test_unbound_says_how_to_bind_in_a_coroutine_function(container):
-    """The error comes when the coroutine runs."""
+async def test_an_unbound_manager_is_an_error_in_a_coroutine_function(container):
+    """The error is raised when the coroutine runs."""
     with pytest.raises(ManagerNotBoundError):
         await by_annotation_async("tea")
 
 
-def test_a_signature_can_be_looked_at_before_anything_is_bound(container):
-    """Frameworks read defaults when they are imported: that resolves nothing."""
+def test_a_signature_can_be_read_before_anything_is_bound(container):
+    """Frameworks read defaults at import; reading resolves nothing."""
     default = inspect.signature(by_default).parameters["task_manager"].default
     assert isinstance(default, Inject)
     assert repr(default) == "Inject[BackgroundTaskManager]"
@@ -215,8 +215,8 @@ def test_a_signature_can_be_looked_at_before_anything_is_bound(container):
     assert default
 
 
-def test_errors_of_the_function_come_through_as_they_are(container):
-    """The decorator wraps nothing that the function itself raises."""
+def test_errors_of_the_function_are_raised_unchanged(container):
+    """The decorator wraps no exception of the function itself."""
     bind(container)
 
     @inject
@@ -228,7 +228,7 @@ def test_errors_of_the_function_come_through_as_they_are(container):
 
 
 async def test_a_container_cleared_while_tasks_run_loses_none(container):
-    """The tasks end as if nothing had happened; new ones are told that nothing is bound."""
+    """Running tasks end as usual; a new injection raises the error that no manager is bound."""
     event = asyncio.Event()
     bind(container)
     task = by_default().create_task(after(event, "done"))
@@ -246,7 +246,7 @@ async def test_a_container_cleared_while_tasks_run_loses_none(container):
 
 
 def test_a_manager_is_kept_by_its_container():
-    """It lives as long as the container that it was bound in, and no longer."""
+    """It lives as long as the container that it is bound in, and no longer."""
     source = injectq.InjectQ()
     seen = weakref.ref(bind(source))
     gc.collect()
@@ -256,8 +256,8 @@ def test_a_manager_is_kept_by_its_container():
     assert seen() is None
 
 
-async def test_a_manager_in_use_on_another_loop_serves_this_one_too(container):
-    """A manager belongs to no loop: what is injected here runs here."""
+async def test_a_manager_in_use_on_another_loop_can_be_injected_here(container):
+    """A manager belongs to no loop: an injected one starts tasks on the loop of the caller."""
     manager = bind(container)
     event = asyncio.Event()
     here = manager.create_task(after(event))
@@ -282,21 +282,21 @@ async def test_a_manager_in_use_on_another_loop_serves_this_one_too(container):
 
 
 @pytest.mark.parametrize("arguments", [{"container": {}}, {"manager": object()}])
-def test_bind_refuses_what_it_cannot_bind(arguments):
-    """The error says which argument, and what it got."""
+def test_bind_refuses_bad_arguments(arguments):
+    """The error names the argument and its value."""
     with pytest.raises(InvalidOptionError, match=f"{next(iter(arguments))} must be"):
         bind(**arguments)
 
 
 @pytest.mark.parametrize("function", [Shop, None.__class__, "text"])
-def test_inject_refuses_what_is_no_function(function):
-    """Classes and other things are named in the error."""
+def test_inject_refuses_anything_but_functions(function):
+    """The error names the class or object that was given."""
     with pytest.raises(InvalidOptionError, match="@inject is for functions"):
         inject(function)
 
 
 def test_without_injectq_the_error_says_what_to_install():
-    """The missing extra is named with the command that installs it."""
+    """The error has the command that installs the missing extra."""
     program = (
         "import sys; sys.modules['injectq'] = None\n"
         "try:\n    import bgtasks.injection\n"

@@ -1,4 +1,4 @@
-"""What LangGraph relies on in an executor: its own classes and ours pass the same tests."""
+"""The promises of an executor that LangGraph relies on: its own classes and our executors pass the same tests."""
 
 import asyncio
 import concurrent.futures
@@ -25,14 +25,14 @@ variable = contextvars.ContextVar("variable", default="default")
 
 
 def pytest_generate_tests(metafunc):
-    """Run on LangGraph's executors and on ours on each twin what asks for a side."""
+    """Run tests that use a side on LangGraph's executors, and on our executors on each twin."""
     if "side_name" in metafunc.fixturenames:
         metafunc.parametrize("side_name", sides_chosen(twins_chosen(metafunc.config)))
 
 
 @pytest.fixture
 def side(side_name):
-    """Give one side; nothing may be left in the manager of ours."""
+    """Give one side; the manager of our executors must be empty after the test."""
     side = Side(side_name)
     yield side
     if side.is_ours:
@@ -40,27 +40,27 @@ def side(side_name):
 
 
 @pytest.fixture
-def ours(side):
-    """Give one side of ours: for what LangGraph's executors do not do."""
+def our_side(side):
+    """Give our executors, for promises that LangGraph's executors do not make."""
     if not side.is_ours:
         pytest.skip("LangGraph's executors do not do this")
     return side
 
 
 def fail(error):
-    """Raise an exception that is given as a value."""
+    """Raise an exception that is passed as a value."""
     raise error
 
 
 class Marker:
-    """An object that can be watched by a weak reference."""
+    """An object that can be referred to weakly."""
 
 
 # -- functions in threads ---------------------------------------------------------------------------------------------
 
 
 def test_submit_of_threads_is_a_bound_method(side):
-    """What the context manager hands out can be held by a WeakMethod, as the loop of a graph does, and dies with it."""
+    """A WeakMethod can hold the result of the context manager, as a graph's loop does; it dies with the executor."""
     executor = side.threads()
     with executor as submit:
         held = weakref.WeakMethod(submit)
@@ -83,7 +83,7 @@ def test_futures_of_threads(side):
 
 
 def test_keyword_arguments_reach_the_function(side):
-    """Only the options with underscores are the executor's: all other keywords are the function's."""
+    """Only options with underscores are the executor's; all other keywords are the function's."""
     names = ("name", "timeout", "context", "loop", "config", "kwargs", "future", "task", "record")
     keywords = dict.fromkeys(names, 1)
     with side.threads() as submit:
@@ -93,7 +93,7 @@ def test_keyword_arguments_reach_the_function(side):
 
 
 def test_threads_see_context_variables(side):
-    """A function sees the variables as they were at submit, and what it sets stays its own."""
+    """A function sees the variables as they were at submit; its changes stay its own."""
     seen = []
 
     def look(given):
@@ -116,7 +116,7 @@ def test_threads_see_context_variables(side):
 
 
 def test_exit_waits_for_threads(side):
-    """On exit every function has run, those that were not started by then included."""
+    """On exit every function has run, even those that had not started."""
     done = []
     with side.threads(max_concurrency=2) as submit:
         for number in range(50):
@@ -124,8 +124,8 @@ def test_exit_waits_for_threads(side):
     assert sorted(done) == list(range(50))
 
 
-def test_exit_cancels_what_no_thread_has_started(side):
-    """What asked for it and waits in the queue is cancelled on exit; what did not ask runs."""
+def test_exit_cancels_functions_that_have_not_started(side):
+    """A queued function is cancelled on exit if it was submitted so; any other one runs."""
     started, go = threading.Event(), threading.Event()
     done = []
 
@@ -145,7 +145,7 @@ def test_exit_cancels_what_no_thread_has_started(side):
 
 
 def test_exit_waits_for_a_running_function_that_it_cannot_cancel(side):
-    """A function that runs is waited for, although it asked to be cancelled on exit: its result counts."""
+    """A running function is waited for even if it was to be cancelled on exit; its result counts."""
     started, go = threading.Event(), threading.Event()
 
     def first():
@@ -163,7 +163,7 @@ def test_exit_waits_for_a_running_function_that_it_cannot_cancel(side):
 
 
 def test_the_first_failure_of_threads_in_order_of_submission_is_raised(side):
-    """Not the failure that came first counts, but that of the function that was submitted first."""
+    """The failure of the function that was submitted first is raised, not the one that came first."""
     later_failed = threading.Event()
 
     def fail_last():
@@ -177,7 +177,7 @@ def test_the_first_failure_of_threads_in_order_of_submission_is_raised(side):
 
 
 def test_failures_of_threads_that_are_not_raised_on_exit(side):
-    """An exception stays in its future: by option, by the set of the graph, as an interrupt, or when cancelled."""
+    """An exception stays in its future: by option, by the graph's set, as an interrupt, or when cancelled."""
     with side.threads() as submit:
         unwanted = submit(fail, ValueError("unwanted"), __reraise_on_exit__=False)
         bubbled = submit(fail, GraphBubbleUp("bubbled"))
@@ -193,8 +193,8 @@ def test_failures_of_threads_that_are_not_raised_on_exit(side):
     ]
 
 
-def test_a_failure_of_the_body_wins_over_those_of_threads(side):
-    """The exception on its way goes on; that of a function stays in its future."""
+def test_a_failure_of_the_body_takes_precedence_over_those_of_threads(side):
+    """The exception of the body is raised; that of a function stays in its future."""
     with pytest.raises(LookupError, match="body"), side.threads() as submit:  # noqa: PT012
         future = submit(fail, ValueError("function"))
         raise LookupError("body")
@@ -202,7 +202,7 @@ def test_a_failure_of_the_body_wins_over_those_of_threads(side):
 
 
 def test_no_more_threads_than_allowed(side):
-    """With a limit so many functions run at once, and never more."""
+    """With a limit, that number of functions runs at once, and never more."""
     lock, full = threading.Lock(), threading.Barrier(3)
     running = most = 0
 
@@ -222,16 +222,16 @@ def test_no_more_threads_than_allowed(side):
 
 
 def test_finished_threads_are_dropped(side):
-    """An executor keeps nothing of a function that ended well: not its result, its arguments or its future."""
+    """An executor does not keep the result, the arguments or the future of a function that succeeded."""
     with side.threads() as submit:
         marker = Marker()
         future = submit(lambda given: given, marker)
         future.result(WAIT)
-        watched = [weakref.ref(marker), weakref.ref(future)]
+        references = [weakref.ref(marker), weakref.ref(future)]
         del marker, future
-        # A worker lets go of its last function a moment after the future has its result, or with the next function.
+        # A worker drops its last function shortly after the future has its result, or with the next function.
         submit(int).result(WAIT)
-        wait_for(lambda: not any(reference() for reference in watched), submit)
+        wait_for(lambda: not any(reference() for reference in references), submit)
 
 
 def wait_for(condition, submit):
@@ -271,13 +271,13 @@ def test_threads_without_a_limit(side, config):
             submit(together.wait, WAIT)
 
 
-def test_limit_of_no_threads_is_no_limit(ours):
-    """``max_concurrency=0``, which LangGraph's executor of functions refuses, is no limit, as in that of coroutines."""
-    test_threads_without_a_limit(ours, {"max_concurrency": 0})
+def test_a_limit_of_0_threads_is_no_limit(our_side):
+    """``max_concurrency=0`` means no limit, as for coroutines; LangGraph's executor of functions refuses it."""
+    test_threads_without_a_limit(our_side, {"max_concurrency": 0})
 
 
 @pytest.mark.parametrize("limit", [-1, "3"])
-def test_limits_that_are_none(side, limit):
+def test_wrong_limits_are_refused(side, limit):
     """A limit below 0 or of another type is refused by both executors."""
     with pytest.raises((ValueError, TypeError)):
         side.threads(max_concurrency=limit)
@@ -290,10 +290,10 @@ def test_limits_that_are_none(side, limit):
         asyncio.run(make())
 
 
-def test_threads_show_in_the_manager(ours):
-    """A running function has a record with its name, and the counters tell how it ended."""
+def test_threads_show_in_the_manager(our_side):
+    """A running function has a record with its name; the counters have its outcome."""
     go = threading.Event()
-    with ours.threads() as submit:
+    with our_side.threads() as submit:
         started = threading.Event()
 
         def work():
@@ -302,16 +302,16 @@ def test_threads_show_in_the_manager(ours):
 
         submit(work, __name__="node")
         assert started.wait(WAIT)
-        assert [info["name"] for info in ours.manager.get_task_info()] == ["node"]
+        assert [info["name"] for info in our_side.manager.get_task_info()] == ["node"]
         go.set()
-    assert ours.manager.stats()["names"]["node"]["completed"] == 1
+    assert our_side.manager.stats()["names"]["node"]["completed"] == 1
 
 
 # -- coroutines as tasks ----------------------------------------------------------------------------------------------
 
 
 async def test_submit_of_tasks_is_a_bound_method(side):
-    """What the context manager hands out can be held by a WeakMethod, and dies with the executor."""
+    """A WeakMethod can hold the result of the context manager; it dies with the executor."""
     executor = side.tasks()
     async with executor as submit:
         held = weakref.WeakMethod(submit)
@@ -335,7 +335,7 @@ async def test_futures_of_tasks(side):
 
 
 async def test_names_of_tasks(side):
-    """A task has the name that was given; without one it has some name."""
+    """A task has the name that was given, or some name by default."""
     async with side.tasks(max_concurrency=1) as submit:
         named, unnamed = submit(value, __name__="node"), submit(value)
         assert named.get_name() == "node"
@@ -343,7 +343,7 @@ async def test_names_of_tasks(side):
 
 
 async def test_keyword_arguments_reach_the_coroutine_function(side):
-    """Only the options with underscores are the executor's: all other keywords are the function's."""
+    """Only options with underscores are the executor's; all other keywords are the function's."""
     names = ("name", "timeout", "context", "loop", "config", "kwargs", "coro", "task", "record", "eager_start")
     keywords = dict.fromkeys(names, 1)
 
@@ -357,7 +357,7 @@ async def test_keyword_arguments_reach_the_coroutine_function(side):
 
 @pytest.mark.skipif(not STARTS_EAGERLY, reason="no eager tasks before Python 3.12")
 async def test_tasks_start_at_once(side):
-    """The coroutine runs up to its first suspension inside submit, and one that does not suspend is done after it."""
+    """The coroutine runs to its first suspension inside submit; one that does not suspend is done after it."""
     events = []
     go = asyncio.Event()
 
@@ -376,7 +376,7 @@ async def test_tasks_start_at_once(side):
 
 @pytest.mark.parametrize("limit", [None, 1])
 async def test_tasks_that_start_in_the_next_tick(side, limit, loop_kind):
-    """With ``__next_tick__`` nothing of the coroutine runs before the submitter has given up control."""
+    """With ``__next_tick__`` the coroutine does not start before the submitter yields to the loop."""
     if loop_kind == "eager":
         pytest.skip("both leave it to the loop's task factory, and this one starts every task at once")
     events = []
@@ -394,7 +394,7 @@ async def test_tasks_that_start_in_the_next_tick(side, limit, loop_kind):
 @pytest.mark.parametrize("next_tick", [False, True])
 @pytest.mark.parametrize("limit", [None, 1])
 async def test_tasks_see_context_variables(side, limit, next_tick):
-    """A coroutine sees the variables as they were at submit, and what it sets stays its own."""
+    """A coroutine sees the variables as they were at submit; its changes stay its own."""
     seen = []
     go = asyncio.Event()
 
@@ -417,7 +417,7 @@ async def test_tasks_see_context_variables(side, limit, next_tick):
 
 
 async def test_exit_waits_for_tasks(side):
-    """On exit every coroutine has ended, those that were not started by then included."""
+    """On exit every coroutine has ended, even those that had not started."""
     done = []
 
     async def work(number):
@@ -430,8 +430,8 @@ async def test_exit_waits_for_tasks(side):
     assert sorted(done) == list(range(50))
 
 
-async def test_exit_cancels_tasks_that_asked_for_it(side):
-    """What asked for it is cancelled on exit and awaited; what did not ask runs to its end."""
+async def test_exit_cancels_tasks_that_were_submitted_so(side):
+    """Such a task is cancelled on exit and awaited; any other one runs to its end."""
     started, ended = [], []
 
     async def work():
@@ -454,7 +454,7 @@ async def test_exit_cancels_tasks_that_asked_for_it(side):
 
 
 async def test_the_first_failure_of_tasks_in_order_of_submission_is_raised(side):
-    """Not the failure that came first counts, but that of the coroutine that was submitted first."""
+    """The failure of the coroutine that was submitted first is raised, not the one that came first."""
     later_failed = asyncio.Event()
 
     async def fail_last():
@@ -469,7 +469,7 @@ async def test_the_first_failure_of_tasks_in_order_of_submission_is_raised(side)
 
 
 async def test_failures_of_tasks_that_are_not_raised_on_exit(side):
-    """An exception stays in its task: by option, by the set of the graph, as an interrupt, or when cancelled."""
+    """An exception stays in its task: by option, by the graph's set, as an interrupt, or when cancelled."""
     async with side.tasks() as submit:
         unwanted = submit(failing, ValueError("unwanted"), __reraise_on_exit__=False)
         bubbled = submit(failing, GraphBubbleUp("bubbled"))
@@ -488,8 +488,8 @@ async def test_failures_of_tasks_that_are_not_raised_on_exit(side):
     assert cancelled.cancelled()
 
 
-async def test_a_failure_of_the_body_wins_over_those_of_tasks(side):
-    """The exception on its way goes on; that of a coroutine stays in its task."""
+async def test_a_failure_of_the_body_takes_precedence_over_those_of_tasks(side):
+    """The exception of the body is raised; that of a coroutine stays in its task."""
     with pytest.raises(LookupError, match="body"):  # noqa: PT012
         async with side.tasks() as submit:
             task = submit(failing, ValueError("coroutine"))
@@ -498,7 +498,7 @@ async def test_a_failure_of_the_body_wins_over_those_of_tasks(side):
 
 
 async def test_no_more_tasks_than_allowed(side):
-    """With a limit so many coroutines run at once, never more, and each of them once."""
+    """With a limit, that number of coroutines runs at once, never more, and each runs once."""
     running = most = 0
     order = []
 
@@ -520,7 +520,7 @@ async def test_no_more_tasks_than_allowed(side):
 
 @pytest.mark.parametrize("config", [{}, {"max_concurrency": None}, {"max_concurrency": 0}])
 async def test_tasks_without_a_limit(side, config):
-    """Without a limit, which 0 means as well, coroutines that wait for each other run at once."""
+    """Without a limit, or with 0, coroutines that wait for each other run at once."""
     together = asyncio.Barrier(4)
     async with side.tasks(**config) as submit:
         for _ in range(4):
@@ -528,19 +528,19 @@ async def test_tasks_without_a_limit(side, config):
 
 
 async def test_finished_tasks_are_dropped(side):
-    """An executor keeps nothing of a coroutine that ended well: not its result, its arguments or its task."""
+    """An executor does not keep the result, the arguments or the task of a coroutine that succeeded."""
     async with side.tasks() as submit:
         marker = Marker()
         task = submit(value, marker)
         await task
-        watched = [weakref.ref(marker), weakref.ref(task)]
+        references = [weakref.ref(marker), weakref.ref(task)]
         del marker, task
         await asyncio.sleep(0)
         gc.collect()
-        assert [reference() for reference in watched] == [None, None]
+        assert [reference() for reference in references] == [None, None]
 
 
-async def test_tasks_submitted_from_threads(ours):
+async def test_tasks_submitted_from_threads(our_side):
     """A coroutine submitted from another thread runs on the loop, in the context of that thread."""
     results = []
 
@@ -551,7 +551,7 @@ async def test_tasks_submitted_from_threads(ours):
         variable.set(f"thread {number}")
         results.append(submit(where, number).result(WAIT))
 
-    async with ours.tasks() as submit:
+    async with our_side.tasks() as submit:
         loop = asyncio.get_running_loop()
         threads = [asyncio.to_thread(other_thread, submit, number) for number in range(4)]
         await asyncio.gather(*threads)
@@ -559,7 +559,7 @@ async def test_tasks_submitted_from_threads(ours):
     assert sorted(results, key=lambda result: result[0]) == [(number, loop, f"thread {number}") for number in range(4)]
 
 
-async def test_exit_that_is_cancelled_settles_its_tasks(ours):
+async def test_a_cancelled_exit_ends_its_tasks(our_side):
     """A cancelled exit cancels its tasks and waits for them; LangGraph's leaves them running."""
     ended = []
 
@@ -571,11 +571,11 @@ async def test_exit_that_is_cancelled_settles_its_tasks(ours):
             ended.append("cleaned up")
 
     async def run():
-        async with ours.tasks() as submit:
+        async with our_side.tasks() as submit:
             submit(work)
 
     task = asyncio.ensure_future(run())
-    await until(lambda: ours.manager.get_task_count() == 1)
+    await until(lambda: our_side.manager.get_task_count() == 1)
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -583,32 +583,32 @@ async def test_exit_that_is_cancelled_settles_its_tasks(ours):
     assert ended == ["cleaned up"]
 
 
-async def test_tasks_show_in_the_manager(ours):
-    """A running coroutine has a record with its name, one that waits for its turn is queued, and all are counted."""
+async def test_tasks_show_in_the_manager(our_side):
+    """A running coroutine has a record with its name, one that waits for a slot is queued, and all are counted."""
     go = asyncio.Event()
-    async with ours.tasks(max_concurrency=1) as submit:
+    async with our_side.tasks(max_concurrency=1) as submit:
         submit(after, go, __name__="node")
         submit(after, go, __name__="node")
         await asyncio.sleep(0)
-        assert [(info["name"], info["state"]) for info in ours.manager.get_task_info()] == [
+        assert [(info["name"], info["state"]) for info in our_side.manager.get_task_info()] == [
             ("node", "running"),
             ("node", "queued"),
         ]
         go.set()
-    assert ours.manager.stats()["names"]["node"]["completed"] == 2
+    assert our_side.manager.stats()["names"]["node"]["completed"] == 2
 
 
-async def test_interrupts_are_not_logged_as_errors(ours, caplog):
-    """An interrupt is a signal between a node and its graph: no log record tells of it as an error."""
-    async with ours.tasks() as submit:
+async def test_interrupts_are_not_logged_as_errors(our_side, caplog):
+    """An interrupt is a signal between a node and its graph; no log record calls it an error."""
+    async with our_side.tasks() as submit:
         submit(failing, GraphInterrupt(()))
-    with ours.threads() as submit:
+    with our_side.threads() as submit:
         submit(fail, GraphInterrupt(()))
     assert [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")] == []
 
 
-async def test_partials_and_objects_that_can_be_called(side):
-    """What gives a coroutine when called will do, whatever it is: checkpointers hand in bound methods of any kind."""
+async def test_partials_and_callable_objects_are_accepted(side):
+    """Any callable that returns a coroutine is accepted; checkpointers pass bound methods of any kind."""
 
     class Saver:
         async def put(self, number):

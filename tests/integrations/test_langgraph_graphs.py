@@ -1,4 +1,4 @@
-"""Real graphs, with functions as nodes, on our executors: they end as on LangGraph's own, and show in a manager."""
+"""Real graphs, with functions as nodes, on our executors: they end as on LangGraph's own, and a manager shows them."""
 
 import asyncio
 import contextvars
@@ -33,7 +33,7 @@ variable = contextvars.ContextVar("variable", default="default")
 
 
 class State(TypedDict, total=False):
-    """What the nodes of these graphs read and write; branches add to ``found``."""
+    """The state of these graphs; branches add to ``found``."""
 
     numbers: list[int]
     found: Annotated[list[Any], operator.add]
@@ -41,7 +41,7 @@ class State(TypedDict, total=False):
 
 @pytest.fixture
 def manager(make_manager):
-    """Put our executors in place, with a manager that keeps all tasks; take them away at the end."""
+    """Install our executors, with a manager that keeps its history; uninstall them at the end."""
     manager = make_manager()
     drop_in.install(manager=manager)
     yield manager
@@ -49,7 +49,7 @@ def manager(make_manager):
 
 
 def both(function):
-    """Return a node that calls a function in a graph run in threads, and one that calls it in a graph run in tasks."""
+    """Return a node that calls a function, for a graph run in threads, and one for a graph run in tasks."""
 
     async def in_task(state):
         await asyncio.sleep(0)
@@ -59,7 +59,7 @@ def both(function):
 
 
 def graph_of(is_async, checkpointer=None, **nodes):
-    """Return a graph that starts one branch of ``work`` a number, then runs the other nodes one after another."""
+    """Return a graph that starts one branch of ``work`` per number, then runs the other nodes one after another."""
     builder = StateGraph(State)
     builder.add_node("plan", lambda state: {})
     last = None
@@ -86,7 +86,7 @@ def square(number):
 
 
 def ask(state):
-    """Ask twice, one question after the other."""
+    """Ask two questions, one after the other."""
     return {"found": [interrupt("first?"), interrupt("second?")]}
 
 
@@ -95,8 +95,8 @@ SQUARES = [number * number for number in range(5)]
 MODES = ["custom", "updates", "values"]
 
 
-def told(chunks):
-    """Return the chunks of a stream so that two runs compare: branches end in any order, ids are made by chance."""
+def comparable(chunks):
+    """Return the chunks of a stream in a comparable form: branches end in any order, ids are random."""
     texts = []
     for mode, chunk in chunks:
         if isinstance(chunk, dict) and "__interrupt__" in chunk:
@@ -106,11 +106,11 @@ def told(chunks):
 
 
 def stream_in_threads(graph, config):
-    """Run a graph of ``ASKING`` to its end; return all that it told, and its last state."""
+    """Run a graph of ``ASKING`` to its end; return the chunks of its streams, and its last state."""
     chunks = []
     for given in ({"numbers": list(range(5))}, Command(resume="one"), Command(resume="two")):
         chunks += graph.stream(given, config, stream_mode=MODES)
-    return told(chunks), graph.get_state(config).values
+    return comparable(chunks), graph.get_state(config).values
 
 
 async def stream_in_tasks(graph, config):
@@ -118,11 +118,11 @@ async def stream_in_tasks(graph, config):
     chunks = []
     for given in ({"numbers": list(range(5))}, Command(resume="one"), Command(resume="two")):
         chunks += [chunk async for chunk in graph.astream(given, config, stream_mode=MODES)]
-    return told(chunks), (await graph.aget_state(config)).values
+    return comparable(chunks), (await graph.aget_state(config)).values
 
 
 def unexpected_records(caplog):
-    """Return what bgtasks logged that is no mere progress."""
+    """Return the records of bgtasks that report more than progress."""
     return [record for record in caplog.records if record.name == "bgtasks" and record.levelno > logging.INFO]
 
 
@@ -130,22 +130,22 @@ def unexpected_records(caplog):
 
 
 @pytest.mark.parametrize("limit", [None, 0, 2])
-def test_threads_tell_what_they_tell_on_the_originals(manager, caplog, limit):
+def test_threads_stream_the_same_as_on_the_originals(manager, caplog, limit):
     """Fan-out, two interrupts, a checkpointer and three kinds of stream give the same; no error is logged."""
     config = config_of(max_concurrency=limit)
-    ours = stream_in_threads(graph_of(False, InMemorySaver(), **ASKING), config)
+    streamed = stream_in_threads(graph_of(False, InMemorySaver(), **ASKING), config)
     started = manager.stats()["started"]
     drop_in.uninstall()
     originals = stream_in_threads(graph_of(False, InMemorySaver(), **ASKING), config_of(max_concurrency=limit or None))
-    assert ours == originals
-    assert ours[1]["found"] == [*SQUARES, "one", "two"]
+    assert streamed == originals
+    assert streamed[1]["found"] == [*SQUARES, "one", "two"]
     assert started == manager.stats()["started"] > 0
     assert manager.stats()["names"]["work"]["completed"] == 5
     assert unexpected_records(caplog) == []
 
 
 def test_threads_keep_to_the_limit(manager):
-    """No more branches run at once than the configuration allows, and so many do."""
+    """Exactly as many branches run at once as the configuration allows."""
     lock, together = threading.Lock(), threading.Barrier(2)
     running = most = 0
 
@@ -164,7 +164,7 @@ def test_threads_keep_to_the_limit(manager):
 
 
 def test_a_node_that_fails_in_a_thread(manager, caplog):
-    """Its exception reaches the caller of the graph, and the log of the manager once."""
+    """Its exception reaches the caller of the graph, and is logged once."""
 
     def work(number):
         if number == 3:
@@ -179,7 +179,7 @@ def test_a_node_that_fails_in_a_thread(manager, caplog):
 
 
 def test_functional_graph_in_threads(manager):
-    """Tasks of the functional API run side by side, and the entry point can take care of the failure of one."""
+    """Tasks of the functional API run in parallel; the entry point can handle the failure of one."""
     together = threading.Barrier(3)
 
     @task
@@ -220,22 +220,22 @@ def test_graphs_in_several_threads_share_a_manager(manager):
 
 
 @pytest.mark.parametrize("limit", [None, 0, 1, 2])
-async def test_tasks_tell_what_they_tell_on_the_originals(manager, caplog, limit):
+async def test_tasks_stream_the_same_as_on_the_originals(manager, caplog, limit):
     """Fan-out, two interrupts, a checkpointer and three kinds of stream give the same; no error is logged."""
     config = config_of(max_concurrency=limit)
-    ours = await stream_in_tasks(graph_of(True, InMemorySaver(), **ASKING), config)
+    streamed = await stream_in_tasks(graph_of(True, InMemorySaver(), **ASKING), config)
     started = manager.stats()["started"]
     drop_in.uninstall()
     originals = await stream_in_tasks(graph_of(True, InMemorySaver(), **ASKING), config)
-    assert ours == originals
-    assert ours[1]["found"] == [*SQUARES, "one", "two"]
+    assert streamed == originals
+    assert streamed[1]["found"] == [*SQUARES, "one", "two"]
     assert started == manager.stats()["started"] > 0
     assert manager.stats()["names"]["work"]["completed"] == 5
     assert unexpected_records(caplog) == []
 
 
 async def test_tasks_keep_to_the_limit(manager):
-    """No more branches run at once than the configuration allows, and so many do."""
+    """Exactly as many branches run at once as the configuration allows."""
     running = most = 0
 
     async def work(number):
@@ -252,7 +252,7 @@ async def test_tasks_keep_to_the_limit(manager):
 
 
 async def test_running_nodes_show_in_the_manager(manager):
-    """While a graph runs the manager tells which nodes do, by their names, and which wait for their turn."""
+    """While a graph runs, the manager shows the names of its running nodes, and which of them wait for a slot."""
     go = asyncio.Event()
 
     async def work(number):
@@ -272,7 +272,7 @@ async def test_running_nodes_show_in_the_manager(manager):
 
 
 async def test_a_node_that_fails_in_a_task(manager, caplog):
-    """Its exception reaches the caller of the graph, and the log of the manager once; its neighbours are cancelled."""
+    """Its exception reaches the caller of the graph and is logged once; its neighbours are cancelled."""
     ended = []
 
     async def work(number):
@@ -282,7 +282,7 @@ async def test_a_node_that_fails_in_a_task(manager, caplog):
         try:
             await forever()
         finally:
-            # LangGraph cancels them twice: to await anything here would be of no use.
+            # LangGraph cancels its nodes twice, so nothing can be awaited here.
             ended.append(number)
 
     graph = graph_of(True, work=work)
@@ -294,7 +294,7 @@ async def test_a_node_that_fails_in_a_task(manager, caplog):
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["threads", "tasks"])
 def test_without_a_manager_failures_are_not_logged(caplog, is_async):
-    """The caller of the graph gets the exception, and nobody else, as with LangGraph's own executors."""
+    """Only the caller of the graph gets the exception, as with LangGraph's own executors."""
 
     def work(number):
         raise LookupError("work")
@@ -313,7 +313,7 @@ def test_without_a_manager_failures_are_not_logged(caplog, is_async):
 
 
 async def test_functional_graph_in_tasks(manager):
-    """Tasks of the functional API run side by side, and the entry point can take care of the failure of one."""
+    """Tasks of the functional API run in parallel; the entry point can handle the failure of one."""
     together = asyncio.Barrier(3)
 
     @task
@@ -334,7 +334,7 @@ async def test_functional_graph_in_tasks(manager):
 
 
 async def test_a_cancelled_run_leaves_no_node_behind(manager):
-    """When the caller of a graph is cancelled its nodes are, too, and end before their executor does."""
+    """When the caller of a graph is cancelled, its nodes are cancelled and end before their executor."""
     ended = []
 
     async def work(number):
@@ -355,7 +355,7 @@ async def test_a_cancelled_run_leaves_no_node_behind(manager):
 
 
 async def test_graphs_in_graphs(manager):
-    """A graph as a node of another one runs on an executor of its own, under the same manager."""
+    """A graph as a node of another one runs on its own executor, under the same manager."""
     inner = graph_of(True, work=both(square))
     builder = StateGraph(State)
     builder.add_node("inner", inner)
@@ -377,7 +377,7 @@ async def test_many_runs_at_once_share_a_manager(manager):
 
 
 def test_one_graph_on_one_loop_after_another(manager):
-    """A graph that is compiled once runs under ``asyncio.run`` as often as wanted, with the same manager."""
+    """A graph that is compiled once runs under ``asyncio.run`` several times, with the same manager."""
     graph = graph_of(True, work=both(square))
     for _ in range(3):
         assert asyncio.run(graph.ainvoke({"numbers": list(range(5))}, config_of()))["found"] == SQUARES
@@ -386,7 +386,7 @@ def test_one_graph_on_one_loop_after_another(manager):
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["threads", "tasks"])
 def test_nodes_see_context_variables(manager, is_async):
-    """A node sees the variables of the caller of its graph, and what it sets stays its own."""
+    """A node sees the variables of the caller of its graph; its changes stay its own."""
 
     def work(number):
         found = variable.get()
@@ -407,7 +407,7 @@ def test_nodes_see_context_variables(manager, is_async):
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["threads", "tasks"])
 def test_runs_leave_no_executor_behind(manager, is_async):
-    """After their runs, interrupted ones included, no executor is alive: what a run kept goes with it."""
+    """After a run, even an interrupted one, its executor is freed with all that it kept."""
     graph = graph_of(is_async, InMemorySaver(), **ASKING)
     for number in range(3):
         if is_async:
@@ -420,7 +420,7 @@ def test_runs_leave_no_executor_behind(manager, is_async):
 
 
 async def test_a_run_ends_on_the_executor_it_began_with(make_manager):
-    """Install and uninstall in the middle of a run change nothing for it: they are about the next one."""
+    """Install and uninstall during a run affect only the next run."""
     manager = make_manager()
     graph = graph_of(True, **ASKING)
     run = graph.astream({"numbers": list(range(5))}, config_of(), stream_mode="updates")
@@ -436,15 +436,15 @@ async def test_a_run_ends_on_the_executor_it_began_with(make_manager):
     assert len(first) == len(second)
 
 
-async def test_a_manager_that_was_shut_down_takes_no_graph(manager):
-    """The run fails with the error of the manager, and leaves nothing behind."""
+async def test_a_run_fails_on_a_manager_that_was_shut_down(manager):
+    """The run raises the manager's error, and leaves no task."""
     await manager.shutdown()
     with pytest.raises(ManagerClosedError, match="shut down"):
         await graph_of(True, work=both(square)).ainvoke({"numbers": [1, 2]}, config_of())
 
 
-async def test_a_full_manager_fails_the_run(make_manager):
-    """At its cap the manager refuses a node, and the run fails with its error."""
+async def test_a_run_fails_on_a_full_manager(make_manager):
+    """At its limit the manager refuses a node, and the run raises the manager's error."""
     drop_in.install(manager=make_manager(max_pending_tasks=1))
     try:
         with pytest.raises(TaskRejectedError, match="max_pending_tasks"):
@@ -458,7 +458,7 @@ async def test_a_full_manager_fails_the_run(make_manager):
 
 @functools.cache
 def run_example(*arguments):
-    """Run the example to its end, with warnings as errors; return its status and what it printed."""
+    """Run the example to its end, with warnings as errors; return its status and its output."""
     command = [sys.executable, "-W", "error", "-X", "dev", str(EXAMPLE), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout, done.stderr
@@ -467,7 +467,7 @@ def run_example(*arguments):
 @pytest.mark.parametrize("limit", ["0", "4"])
 @pytest.mark.parametrize("options", [["--sync"], []], ids=["threads", "tasks"])
 def test_the_example_reports(options, limit):
-    """It measures each module in a branch, asks, and reports; the manager tells of a task a branch."""
+    """It measures each module in a branch, asks, and reports; the manager shows one task per branch."""
     status, output, errors = run_example(*options, "--max-concurrency", limit, "json")
     assert (status, errors) == (0, "")
     assert output.count("measured ") == 5
@@ -476,8 +476,8 @@ def test_the_example_reports(options, limit):
     assert "      5 x measure\n" in output
 
 
-def test_the_example_takes_no_for_an_answer():
-    """Without the consent there is no report, and the status says so."""
+def test_the_example_ends_without_consent():
+    """Without consent there is no report, and the exit status says so."""
     status, output, errors = run_example("--answer", "no", "json")
     assert (status, errors) == (1, "")
     assert "no report" in output
@@ -485,7 +485,7 @@ def test_the_example_takes_no_for_an_answer():
 
 @pytest.mark.parametrize("arguments", [["no_such_package"], ["ast"], ["--max-concurrency", "-1"]])
 def test_the_example_refuses_bad_arguments(arguments):
-    """What is no package and a negative limit are refused before anything runs."""
+    """A name that is no package and a negative limit are refused before anything runs."""
     status, _, errors = run_example(*arguments)
     assert status == 2
     assert "error: " in errors

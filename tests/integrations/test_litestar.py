@@ -55,8 +55,8 @@ def test_work_outlives_its_request_and_ends_before_the_resources():
     assert app.state.task_manager.stats()["completed"] == 2
 
 
-def test_what_did_not_finish_is_named(caplog):
-    """Tasks that the drain time was too short for stand in the log."""
+def test_unfinished_tasks_are_named(caplog):
+    """The log names the tasks that did not finish within the drain timeout."""
     caplog.set_level("WARNING", logger="bgtasks")
     app = application([], asyncio.Event(), drain_timeout=0.0)
     with TestClient(app) as client:
@@ -67,7 +67,7 @@ def test_what_did_not_finish_is_named(caplog):
 
 @pytest.mark.parametrize("where", ["before", "after"])
 async def test_a_lifespan_that_raises_does_not_keep_the_manager_open(where):
-    """Whether the user's part raises when it opens or when it closes, the manager is shut down."""
+    """The manager is shut down whether the user's lifespan raises when it opens or when it closes."""
 
     @contextlib.asynccontextmanager
     async def raising(app):
@@ -88,12 +88,12 @@ async def test_a_lifespan_that_raises_does_not_keep_the_manager_open(where):
 
 
 def test_without_the_lifespan_the_error_says_what_to_do():
-    """The dependency of an application without a manager names the missing line."""
+    """The error of an application without a manager shows the missing line."""
     with pytest.raises(NoManagerError, match="lifespan"):
         task_manager(Litestar([]).state)
 
 
 def test_refuses_options_outside_their_values():
-    """A bad option is told when the application is made."""
+    """The error comes when the application is made."""
     with pytest.raises(InvalidOptionError, match="history"):
         lifespan(history=-1)

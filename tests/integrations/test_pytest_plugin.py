@@ -1,4 +1,4 @@
-"""The pytest plugin, in suites that run in processes of their own, with pytest-asyncio and with anyio's plugin."""
+"""The pytest plugin, in test suites that run in their own processes, with pytest-asyncio and with anyio's plugin."""
 
 import importlib.metadata
 import re
@@ -16,7 +16,7 @@ pytest_plugins = ["pytester"]
 INSTALLED = any(
     entry.value == "_bgtasks_pytest" for entry in importlib.metadata.entry_points(group="pytest11", name="bgtasks")
 )
-# What makes an async test of each plugin; the runner of each closes the loop at another time.
+# The decorator of an async test, by plugin; the runners of the two close the loop at different times.
 MARKS = {"pytest-asyncio": "@pytest.mark.asyncio", "anyio": "@pytest.mark.anyio"}
 HEAD = """
 import asyncio, pytest
@@ -41,20 +41,20 @@ async def a_few_iterations():
 
 @pytest.fixture(params=list(MARKS))
 def mark(request):
-    """Give the mark of an async test."""
+    """Give the decorator of an async test."""
     return MARKS[request.param]
 
 
 @pytest.fixture
 def run_suite(pytester, monkeypatch, twin):
-    """Give a function that runs the text of a test module in a process of its own, with warnings as errors."""
+    """Give a function that runs a test module in its own process, with warnings as errors."""
     for name, value in environment(twin).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
     def run(text, *arguments, head=HEAD, others=("-pasyncio", "-panyio")):
         pytester.makepyfile(test_suite=head + text)
-        # By name and no others: what else is installed costs a second a suite.
+        # Only these plugins: loading all that are installed costs a second per suite.
         plugins = ["-pbgtasks" if INSTALLED else "-p_bgtasks_pytest", *others]
         warnings = ["-Werror", "-Wdefault::pytest.PytestWarning"]
         return pytester.runpytest_subprocess(*plugins, *warnings, "-v", *arguments)
@@ -62,7 +62,7 @@ def run_suite(pytester, monkeypatch, twin):
     return run
 
 
-def test_a_test_that_leaves_nothing_passes(run_suite, mark):
+def test_a_test_that_leaves_no_task_passes(run_suite, mark):
     """The fixture gives a manager; a test that waits for its tasks, or cancels them, passes."""
     result = run_suite(f"""
 {mark}
@@ -88,7 +88,7 @@ async def test_shuts_down(task_manager):
 
 
 def test_a_test_that_leaves_tasks_fails_with_their_names_and_where_they_were_created(run_suite, pytester, mark):
-    """The report names each task that is left, its coroutine, the line that made it and where it stands."""
+    """The report has each task that is left, its coroutine, the line that created it and its current line."""
     result = run_suite(f"""
 {mark}
 async def test_leaves(task_manager):
@@ -114,8 +114,8 @@ async def test_next(task_manager):
     assert "test_next PASSED" in result.stdout.str()
 
 
-def test_a_sync_test_that_runs_a_loop_of_its_own_is_watched(run_suite):
-    """asyncio.run cancels what a program leaves; the test fails for it all the same."""
+def test_tasks_left_by_asyncio_run_fail_a_sync_test(run_suite):
+    """asyncio.run cancels the tasks that a program leaves; the test fails nevertheless."""
     result = run_suite("""
 @pytest.mark.bgtasks_leaks("error")
 def test_leaves():
@@ -127,8 +127,8 @@ def test_leaves():
     result.stdout.fnmatch_lines(["*'watcher' (forever), created at *test_suite.py:* in main*"])
 
 
-def test_a_loop_that_is_closed_under_its_tasks_is_noticed(run_suite):
-    """Without a runner, too: tasks that a closed loop abandons are named."""
+def test_tasks_that_a_closed_loop_abandons_fail_the_test(run_suite):
+    """The report names them, without a runner, too."""
     result = run_suite("""
 @pytest.mark.bgtasks_leaks("error")
 def test_leaves():
@@ -142,8 +142,8 @@ def test_leaves():
     result.stdout.fnmatch_lines(["*'watcher' (1 times), abandoned with its closed loop*"])
 
 
-def test_a_loop_that_outlives_the_test_is_watched_at_the_end_of_the_test(run_suite):
-    """On a loop for the whole module the test that leaves a task fails, and not the others."""
+def test_a_loop_that_outlives_the_test_is_checked_at_the_end_of_the_test(run_suite):
+    """On a loop for the whole module, the test that leaves a task fails, and no other."""
     result = run_suite("""
 manager = BackgroundTaskManager()
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bgtasks_leaks("error")]
@@ -164,8 +164,8 @@ async def test_cancels():
     result.stdout.fnmatch_lines(["*ERROR at teardown of test_leaves*"])
 
 
-def test_what_a_fixture_ends_is_not_left(run_suite, mark):
-    """An application that drains in a fixture's teardown is in order."""
+def test_tasks_that_a_fixture_ends_are_not_left(run_suite, mark):
+    """An application that drains in a fixture's teardown fails no test."""
     fixture = "pytest_asyncio.fixture" if "asyncio" in mark else "pytest.fixture"
     result = run_suite(f"""
 import pytest_asyncio
@@ -185,7 +185,7 @@ async def test_with_application(manager):
 
 
 def test_a_background_exception_fails_the_test_that_started_the_task(run_suite, mark):
-    """The report has the task and the traceback; the next test is not concerned."""
+    """The report has the task and the traceback; the next test passes."""
     result = run_suite(f"""
 {mark}
 async def test_breaks(task_manager):
@@ -207,8 +207,8 @@ async def test_next(task_manager):
     assert "never retrieved" not in result.stdout.str()
 
 
-def test_an_exception_that_the_test_looked_at_does_not_fail_it(run_suite, mark):
-    """Awaited, retrieved, gathered or raised by wait_for_all: what a test looked at is its own affair."""
+def test_an_exception_that_the_test_retrieved_does_not_fail_it(run_suite, mark):
+    """An exception that was awaited, retrieved, gathered or raised by wait_for_all is the test's business."""
     result = run_suite(f"""
 {mark}
 async def test_awaits(task_manager):
@@ -235,8 +235,8 @@ async def test_waits(task_manager):
     result.assert_outcomes(passed=4)
 
 
-def test_a_fired_task_that_fails_is_noticed(run_suite, mark):
-    """A task without a handle fails its test, too, also one that fails in its first step."""
+def test_a_fired_task_that_fails_fails_the_test(run_suite, mark):
+    """A task without a handle fails its test, even one that fails in its first step."""
     result = run_suite(f"""
 async def failing_at_once():
     raise ValueError("at once")
@@ -254,7 +254,7 @@ async def test_fires(task_manager):
 
 
 def test_a_failing_test_keeps_its_own_failure(run_suite, mark):
-    """What was found goes into a section of the report; the failure is the test's."""
+    """The findings are a section of the report; the failure is the test's own."""
     result = run_suite(f"""
 {mark}
 async def test_fails(task_manager):
@@ -267,7 +267,7 @@ async def test_fails(task_manager):
 
 
 def test_a_late_failure_names_the_test_that_left_the_task(run_suite):
-    """A task that fails in a later test does not fail that one: a warning names the culprit."""
+    """A task that fails during a later test does not fail that test; a warning names the test that left it."""
     result = run_suite("""
 manager = BackgroundTaskManager()
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bgtasks_leaks("error")]
@@ -303,7 +303,7 @@ async def test_leaves():
 
 @pytest.mark.parametrize("mode", ["error", "warn", "off", ""])
 def test_the_ini_option_is_for_the_whole_suite(run_suite, mark, mode):
-    """With error a test fails, with warn it warns; off and nothing leave a suite without the fixture alone."""
+    """With "error" a test fails, with "warn" it warns; "off" and no value ignore a suite without the fixture."""
     result = run_suite(SUITE.format(mark=mark), *(["-o", f"bgtasks_leaks={mode}"] if mode else []))
     outcomes = result.parseoutcomes()
     if mode == "error":
@@ -319,8 +319,8 @@ def test_the_ini_option_is_for_the_whole_suite(run_suite, mark, mode):
         assert outcomes == {"passed": 1}
 
 
-def test_the_marker_goes_before_the_option_and_the_fixture(run_suite):
-    """One test can be excepted, or looked at alone."""
+def test_the_marker_takes_precedence_over_the_option_and_the_fixture(run_suite):
+    """A single test can be excluded or included."""
     result = run_suite(
         """
 @pytest.mark.asyncio
@@ -342,8 +342,8 @@ async def test_warned(task_manager):
 
 
 @pytest.mark.parametrize("arguments", ["'loud'", "", "'error', 'warn'", "mode='error'"])
-def test_a_bad_marker_is_told_before_the_tests_run(run_suite, arguments):
-    """The error names the test and the values."""
+def test_a_bad_marker_is_an_error_before_the_tests_run(run_suite, arguments):
+    """The error names the test and the valid values."""
     result = run_suite(f"""
 @pytest.mark.bgtasks_leaks({arguments})
 def test_one():
@@ -353,15 +353,15 @@ def test_one():
     result.stderr.fnmatch_lines(["*test_suite.py::test_one: the marker bgtasks_leaks takes one of: error, warn, off*"])
 
 
-def test_a_bad_option_is_told_before_the_tests_run(run_suite):
-    """The error names the values."""
+def test_a_bad_option_is_an_error_before_the_tests_run(run_suite):
+    """The error names the valid values."""
     result = run_suite("", "-o", "bgtasks_leaks=loud")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*bgtasks_leaks = loud is unknown; it takes one of: error, warn, off*"])
 
 
-def test_a_suite_that_does_not_ask_is_left_alone(run_suite, pytester):
-    """Neither bgtasks nor asyncio is imported, no hook of a test is taken, and nothing is warned of."""
+def test_a_suite_that_does_not_use_the_plugin_is_not_changed(run_suite, pytester):
+    """Neither bgtasks nor asyncio is imported, no hook of a test is used, and there is no warning."""
     result = run_suite(
         """
 import sys
@@ -379,8 +379,8 @@ def test_nothing_was_imported(request):
     result.assert_outcomes(passed=1)
 
 
-def test_a_suites_own_fixture_by_the_same_name_asks_for_nothing(run_suite, mark):
-    """A manager of the suite's own may have failures, unless it is ours that the fixture passes on."""
+def test_a_suites_own_fixture_of_the_same_name_enables_nothing(run_suite, mark):
+    """A manager of the suite's own may have failures, unless its fixture requests the plugin's."""
     result = run_suite(f"""
 @pytest.fixture
 def task_manager():
@@ -416,8 +416,8 @@ async def test_passed_on(task_manager):
     result.assert_outcomes(failed=1)
 
 
-def test_it_leaves_no_trace(run_suite, pytester):
-    """After a watched run the classes are as they were."""
+def test_the_plugin_restores_all_classes(run_suite, pytester):
+    """After a checked run the classes are as they were."""
     pytester.makeconftest("""
 import asyncio
 from bgtasks import BackgroundTaskManager
@@ -438,8 +438,8 @@ def check():
     assert result.ret == 0
 
 
-def test_it_starts_under_warnings_as_errors(pytester, monkeypatch, twin):
-    """Loading the plugin raises nothing where every warning is an error of the interpreter."""
+def test_the_plugin_loads_with_warnings_as_errors(pytester, monkeypatch, twin):
+    """Loading it raises nothing even if the interpreter treats every warning as an error."""
     for name, value in environment(twin).items():
         monkeypatch.setenv(name, value)
     plugin = [] if INSTALLED else ["-p", "_bgtasks_pytest"]

@@ -27,13 +27,13 @@ from bgtasks.integrations.starlette import lifespan, task_manager  # noqa: E402
 
 @pytest.fixture
 def events():
-    """Give a list of what happened, in order."""
+    """Give a list that records events in order."""
     return []
 
 
 @pytest.fixture
 def inner(events):
-    """Give a user's lifespan with a resource, and a state of its own."""
+    """Give a user's lifespan with a resource and its own state."""
 
     @contextlib.asynccontextmanager
     async def lifespan_of_the_user(app):
@@ -49,7 +49,7 @@ def inner(events):
 
 
 def test_work_outlives_its_request_and_ends_before_the_resources(events, inner):
-    """A task started in a request runs on after the response; at the end all tasks end before the resources close."""
+    """A task runs on after the response of its request; all tasks end before the resources close."""
 
     async def work(pool, gate):
         await gate.wait()
@@ -78,16 +78,16 @@ def test_work_outlives_its_request_and_ends_before_the_resources(events, inner):
         events.clear()
 
 
-def test_what_did_not_finish_is_named(inner, caplog):
-    """Tasks that the drain time was too short for stand in the log."""
+def test_unfinished_tasks_are_named(inner, caplog):
+    """The log names the tasks that did not finish within the drain timeout."""
     app = Starlette(lifespan=lifespan(inner, drain_timeout=0.0))
     with TestClient(app):
         pass
     assert "Shutdown cancelled 1 of 1 background tasks: service (1)" in caplog.text
 
 
-def test_functions_of_an_executor_do_not_take_the_threads_of_the_framework():
-    """A thousand functions that hang in an executor keep no sync endpoint from answering."""
+def test_functions_of_an_executor_do_not_use_the_threads_of_the_framework():
+    """Sync endpoints answer while a thousand functions hang in an executor."""
     gate = threading.Event()
 
     def endpoint(request):
@@ -104,7 +104,7 @@ def test_functions_of_an_executor_do_not_take_the_threads_of_the_framework():
 
 
 def test_mounted_applications_and_websockets_find_the_manager():
-    """The manager is the one of the whole application, whoever serves the connection."""
+    """They get the manager of the outer application."""
     found = []
 
     async def endpoint(request):
@@ -128,7 +128,7 @@ def test_mounted_applications_and_websockets_find_the_manager():
 
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_a_lifespan_that_raises_does_not_keep_the_manager_open(where, caplog):
-    """Whether the user's part raises when it opens or when it closes, the manager is shut down, the error goes on."""
+    """Whether the user's lifespan raises when it opens or closes, the manager is shut down and the error is raised."""
 
     @contextlib.asynccontextmanager
     async def raising(app):
@@ -148,7 +148,7 @@ def test_a_lifespan_that_raises_does_not_keep_the_manager_open(where, caplog):
 
 
 def test_new_work_is_refused_at_the_end():
-    """While it drains the manager takes no more tasks from outside."""
+    """While the manager drains, it refuses tasks from outside."""
     refused = []
 
     @contextlib.asynccontextmanager
@@ -165,7 +165,7 @@ def test_new_work_is_refused_at_the_end():
 
 
 def test_without_the_lifespan_the_error_says_what_to_do():
-    """An application that was not started, or has no manager, names the missing line."""
+    """The error of an application that was not started, or has no manager, shows the missing line."""
 
     async def endpoint(request):
         return PlainTextResponse(str(task_manager(request)))
@@ -176,25 +176,25 @@ def test_without_the_lifespan_the_error_says_what_to_do():
 
 
 async def generator(app):
-    """Be a lifespan that somebody forgot to decorate."""
+    """Be a lifespan without its decorator."""
     yield
 
 
 @pytest.mark.parametrize("wrong", [generator, "lifespan"])
-def test_refuses_what_is_no_lifespan(wrong):
-    """A wrong lifespan is told when the application is made."""
+def test_refuses_a_wrong_lifespan(wrong):
+    """The error comes when the application is made."""
     with pytest.raises(InvalidOptionError, match="asynccontextmanager"):
         lifespan(wrong)
 
 
 def test_refuses_options_outside_their_values():
-    """A bad option is told when the application is made, not when it ends."""
+    """The error comes when the application is made, not when it ends."""
     with pytest.raises(InvalidOptionError, match="drain_timeout"):
         lifespan(drain_timeout=-1)
 
 
-def test_fastapi_hands_the_manager_to_path_operations(events, inner):
-    """The dependency gives the application's manager, which survives the request's own dependencies."""
+def test_fastapi_passes_the_manager_to_path_operations(events, inner):
+    """The dependency gives the application's manager; its tasks outlive the request's own dependencies."""
     app = fastapi.FastAPI(lifespan=for_fastapi.lifespan(inner, drain_timeout=0.01))
 
     async def session():

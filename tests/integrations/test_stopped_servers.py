@@ -1,4 +1,4 @@
-"""Applications in real servers, stopped by SIGTERM in the middle of a thousand tasks; and missing frameworks."""
+"""Applications in real servers that are stopped by SIGTERM while a thousand tasks run; and missing frameworks."""
 
 import signal
 import subprocess
@@ -122,7 +122,7 @@ SERVERS = {
 
 
 def get(port, path):
-    """Ask the server for a page."""
+    """Request a page from the server."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as response:
         return response.read().decode()
 
@@ -131,8 +131,8 @@ def get(port, path):
 @pytest.mark.parametrize("drains", [True, False], ids=["finish", "named"])
 @pytest.mark.parametrize("loop_name", list(LOOPS))
 @pytest.mark.parametrize("framework", list(SERVERS))
-def test_sigterm_in_the_middle_of_a_thousand_tasks(tmp_path, twin, framework, loop_name, drains):
-    """Within the drain time all tasks finish, with their resource open; after it each is cancelled and named."""
+def test_sigterm_while_a_thousand_tasks_run(tmp_path, twin, framework, loop_name, drains):
+    """Tasks finish within the drain timeout with their resource open; the others are cancelled and named."""
     server, program_text = SERVERS[framework]
     need(framework)
     need(server)
@@ -157,7 +157,7 @@ def test_sigterm_in_the_middle_of_a_thousand_tasks(tmp_path, twin, framework, lo
 
 @pytest.mark.parametrize("framework", ["starlette", "fastapi", "aiohttp", "litestar", "dishka"])
 def test_a_missing_framework_is_named_with_its_install_command(framework, twin):
-    """Importing an integration without its framework says what to install; importing bgtasks needs none."""
+    """Importing an integration without its framework says how to install it; importing bgtasks needs none."""
     code = f"import sys; sys.modules['{framework}'] = None; import bgtasks; import bgtasks.integrations.{framework}"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=environment(twin)

@@ -1,4 +1,4 @@
-"""Failures: reported once, at once, and still there for whoever awaits the task."""
+"""Failures: reported once, immediately, and still raised when the task is awaited."""
 
 import asyncio
 import gc
@@ -16,21 +16,21 @@ def errors_of(caplog):
     return [record for record in caplog.records if record.name == "bgtasks" and record.levelno >= logging.ERROR]
 
 
-@pytest.mark.parametrize("who", ["nobody", "awaits", "awaits late", "waits for all"])
-async def test_a_failure_is_reported_exactly_once(make_manager, caplog, who):
-    """Whoever awaits it or not: one ERROR record with traceback, no "never retrieved", and await still raises."""
+@pytest.mark.parametrize("how", ["not awaited", "awaited", "awaited late", "wait_for_all"])
+async def test_a_failure_is_reported_exactly_once(make_manager, caplog, how):
+    """Awaited or not: one ERROR record with traceback, no "never retrieved", and await still raises."""
     manager = make_manager()
     error = ValueError("expected")
     task = manager.create_task(failing_later(error), name="fails", context={"order": 7})
-    if who == "awaits":
+    if how == "awaited":
         with pytest.raises(ValueError, match="expected"):
             await task
-    elif who == "waits for all":
+    elif how == "wait_for_all":
         with pytest.raises(ValueError, match="expected"):
             await manager.wait_for_all()
     else:
         await until(task.done)
-        if who == "awaits late":
+        if how == "awaited late":
             await asyncio.sleep(0)
             with pytest.raises(ValueError, match="expected"):
                 await task
@@ -46,7 +46,7 @@ async def test_a_failure_is_reported_exactly_once(make_manager, caplog, who):
 
 
 async def test_the_logged_traceback_begins_with_the_users_frame(make_manager, caplog):
-    """Bgtasks' own coroutine around the user's is not part of what the log shows."""
+    """The logged traceback does not show bgtasks' coroutine around the user's."""
     manager = make_manager()
     await asyncio.wait([manager.create_task(failing_later(ValueError("expected")))])
     traceback = errors_of(caplog)[0].exc_info[2]
@@ -54,7 +54,7 @@ async def test_the_logged_traceback_begins_with_the_users_frame(make_manager, ca
 
 
 async def test_success_and_cancellation_are_debug_a_timeout_is_a_warning(make_manager, caplog):
-    """The levels are those of the reference: DEBUG, DEBUG, WARNING."""
+    """The levels are those of the reference."""
     manager = make_manager()
     with caplog.at_level(logging.DEBUG, logger="bgtasks"):
         manager.create_task(value(), name="fine")
@@ -67,7 +67,7 @@ async def test_success_and_cancellation_are_debug_a_timeout_is_a_warning(make_ma
 
 
 async def test_the_level_may_change_while_tasks_run(make_manager, caplog):
-    """Completed tasks are logged from the moment DEBUG is on, and no longer when it is off."""
+    """Completed tasks are logged only while DEBUG is enabled."""
     manager = make_manager()
     logger = logging.getLogger("bgtasks")
     usual = logger.level
@@ -80,23 +80,23 @@ async def test_the_level_may_change_while_tasks_run(make_manager, caplog):
         logger.setLevel(usual)
 
 
-async def test_on_error_hears_of_each_failure(make_manager, caplog):
-    """The hook gets the task's info and the exception, after the log record."""
-    heard = []
-    manager = make_manager(on_error=lambda info, error: heard.append((info, error, len(errors_of(caplog)))))
+async def test_on_error_is_called_for_each_failure(make_manager, caplog):
+    """The hook is called with the task's info and the exception, after the log record."""
+    calls = []
+    manager = make_manager(on_error=lambda info, error: calls.append((info, error, len(errors_of(caplog)))))
     error = ValueError("expected")
     manager.create_task(failing(error), name="fails", context={"a": 1}, timeout=5)
     manager.create_task(value())
     await manager.wait_for_all(return_exceptions=True)
-    ((info, heard_error, logged),) = heard
-    assert heard_error is error
+    ((info, reported_error, logged),) = calls
+    assert reported_error is error
     assert logged == 1
     assert (info["name"], info["context"], info["state"], info["done"]) == ("fails", {"a": 1}, "failed", True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError, GeneratorExit])
-async def test_a_hook_that_raises_harms_nothing(make_manager, caplog, loop_errors, error):
-    """What on_error raises goes to the loop's handler once; counters and later tasks are unharmed."""
+async def test_a_hook_that_raises_does_no_harm(make_manager, caplog, loop_errors, error):
+    """An exception of on_error goes to the loop's handler once; counters and later tasks are not affected."""
 
     def hook(info, exception):
         raise error("in the hook")
@@ -114,8 +114,8 @@ async def test_a_hook_that_raises_harms_nothing(make_manager, caplog, loop_error
 
 
 @pytest.mark.parametrize("outcome", ["completed", "failed", "cancelled", "timed out"])
-async def test_a_logging_handler_that_raises_harms_nothing(make_manager, loop_errors, outcome):
-    """A broken logging handler is told of once by the loop; the task ends as it would have."""
+async def test_a_logging_handler_that_raises_does_no_harm(make_manager, loop_errors, outcome):
+    """The loop reports a broken logging handler once; the task ends as usual."""
 
     class Broken(logging.Handler):
         def emit(self, record):
@@ -150,8 +150,8 @@ async def test_a_logging_handler_that_raises_harms_nothing(make_manager, loop_er
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("eager", [False, True])
-def test_what_stops_the_loop_stops_it_as_ever(make_manager, caplog, error, eager):
-    """SystemExit and KeyboardInterrupt leave the loop as with a bare task; the record is settled, nothing logged."""
+def test_exceptions_that_stop_the_loop_pass_through(make_manager, caplog, error, eager):
+    """SystemExit and KeyboardInterrupt leave the loop as with a bare task; the record ends, nothing is logged."""
     manager = make_manager()
 
     async def main():
@@ -185,7 +185,7 @@ async def test_a_coroutine_that_raises_cancelled_error_itself_counts_as_cancelle
 
 
 async def test_an_error_whose_text_fails_is_still_reported(make_manager, caplog):
-    """A failure whose str() raises is counted, remembered and does not stop the report."""
+    """A failure whose str() raises is counted, kept in the history and reported."""
 
     class TextlessError(Exception):
         def __str__(self):
@@ -202,12 +202,12 @@ async def test_an_error_whose_text_fails_is_still_reported(make_manager, caplog)
 
 
 def reject(record):
-    """Let no record through."""
+    """Reject the record."""
     return False
 
 
 async def test_an_error_hook_may_ask_for_the_exception_being_handled(make_manager):
-    """Inside on_error sys.exc_info() is the task's exception; around it, it is what it was."""
+    """Inside on_error sys.exc_info() is the task's exception; afterwards it is as before."""
     seen = []
     manager = make_manager(on_error=lambda info, error: seen.append((sys.exc_info()[1], error)))
 
@@ -228,7 +228,7 @@ async def test_an_error_hook_may_ask_for_the_exception_being_handled(make_manage
 
 
 async def test_the_stack_of_running_work_holds_no_frame_of_the_compiled_registry(make_manager, twin, request):
-    """A traceback printed by the user's code goes from it to the loop; a native coroutine around it is named."""
+    """A traceback printed by the user's code shows only its frames, the loop's, and a native coroutine around it."""
     manager = make_manager()
 
     async def look():
@@ -244,7 +244,7 @@ async def test_the_stack_of_running_work_holds_no_frame_of_the_compiled_registry
     ("level", "outcomes"), [(logging.INFO, ["failed"]), (logging.DEBUG, ["cancelled", "completed", "failed"])]
 )
 async def test_without_debug_only_failures_are_reported(make_manager, monkeypatch, caplog, level, outcomes):
-    """The registry asks the logger's cache, and calls nobody for what would not be logged."""
+    """The registry checks the logger's cache, and reports no end that would not be logged."""
     manager = make_manager()
     reported = []
     report = manager._report

@@ -1,4 +1,4 @@
-"""The cap, spawn that waits for room, and places among the running coroutines."""
+"""The cap, spawn that waits for capacity, and concurrency slots."""
 
 import asyncio
 import inspect
@@ -11,7 +11,7 @@ from work import after, failing, forever, until, value
 from bgtasks import ManagerClosedError, TaskRejectedError
 
 
-async def test_at_the_cap_raise(make_manager):
+async def test_create_task_raises_at_the_cap(make_manager):
     """With overflow="raise" the error says how to wait, and the coroutine is closed."""
     manager = make_manager(max_pending_tasks=2)
     manager.create_task(forever())
@@ -26,8 +26,8 @@ async def test_at_the_cap_raise(make_manager):
     await manager.create_task(value())
 
 
-async def test_at_the_cap_drop(make_manager, caplog):
-    """With overflow="drop_newest" fire returns False, the drop is counted, one warning logged however many follow."""
+async def test_fire_drops_at_the_cap(make_manager, caplog):
+    """With overflow="drop_newest" fire returns False and counts the drop; many drops log one warning."""
     manager = make_manager(max_pending_tasks=1, overflow="drop_newest")
     assert manager.fire(forever()) is True
     coros = [forever() for _ in range(100)]
@@ -36,7 +36,7 @@ async def test_at_the_cap_drop(make_manager, caplog):
         assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
     assert manager.dropped_count == 100
     assert manager.stats()["dropped"] == 100
-    # What returns a task raises where there is none.
+    # create_task returns a task, so it raises if there is none.
     with pytest.raises(TaskRejectedError):
         manager.create_task(forever())
     assert manager.dropped_count == 100
@@ -45,8 +45,8 @@ async def test_at_the_cap_drop(make_manager, caplog):
     await manager.shutdown()
 
 
-async def test_spawn_waits_for_room_in_order(make_manager):
-    """Those that wait get room in the order in which they came, one for each task that ends."""
+async def test_spawn_waits_for_capacity_in_order(make_manager):
+    """Each task that ends admits one waiting spawn, in the order of the calls."""
     manager = make_manager(max_pending_tasks=2)
     events = [asyncio.Event() for _ in range(6)]
     started = []
@@ -67,8 +67,8 @@ async def test_spawn_waits_for_room_in_order(make_manager):
     assert started == [0, 1, 2, 3, 4, 5]
 
 
-async def test_a_cancelled_spawn_passes_its_room_on(make_manager):
-    """A spawn that is cancelled while it waits closes its coroutine, and the next one gets the room."""
+async def test_a_cancelled_spawn_passes_its_turn_on(make_manager):
+    """A spawn that is cancelled while it waits closes its coroutine, and the next one is admitted."""
     manager = make_manager(max_pending_tasks=1)
     event = asyncio.Event()
     manager.create_task(after(event))
@@ -88,7 +88,7 @@ async def test_a_cancelled_spawn_passes_its_room_on(make_manager):
 
 
 async def test_a_spawn_that_waits_is_refused_by_shutdown(make_manager):
-    """Shutdown wakes those that wait for room with ManagerClosedError and closes their coroutines."""
+    """Shutdown raises ManagerClosedError in waiting spawns and closes their coroutines."""
     manager = make_manager(max_pending_tasks=1)
     manager.create_task(forever())
     coro = forever()
@@ -101,7 +101,7 @@ async def test_a_spawn_that_waits_is_refused_by_shutdown(make_manager):
 
 
 async def test_never_more_coroutines_run_than_allowed(make_manager):
-    """Of a thousand tasks never more than ten have been entered at once, first come first served."""
+    """Of a thousand tasks at most ten run at once, first come, first served."""
     manager = make_manager(max_concurrency=10)
     running, most, order = 0, 0, []
 
@@ -123,8 +123,8 @@ async def test_never_more_coroutines_run_than_allowed(make_manager):
     assert manager.stats()["queued"] == 0
 
 
-async def test_places_survive_every_end(make_manager, caplog):
-    """Cancelled, failed, timed out and queued tasks give their places back."""
+async def test_slots_are_released_at_every_end(make_manager, caplog):
+    """Cancelled, failed, timed-out and queued tasks release their slots."""
     manager = make_manager(max_concurrency=3)
     chance = random.Random(7)
     with caplog.at_level(logging.CRITICAL):
@@ -152,7 +152,7 @@ async def test_places_survive_every_end(make_manager, caplog):
 
 
 async def test_a_queued_task_that_is_cancelled_never_runs(make_manager):
-    """Its coroutine is closed, and whoever was behind it moves up."""
+    """Its coroutine is closed, and the next queued task moves up."""
     manager = make_manager(max_concurrency=1)
     event = asyncio.Event()
     manager.create_task(after(event))
@@ -168,7 +168,7 @@ async def test_a_queued_task_that_is_cancelled_never_runs(make_manager):
 
 
 async def test_the_timeout_of_a_queued_task_counts_from_its_start(make_manager):
-    """Waiting for a place does not use up the timeout, and the age shown begins with the start."""
+    """Waiting for a slot does not use up the timeout, and the age counts from the start."""
     manager = make_manager(max_concurrency=1)
     event = asyncio.Event()
     manager.create_task(after(event))
@@ -180,8 +180,8 @@ async def test_the_timeout_of_a_queued_task_counts_from_its_start(make_manager):
     assert await queued == "done"
 
 
-async def test_a_fired_task_waits_for_a_place_too(make_manager):
-    """Fire under max_concurrency queues like create_task."""
+async def test_a_fired_task_waits_for_a_slot(make_manager):
+    """Under max_concurrency, fire queues like create_task."""
     manager = make_manager(max_concurrency=1)
     order = []
 
@@ -196,7 +196,7 @@ async def test_a_fired_task_waits_for_a_place_too(make_manager):
 
 
 async def test_spawn_at_the_cap_of_a_draining_manager_is_refused(make_manager):
-    """Nobody waits for room that shutdown will not give: the error is named, and the coroutine closed."""
+    """A draining manager at its cap refuses a spawn, with a named error and a closed coroutine."""
     manager = make_manager(max_pending_tasks=1, overflow="drop_newest")
     draining = asyncio.Event()
     refused = []

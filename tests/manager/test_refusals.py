@@ -1,4 +1,4 @@
-"""Bad input: a named error that says what to do, a closed coroutine, nothing counted."""
+"""Bad input: a named error with advice, a closed coroutine, no counted task."""
 
 import asyncio
 import contextvars
@@ -22,14 +22,14 @@ WAYS = ("create_task", "fire", "spawn")
 
 
 async def start(manager, way, coro, **options):
-    """Hand a coroutine to the manager in one of the ways there are."""
+    """Pass a coroutine to the manager by one of its methods."""
     result = getattr(manager, way)(coro, **options)
     return await result if inspect.isawaitable(result) and way == "spawn" else result
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_coroutine_function_is_to_be_called_first(make_manager, way):
-    """Handing in the function instead of its coroutine says to call it."""
+async def test_a_coroutine_function_is_refused(make_manager, way):
+    """The error for a function instead of its coroutine says to call it."""
     manager = make_manager()
     with pytest.raises(NotACoroutineError, match=r"call it, create_task\(value\(\.\.\.\)\)"):
         await start(manager, way, value)
@@ -37,7 +37,7 @@ async def test_a_coroutine_function_is_to_be_called_first(make_manager, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_anything_else_is_refused_by_its_type(make_manager, way):
+async def test_other_objects_are_refused_by_type(make_manager, way):
     """Futures, awaitables, numbers and objects whose repr fails are refused with their type in the text."""
     manager = make_manager()
 
@@ -57,7 +57,7 @@ async def test_anything_else_is_refused_by_its_type(make_manager, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("timeout", [0, -1, -0.5, math.nan, math.inf, "3", b"3", object(), True, [1], 10**400])
 async def test_a_timeout_that_is_no_positive_number_is_refused(make_manager, way, timeout):
-    """The error names the value and says how to have no timeout; the coroutine is closed."""
+    """The error names the value and the way to have no timeout; the coroutine is closed."""
     manager = make_manager()
     coro = forever()
     with pytest.raises(InvalidTimeoutError, match="None for no timeout"):
@@ -67,8 +67,8 @@ async def test_a_timeout_that_is_no_positive_number_is_refused(make_manager, way
 
 
 @pytest.mark.parametrize("timeout", [1, 0.001, decimal.Decimal("2.5"), 1e300])
-async def test_every_positive_number_is_a_timeout(make_manager, timeout):
-    """Whole numbers, decimals and lengths without end are accepted and shown as seconds."""
+async def test_every_positive_number_is_accepted_as_a_timeout(make_manager, timeout):
+    """Whole numbers, decimals and infinity are accepted and shown as seconds."""
     manager = make_manager()
     manager.create_task(forever(), timeout=timeout)
     assert manager.get_task_info()[0]["timeout"] == float(timeout)
@@ -77,7 +77,7 @@ async def test_every_positive_number_is_a_timeout(make_manager, timeout):
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_contextvars_context_as_context_is_refused(make_manager, way):
-    """The error names the argument meant, and the coroutine is closed."""
+    """The error names the right argument, and the coroutine is closed."""
     manager = make_manager()
     coro = forever()
     with pytest.raises(TypeError, match="contextvars_context="):
@@ -107,7 +107,7 @@ async def test_work_after_shutdown_is_refused(make_manager, way):
 
 
 async def test_an_entered_context_for_an_eager_start_loses_nothing(make_manager, loop_kind):
-    """Where a task cannot be built the error passes, the coroutine is closed and the record taken back."""
+    """If a task cannot be built, the error propagates, the coroutine is closed and the record removed."""
     if not hasattr(asyncio, "eager_task_factory"):
         return
     manager = make_manager()
@@ -136,13 +136,13 @@ async def test_an_entered_context_for_an_eager_start_loses_nothing(make_manager,
     ],
 )
 def test_options_outside_their_values_are_refused(manager_of_twin, options, text):
-    """Each option of the manager is checked where it is given."""
+    """Each option of the manager is checked in the constructor."""
     with pytest.raises(InvalidOptionError, match=text):
         manager_of_twin.BackgroundTaskManager(**options)
 
 
-async def test_waits_of_no_length_are_refused(make_manager):
-    """Shutdown and wait_for_all take seconds from 0 on; a refused shutdown leaves the manager open."""
+async def test_waits_that_are_no_seconds_are_refused(make_manager):
+    """Shutdown and wait_for_all accept seconds from 0 on; a refused shutdown leaves the manager open."""
     manager = make_manager()
     for seconds in (-1, math.nan, "1"):
         with pytest.raises(InvalidTimeoutError, match="timeout"):
@@ -155,14 +155,14 @@ async def test_waits_of_no_length_are_refused(make_manager):
 
 
 def test_every_error_has_one_base():
-    """Everything bgtasks raises can be caught as BgtasksError."""
+    """Every error of bgtasks can be caught as BgtasksError."""
     from bgtasks import errors
 
     assert all(issubclass(getattr(errors, name), BgtasksError) for name in errors.__all__)
 
 
 def test_every_error_can_be_imported_from_the_package(bgtasks_module):
-    """What a caller may have to catch is public, and in the tree that errors.py shows."""
+    """Every error is public, and in the tree in the docstring of errors.py."""
     from bgtasks import errors
 
     classes = [value for value in vars(errors).values() if isinstance(value, type)]

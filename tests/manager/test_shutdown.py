@@ -1,4 +1,4 @@
-"""shutdown: refuse, drain, cancel, wait, report; nothing holds it up and nothing is lost unsaid."""
+"""shutdown: refuses, drains, cancels, waits and reports; no task holds it up or is lost silently."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from bgtasks import ManagerClosedError
 
 
 async def test_cancels_and_reports(make_manager):
-    """By default every task is cancelled and the statistics have the keys of the reference."""
+    """By default every task is cancelled; the statistics have the keys of the reference."""
     manager = make_manager()
     tasks = [manager.create_task(forever(), name=f"n{i}") for i in range(5)]
     stats = await manager.shutdown()
@@ -29,7 +29,7 @@ async def test_cancels_and_reports(make_manager):
     assert all(task.cancelled() for task in tasks)
 
 
-async def test_a_second_call_says_so(make_manager):
+async def test_a_second_call_returns_already_shutdown(make_manager):
     """The second shutdown returns already_shutdown."""
     manager = make_manager()
     assert (await manager.shutdown())["status"] == "completed"
@@ -37,8 +37,8 @@ async def test_a_second_call_says_so(make_manager):
     assert (again["status"], again["initial_tasks"], again["remaining_tasks"]) == ("already_shutdown", 0, 0)
 
 
-async def test_two_calls_at_once(make_manager):
-    """Of two concurrent calls one does the work, the other returns after it."""
+async def test_two_concurrent_calls_shut_down_once(make_manager):
+    """Of two concurrent calls, one does the work and the other returns after it."""
     manager = make_manager()
     task = manager.create_task(forever())
     first, second = await asyncio.gather(manager.shutdown(), manager.shutdown())
@@ -47,7 +47,7 @@ async def test_two_calls_at_once(make_manager):
 
 
 async def test_draining_lets_tasks_finish(make_manager):
-    """Within the drain time tasks end by themselves, and those they start, too."""
+    """Within the drain time tasks, and the tasks they start, end by themselves."""
     manager = make_manager(drain_timeout=10)
     event = asyncio.Event()
 
@@ -65,8 +65,8 @@ async def test_draining_lets_tasks_finish(make_manager):
     assert task.result() == "child"
 
 
-async def test_what_outlasts_the_drain_is_cancelled(make_manager):
-    """After the drain time the rest is cancelled."""
+async def test_tasks_that_outlast_the_drain_are_cancelled(make_manager):
+    """Tasks that outlast the drain time are cancelled."""
     manager = make_manager()
     task = manager.create_task(forever())
     stats = await manager.shutdown(drain=0.005)
@@ -74,8 +74,8 @@ async def test_what_outlasts_the_drain_is_cancelled(make_manager):
     assert stats["status"] == "completed"
 
 
-async def test_an_endless_respawner_does_not_hold_it_up(make_manager, caplog):
-    """A task that starts its successor for ever ends with the drain time."""
+async def test_an_endless_respawner_does_not_hold_up_shutdown(make_manager, caplog):
+    """Tasks that start successors without end are stopped after the drain time."""
     manager = make_manager()
 
     async def respawn():
@@ -89,7 +89,7 @@ async def test_an_endless_respawner_does_not_hold_it_up(make_manager, caplog):
     assert manager.get_task_count() == 0
 
 
-async def test_cleanup_of_tasks_is_over_when_it_returns(make_manager, caplog):
+async def test_cleanup_of_tasks_is_over_when_shutdown_returns(make_manager, caplog):
     """A resource closed after shutdown is not touched by a task's finally, nor by a child started in it."""
     manager = make_manager()
     resource = {"open": True}
@@ -118,8 +118,8 @@ async def test_cleanup_of_tasks_is_over_when_it_returns(make_manager, caplog):
 
 
 @pytest.mark.parametrize("times", [1, 2, 10**9])
-async def test_a_task_that_swallows_cancellation(make_manager, caplog, times):
-    """One swallowed cancellation is met by a second; a task that never heeds is named and let go by the deadline."""
+async def test_a_task_that_swallows_cancellation_is_cancelled_again(make_manager, caplog, times):
+    """A swallowed cancellation is repeated; a task that swallows all is named and abandoned in time."""
     manager = make_manager()
     release = asyncio.Event()
     task = manager.create_task(stubborn(times, release), name="stubborn")
@@ -141,7 +141,7 @@ async def test_a_task_that_swallows_cancellation(make_manager, caplog, times):
     await asyncio.wait([task])
 
 
-async def test_called_from_a_managed_task(make_manager):
+async def test_a_managed_task_can_shut_down_its_manager(make_manager):
     """A managed task that shuts its manager down is neither cancelled nor waited for."""
     manager = make_manager()
     other = manager.create_task(forever())
@@ -151,7 +151,7 @@ async def test_called_from_a_managed_task(make_manager):
     assert other.cancelled()
 
 
-async def test_a_task_that_calls_it_while_it_is_cancelled_by_it(make_manager):
+async def test_shutdown_inside_a_cancelled_task_returns_at_once(make_manager):
     """Shutdown in a task's cleanup during shutdown returns at once: neither waits for the other."""
     manager = make_manager()
     seen = []
@@ -170,8 +170,8 @@ async def test_a_task_that_calls_it_while_it_is_cancelled_by_it(make_manager):
 
 
 @pytest.mark.parametrize("drain", [0, 60])
-async def test_cancelled_midway_it_settles_the_tasks_and_passes_the_cancellation_on(make_manager, drain):
-    """Whoever cancels shutdown gets CancelledError, after the tasks have ended."""
+async def test_a_cancelled_shutdown_ends_the_tasks_and_raises(make_manager, drain):
+    """A cancelled shutdown raises CancelledError after the tasks have ended."""
     manager = make_manager()
     ended = []
 
@@ -195,7 +195,7 @@ async def test_cancelled_midway_it_settles_the_tasks_and_passes_the_cancellation
     assert (await manager.shutdown())["status"] == "already_shutdown"
 
 
-async def test_cancelled_again_and_again_it_gives_up(make_manager, caplog):
+async def test_a_shutdown_that_is_cancelled_repeatedly_gives_up(make_manager, caplog):
     """A shutdown that is cancelled repeatedly returns promptly although a task never ends."""
     manager = make_manager()
     release = asyncio.Event()
@@ -211,8 +211,8 @@ async def test_cancelled_again_and_again_it_gives_up(make_manager, caplog):
     await asyncio.wait([task])
 
 
-async def test_inside_a_cancelled_anyio_scope(make_manager):
-    """In a cancelled anyio scope the tasks are cancelled and end all the same."""
+async def test_shutdown_inside_a_cancelled_anyio_scope_ends_the_tasks(make_manager):
+    """Also in a cancelled anyio scope, the tasks are cancelled and end."""
     manager = make_manager()
     task = manager.create_task(forever())
     await asyncio.sleep(0)
@@ -226,7 +226,7 @@ async def test_inside_a_cancelled_anyio_scope(make_manager):
 
 
 async def test_the_context_manager_shuts_down(make_manager):
-    """Leaving the block cancels what runs, by default."""
+    """By default, leaving the block cancels running tasks."""
     async with make_manager() as manager:
         task = manager.create_task(forever())
         assert manager.get_task_count() == 1
@@ -234,7 +234,7 @@ async def test_the_context_manager_shuts_down(make_manager):
     assert "closed" in repr(manager)
 
 
-async def test_the_context_manager_drains_if_told_to_but_not_after_an_error(make_manager):
+async def test_the_context_manager_drains_except_after_an_error(make_manager):
     """With drain_timeout a clean exit lets tasks finish; an exception in the block cancels them at once."""
     async with make_manager(drain_timeout=10) as manager:
         task = manager.create_task(asyncio.sleep(0.001, "finished"))
@@ -252,8 +252,8 @@ async def test_aclose_closes(make_manager):
     assert task.cancelled()
 
 
-async def test_fired_and_queued_tasks_are_ended_too(make_manager):
-    """Tasks that have not started, because they were fired or wait for a place, are cancelled without running."""
+async def test_fired_and_queued_tasks_are_cancelled(make_manager):
+    """Fired and queued tasks that have not started are cancelled without running."""
     manager = make_manager(max_concurrency=1)
     manager.create_task(forever(), name="runs")
     manager.create_task(after(None), name="queued")
@@ -263,7 +263,7 @@ async def test_fired_and_queued_tasks_are_ended_too(make_manager):
     assert manager.stats()["cancelled"] == 3
 
 
-async def test_thousands_of_tasks(make_manager):
+async def test_thousands_of_tasks_end(make_manager):
     """Two thousand tasks end in one shutdown."""
     manager = make_manager()
     for _ in range(2_000):

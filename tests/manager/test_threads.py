@@ -1,4 +1,4 @@
-"""Several threads at one manager: what may cross does, and nothing is lost on the way."""
+"""Several threads with one manager: threads hand over coroutines, and none is lost."""
 
 import asyncio
 import inspect
@@ -68,8 +68,8 @@ async def test_cancelling_the_future_cancels_the_task(make_manager):
     assert manager.stats()["cancelled"] >= 1
 
 
-async def test_what_create_task_would_raise_is_set_on_the_future(make_manager):
-    """A bad timeout, a drop at the cap and a shut manager are errors of the future; the coroutine is closed."""
+async def test_errors_of_create_task_are_set_on_the_future(make_manager):
+    """A bad timeout, a drop at the cap and a closed manager set errors on the future; the coroutine is closed."""
     async with make_manager(max_pending_tasks=1, overflow="drop_newest") as manager:
         manager.create_task(forever())
         coros = [forever(), forever(), forever()]
@@ -88,8 +88,8 @@ async def test_what_create_task_would_raise_is_set_on_the_future(make_manager):
     assert {inspect.getcoroutinestate(coro) for coro in coros} == {inspect.CORO_CLOSED}
 
 
-def test_without_a_loop_to_run_on_it_says_so(make_manager):
-    """No loop known, a closed one, or none running: a named error at the call and a closed coroutine."""
+def test_without_a_running_loop_the_call_raises(make_manager):
+    """Without a running loop the call raises a named error and closes the coroutine."""
     manager = make_manager()
     closed = asyncio.new_event_loop()
     closed.close()
@@ -103,7 +103,7 @@ def test_without_a_loop_to_run_on_it_says_so(make_manager):
 
 
 async def test_with_two_running_loops_one_must_be_named(make_manager):
-    """A manager that serves two running loops asks which one is meant."""
+    """With two running loops the error says to name one."""
     manager = make_manager()
     await manager.create_task(value())
     here = asyncio.get_running_loop()
@@ -134,7 +134,7 @@ async def test_with_two_running_loops_one_must_be_named(make_manager):
 
 
 def test_a_loop_closed_before_the_start_resolves_the_future(make_manager):
-    """Work handed over to a loop that is closed first gets an error when the manager releases that loop."""
+    """If the loop is closed before the start, the future gets an error when the manager releases the loop."""
     manager = make_manager()
     loop = asyncio.new_event_loop()
     coro = forever()
@@ -147,7 +147,7 @@ def test_a_loop_closed_before_the_start_resolves_the_future(make_manager):
 
 
 async def test_create_task_off_the_loop_names_the_threadsafe_call(make_manager):
-    """In a thread without a loop create_task refuses, says what to call and closes the coroutine."""
+    """In a thread without a loop, create_task names the right method and closes the coroutine."""
     manager = make_manager()
     coro = forever()
 
@@ -159,8 +159,8 @@ async def test_create_task_off_the_loop_names_the_threadsafe_call(make_manager):
     assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
 
 
-def test_spawning_while_another_thread_shuts_down(make_manager):
-    """Every handle that threads got resolves, whenever the shutdown comes."""
+def test_every_future_resolves_while_another_thread_shuts_down(make_manager):
+    """Every future of the threads resolves, whenever the shutdown comes."""
     manager = make_manager()
     loop = asyncio.new_event_loop()
     ready = threading.Event()
@@ -170,7 +170,7 @@ def test_spawning_while_another_thread_shuts_down(make_manager):
         async with manager:
             ready.set()
             await asyncio.sleep(0.02)
-        # What was posted in the last moment is refused by a loop that still runs.
+        # The loop must still run to refuse coroutines that were posted last.
         await asyncio.sleep(0.02)
 
     def spawn():
@@ -194,8 +194,8 @@ def test_spawning_while_another_thread_shuts_down(make_manager):
     assert all(handle.done() for handle in handles)
 
 
-def test_eight_loops_hammer_one_manager(make_manager):
-    """Eight threads with loops create, cancel and time out while others ask: no error, and the books close."""
+def test_counters_add_up_with_eight_loops_at_once(make_manager):
+    """Eight threads with loops create, cancel and time out tasks while others query; no error occurs."""
     logging.disable(logging.CRITICAL)
     manager = make_manager(history=50)
     done = threading.Event()
@@ -243,7 +243,7 @@ def test_eight_loops_hammer_one_manager(make_manager):
                 assert stats["in_flight"] >= 0
                 manager.get_history()
                 manager.get_task_count()
-                manager.cancel("nobody")
+                manager.cancel("unknown")
                 assert isinstance(manager.get_task_info(), list)
         except BaseException as error:
             failures.append(error)

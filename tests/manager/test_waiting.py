@@ -1,4 +1,4 @@
-"""wait_for_all: waits for everything, cancels nothing."""
+"""wait_for_all: waits for all tasks and cancels none."""
 
 import asyncio
 import logging
@@ -8,12 +8,12 @@ from work import after, failing, failing_later, forever, until, value
 
 
 async def test_returns_at_once_when_nothing_runs(make_manager):
-    """An empty manager is waited for at once."""
+    """The wait for an empty manager returns at once."""
     await make_manager().wait_for_all()
 
 
 async def test_waits_for_tasks_started_meanwhile(make_manager):
-    """Tasks that tasks start are waited for, too."""
+    """The wait includes tasks that tasks start."""
     manager = make_manager()
     seen = []
 
@@ -28,8 +28,8 @@ async def test_waits_for_tasks_started_meanwhile(make_manager):
     assert sorted(seen) == [0, 1, 2, 3]
 
 
-async def test_done_callbacks_have_run(make_manager):
-    """When the wait returns, the count is zero and the tasks' own done callbacks have run."""
+async def test_done_callbacks_have_run_when_the_wait_returns(make_manager):
+    """When the wait returns, the count is zero and the done callbacks of the tasks have run."""
     manager = make_manager()
     called = []
     for _ in range(3):
@@ -55,8 +55,8 @@ async def test_the_first_failure_is_raised_after_all_have_ended(make_manager, ca
     assert last.result() == "last"
 
 
-async def test_return_exceptions_swallows_them_here(make_manager, caplog):
-    """With return_exceptions the wait returns None whatever failed."""
+async def test_return_exceptions_raises_no_failure(make_manager, caplog):
+    """With return_exceptions the wait returns None after failures."""
     manager = make_manager()
     manager.create_task(failing(ValueError("expected")))
     assert await manager.wait_for_all(return_exceptions=True) is None
@@ -70,7 +70,7 @@ async def test_a_cancelled_task_is_no_failure(make_manager):
 
 
 async def test_a_wait_that_times_out_cancels_nothing(make_manager, caplog):
-    """After the timeout a warning is logged and the tasks run on and finish."""
+    """After the timeout a warning is logged; the tasks go on and finish."""
     manager = make_manager()
     event = asyncio.Event()
     task = manager.create_task(after(event, "finished"))
@@ -81,8 +81,8 @@ async def test_a_wait_that_times_out_cancels_nothing(make_manager, caplog):
     assert await task == "finished"
 
 
-async def test_a_timeout_of_zero_only_asks(make_manager, caplog):
-    """With timeout 0 the wait returns at once, whether tasks run or not."""
+async def test_a_timeout_of_zero_does_not_wait(make_manager, caplog):
+    """With timeout 0 the wait returns at once, also if tasks run."""
     manager = make_manager()
     await manager.wait_for_all(timeout=0)
     task = manager.create_task(forever())
@@ -92,7 +92,7 @@ async def test_a_timeout_of_zero_only_asks(make_manager, caplog):
 
 
 async def test_a_wait_that_is_cancelled_cancels_nothing(make_manager):
-    """Cancelling the waiter leaves the tasks alone."""
+    """Cancelling the wait does not cancel the tasks."""
     manager = make_manager()
     event = asyncio.Event()
     task = manager.create_task(after(event))
@@ -105,8 +105,8 @@ async def test_a_wait_that_is_cancelled_cancels_nothing(make_manager):
     await task
 
 
-async def test_called_from_a_managed_task_it_does_not_wait_for_itself(make_manager):
-    """Managed tasks that wait for all others do not wait for themselves, nor for each other."""
+async def test_a_managed_task_does_not_wait_for_itself(make_manager):
+    """Managed tasks in wait_for_all do not wait for themselves, nor for each other."""
     manager = make_manager()
     event = asyncio.Event()
     manager.create_task(after(event))
@@ -119,7 +119,7 @@ async def test_called_from_a_managed_task_it_does_not_wait_for_itself(make_manag
     await manager.wait_for_all()
 
 
-async def test_two_waiters_both_hear_of_a_failure(make_manager, caplog):
+async def test_each_of_two_waits_raises_a_failure(make_manager, caplog):
     """Each of two waits raises the failure that happened during it."""
     manager = make_manager()
     manager.create_task(failing_later(ValueError("expected")))
@@ -137,8 +137,8 @@ async def test_cancel_all_ends_the_tasks_and_leaves_the_manager_open(make_manage
     assert await manager.create_task(value(3)) == 3
 
 
-async def test_cancel_all_while_tasks_start_and_cancel_each_other(make_manager, caplog):
-    """Tasks that end, start others and cancel each other during cancel_all disturb neither it nor the counters."""
+async def test_cancel_all_ends_while_tasks_start_and_cancel_each_other(make_manager, caplog):
+    """Tasks that end, start others and cancel each other during cancel_all do not disturb it or the counters."""
     manager = make_manager()
 
     async def work(depth):
@@ -160,12 +160,12 @@ async def test_cancel_all_while_tasks_start_and_cancel_each_other(make_manager, 
 
 
 async def test_cancel_by_id_and_by_name(make_manager):
-    """Cancel takes an id or a name and tells how many tasks it reached."""
+    """Cancel takes an id or a name and returns the number of tasks."""
     manager = make_manager()
     first, second, third = (manager.create_task(forever(), name=name) for name in ("a", "b", "b"))
     assert manager.cancel(manager.get_task_id(first)) == 1
     assert manager.cancel("b") == 2
-    assert manager.cancel("nobody") == 0
+    assert manager.cancel("unknown") == 0
     assert manager.cancel(10**6) == 0
     await asyncio.wait([first, second, third])
     assert all(task.cancelled() for task in (first, second, third))

@@ -1,4 +1,4 @@
-"""run: a program with a manager, on the fastest loop, that ends its background tasks in good order."""
+"""run: a program with a manager, on the fastest loop, whose background tasks are shut down cleanly."""
 
 import asyncio
 import logging
@@ -25,7 +25,7 @@ def loop_name(request):
 
 
 def test_gives_main_a_manager_and_returns_its_result():
-    """What main returns comes back, after the tasks that it left."""
+    """run() returns the result of main after the tasks that main left have ended."""
     seen = []
 
     async def work():
@@ -44,7 +44,7 @@ def test_gives_main_a_manager_and_returns_its_result():
 
 
 def test_runs_on_uvloop_where_that_is_installed():
-    """Nobody has to ask for uvloop, and whoever wants another loop says so."""
+    """The default is uvloop; loop_factory chooses another loop."""
     uvloop = need("uvloop")
 
     async def main(manager):
@@ -55,7 +55,7 @@ def test_runs_on_uvloop_where_that_is_installed():
 
 
 def test_runs_on_asyncio_where_uvloop_is_not_installed(monkeypatch):
-    """A missing uvloop is no error."""
+    """Without uvloop the loop is asyncio's."""
     monkeypatch.setitem(sys.modules, "uvloop", None)
 
     async def main(manager):
@@ -65,7 +65,7 @@ def test_runs_on_asyncio_where_uvloop_is_not_installed(monkeypatch):
 
 
 def test_options_are_those_of_the_manager():
-    """The drain time and the others can be chosen; the rest are those that fit into 30 seconds."""
+    """Options are passed to the manager; the default timeouts fit into 30 seconds."""
 
     async def main(manager):
         return manager._drain_timeout, manager._default_shutdown_timeout, manager._max_pending_tasks
@@ -75,8 +75,8 @@ def test_options_are_those_of_the_manager():
 
 
 @pytest.mark.parametrize("error", [ValueError("main"), SystemExit(3), KeyboardInterrupt()])
-def test_an_exception_of_main_cancels_the_tasks_and_goes_on(error):
-    """After an exception nothing is drained."""
+def test_an_exception_of_main_cancels_the_tasks_and_is_raised(error):
+    """After an exception tasks are cancelled without draining."""
     cleaned = []
 
     async def work():
@@ -97,7 +97,7 @@ def test_an_exception_of_main_cancels_the_tasks_and_goes_on(error):
 
 
 def test_a_failing_task_does_not_end_the_program(caplog):
-    """A background failure is logged; main goes on."""
+    """The failure is logged; main continues."""
 
     async def main(manager):
         manager.create_task(failing(ValueError("task")))
@@ -122,26 +122,26 @@ async def endless(manager):
     ],
     ids=["coroutine", "none", "function"],
 )
-def test_refuses_what_is_no_coroutine_function(main, text):
-    """The error says what is wanted, and a coroutine handed in is closed."""
+def test_refuses_anything_but_a_coroutine_function(main, text):
+    """The error says what is needed; a coroutine that was passed is closed."""
     with pytest.raises(InvalidProgramError, match=text):
         bgtasks.run(main)
 
 
 def test_refuses_options_outside_their_values():
-    """A bad option is told before anything runs."""
+    """The error comes before main is called."""
     with pytest.raises(InvalidOptionError):
         bgtasks.run(endless, drain_timeout=-1)
 
 
 async def test_refuses_to_run_inside_a_loop():
-    """A second loop in one thread is refused, with what to do instead."""
+    """A second loop in one thread is refused; the error says what to do instead."""
     with pytest.raises(RunningLoopError, match="drain_on_signals"):
         bgtasks.run(endless)
 
 
 def test_off_the_main_thread_it_runs_without_signals(caplog):
-    """In another thread it works, and says that signals are not watched."""
+    """In another thread main runs, and a warning says that signals are not handled."""
     results = []
 
     async def main(manager):
@@ -196,21 +196,21 @@ finally:
 @signals
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
 def test_a_signal_ends_tasks_then_main_then_the_process(tmp_path, twin, loop_name, number, status):
-    """A thousand tasks end while what main holds is open; then main ends, then the process, in the usual way."""
+    """A thousand tasks end while the resources of main are open; then main ends, then the process, as usual."""
     with child(tmp_path, PROGRAM.replace("OPTIONS", ""), twin, loop_name) as program:
         program.wait_for("ready")
         program.process.send_signal(number)
         program.wait_for("no new background tasks, 1000 have to end first")
         program.tell()
         assert program.end() == status
-    said = [line for line in program.lines if line.startswith(("tasks ended", "pool", "after", "atexit"))]
-    assert said == ["tasks ended: 1000", "pool closes", "after run", "atexit"]
+    printed = [line for line in program.lines if line.startswith(("tasks ended", "pool", "after", "atexit"))]
+    assert printed == ["tasks ended: 1000", "pool closes", "after run", "atexit"]
     assert ("KeyboardInterrupt" in program.output) == (number == signal.SIGINT)
 
 
 @signals
-def test_a_second_signal_stops_it_now(tmp_path, twin, loop_name):
-    """Tasks that wait for ever do not hold a program up that is asked twice."""
+def test_a_second_signal_ends_the_program_at_once(tmp_path, twin, loop_name):
+    """Tasks that never end do not delay the program after a second signal."""
     with child(tmp_path, PROGRAM.replace("OPTIONS", "drain_timeout=3600.0"), twin, loop_name) as program:
         program.wait_for("ready")
         program.process.send_signal(signal.SIGTERM)
@@ -222,8 +222,8 @@ def test_a_second_signal_stops_it_now(tmp_path, twin, loop_name):
 
 
 @signals
-def test_a_task_that_swallows_its_cancellation_does_not_hold_the_end_up(tmp_path, twin, loop_name):
-    """The straggler is named and left; neither the manager nor the loop waits for it."""
+def test_a_task_that_swallows_its_cancellation_does_not_delay_the_end(tmp_path, twin, loop_name):
+    """The task is named in the log; neither the manager nor the loop waits for it."""
     program_text = """
     async def stubborn():
         while True:
@@ -250,7 +250,7 @@ def test_a_task_that_swallows_its_cancellation_does_not_hold_the_end_up(tmp_path
 
 @signals
 def test_main_that_starts_work_while_it_drains_ends_by_the_signal(tmp_path, twin, loop_name):
-    """The refusal that a loop of new work meets is its end, said in one line of the log."""
+    """A new task is refused while the manager drains; that ends main, with one line in the log."""
     program_text = """
     async def main(manager):
         say("ready")
@@ -264,13 +264,13 @@ def test_main_that_starts_work_while_it_drains_ends_by_the_signal(tmp_path, twin
         program.wait_for("ready")
         program.process.send_signal(signal.SIGTERM)
         assert program.end() == 143
-    assert "WARNING The program wanted to start a background task after the signal" in program.output
+    assert "WARNING The program tried to start a background task after the signal" in program.output
     assert "Traceback" not in program.output
 
 
 @signals
 def test_an_error_of_main_while_it_drains_is_not_lost(tmp_path, twin, loop_name):
-    """Another exception of main goes before the signal."""
+    """An exception of main takes precedence over the signal."""
     program_text = """
     async def main(manager):
         manager.create_task(asyncio.Event().wait(), name="work")
@@ -290,8 +290,8 @@ def test_an_error_of_main_while_it_drains_is_not_lost(tmp_path, twin, loop_name)
 
 
 @signals
-def test_a_handler_of_the_program_decides_itself(tmp_path, twin, loop_name):
-    """A handler set before run() is called when the tasks have ended, and main is not cancelled."""
+def test_a_handler_of_the_program_is_called_instead_of_the_default(tmp_path, twin, loop_name):
+    """A handler installed before run() is called when the tasks have ended, and main is not cancelled."""
     program_text = """
     stop = asyncio.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: (say("handler"), stop.set()))
@@ -318,8 +318,8 @@ def test_a_handler_of_the_program_decides_itself(tmp_path, twin, loop_name):
 
 
 @signals
-def test_a_signal_during_the_last_draining_is_passed_on_after_it(tmp_path, twin, loop_name):
-    """Main has returned and its tasks drain: a signal does not cut them short, and is not forgotten."""
+def test_a_signal_while_the_tasks_drain_after_main_has_its_effect_after_them(tmp_path, twin, loop_name):
+    """When main has returned, a signal does not cancel the draining tasks, and it is not lost."""
     program_text = """
     async def work():
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""drain_on_signals: a signal waits for the background tasks, then goes where it would have gone."""
+"""drain_on_signals: a signal waits for the background tasks, then has its usual effect."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from bgtasks import drain_on_signals
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself or others these signals")
 
-# A thousand tasks that end when the test says so, and a body that waits for ever.
+# A thousand tasks that end when the test lets them, and a body that never ends.
 DRAINING = """
 async def work():
     await gate.wait()
@@ -24,8 +24,8 @@ async def main():
     global gate
     gate = asyncio.Event()
     async with BackgroundTaskManager(drain_timeout=20.0, default_shutdown_timeout=5.0) as manager:
-        async with bgtasks.drain_on_signals(manager) as watching:
-            assert watching
+        async with bgtasks.drain_on_signals(manager) as is_installed:
+            assert is_installed
             for _ in range(1000):
                 manager.create_task(work(), name="work")
             say("ready")
@@ -49,7 +49,7 @@ def loop_name(request):
 
 
 def test_sigterm_takes_its_default_action_when_all_tasks_have_finished(tmp_path, twin, loop_name):
-    """The process dies of SIGTERM, as it would have, but after its thousand tasks."""
+    """The process dies of SIGTERM as usual, but after its thousand tasks."""
     after = DRAINING.replace("gate.set()", "gate.set(); await manager.wait_for_all(); say('all done')")
     with child(tmp_path, after + RUN, twin, loop_name) as program:
         program.wait_for("ready")
@@ -62,7 +62,7 @@ def test_sigterm_takes_its_default_action_when_all_tasks_have_finished(tmp_path,
 
 
 def test_sigint_raises_keyboard_interrupt_when_all_tasks_have_finished(tmp_path, twin, loop_name):
-    """asyncio.run does with SIGINT what it always does, only later."""
+    """asyncio.run handles SIGINT as usual, but later."""
     with child(tmp_path, DRAINING + RUN, twin, loop_name) as program:
         program.wait_for("ready")
         program.process.send_signal(signal.SIGINT)
@@ -73,8 +73,8 @@ def test_sigint_raises_keyboard_interrupt_when_all_tasks_have_finished(tmp_path,
         assert "KeyboardInterrupt" in program.output
 
 
-def test_what_does_not_finish_in_time_is_cancelled_and_named(tmp_path, twin, loop_name):
-    """At the end of the drain time the log says how many tasks of which name were cancelled."""
+def test_tasks_that_do_not_finish_in_time_are_cancelled_and_named(tmp_path, twin, loop_name):
+    """At the end of the drain timeout the log has the number of cancelled tasks of each name."""
     program_text = DRAINING.replace("drain_timeout=20.0", "drain_timeout=0.05") + RUN
     with child(tmp_path, program_text, twin, loop_name) as program:
         program.wait_for("ready")
@@ -83,8 +83,8 @@ def test_what_does_not_finish_in_time_is_cancelled_and_named(tmp_path, twin, loo
         assert "WARNING Shutdown cancelled 1000 of 1000 background tasks: work (1000)" in program.lines
 
 
-def test_a_second_signal_cuts_the_draining_short(tmp_path, twin, loop_name):
-    """Nobody has to wait for the drain time: the second signal cancels, and the first one has its effect."""
+def test_a_second_signal_ends_the_draining(tmp_path, twin, loop_name):
+    """The second signal cancels the tasks before the drain timeout, then the first one has its effect."""
     with child(tmp_path, DRAINING.replace("20.0", "3600.0") + RUN, twin, loop_name) as program:
         program.wait_for("ready")
         program.process.send_signal(signal.SIGTERM)
@@ -96,7 +96,7 @@ def test_a_second_signal_cuts_the_draining_short(tmp_path, twin, loop_name):
 
 
 def test_a_third_signal_is_not_held_back(tmp_path, twin, loop_name):
-    """Against a task that swallows every cancellation the third signal has its usual effect."""
+    """With a task that swallows every cancellation, the third signal has its usual effect at once."""
     program_text = """
     async def stubborn():
         while True:
@@ -148,7 +148,7 @@ async def main():
 
 
 def test_a_handler_of_the_program_is_called_after_the_tasks(tmp_path, twin, loop_name):
-    """Whoever handled SIGTERM before still does, once, and the handlers are put back."""
+    """The handler that was installed before is called once, and the handlers are restored."""
     program_text = HANDLED.replace("SET_HANDLER", "signal.signal(signal.SIGTERM, on_sigterm)")
     with child(tmp_path, program_text + RUN, twin, loop_name) as program:
         program.wait_for("ready")
@@ -156,13 +156,13 @@ def test_a_handler_of_the_program_is_called_after_the_tasks(tmp_path, twin, loop
         program.wait_for("SIGTERM: no new")
         program.tell()
         assert program.end() == 0
-    said = [line for line in program.lines if not line.startswith("INFO")]
+    printed = [line for line in program.lines if not line.startswith("INFO")]
     called = "handler of the program: SIGTERM <BackgroundTaskManager closed, 0 tasks>"
-    assert said == ["ready", "task ends", called, "body ends", "as before"]
+    assert printed == ["ready", "task ends", called, "body ends", "as before"]
 
 
 def test_a_handler_on_the_loop_runs_at_once(tmp_path, twin, loop_name):
-    """loop.add_signal_handler is left alone: its handler runs, and the context waits for the tasks."""
+    """A handler of loop.add_signal_handler stays: it runs at once, and the context waits for the tasks."""
     program_text = HANDLED.replace(
         "SET_HANDLER",
         "asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_sigterm, signal.SIGTERM, None)",
@@ -178,7 +178,7 @@ def test_a_handler_on_the_loop_runs_at_once(tmp_path, twin, loop_name):
 
 
 def test_an_exception_of_the_program_s_handler_ends_the_program(tmp_path, twin, loop_name):
-    """The common handler that raises SystemExit gets its way, after the tasks."""
+    """The common handler that raises SystemExit ends the program after the tasks."""
     program_text = HANDLED.replace("SET_HANDLER", "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))")
     with child(tmp_path, program_text + RUN, twin, loop_name) as program:
         program.wait_for("ready")
@@ -191,61 +191,61 @@ def test_an_exception_of_the_program_s_handler_ends_the_program(tmp_path, twin, 
 
 
 @pytest.fixture
-def taken():
-    """Give both handlers as they are, and demand that they are the same afterwards."""
+def handlers():
+    """Give both handlers as they are; fail if they are others after the test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield before
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-async def test_without_a_signal_nothing_happens(make_manager, taken):
-    """The handlers are put back, the manager is left open."""
+async def test_without_a_signal_nothing_happens(make_manager, handlers):
+    """The handlers are restored, the manager is left open."""
     manager = make_manager()
-    async with drain_on_signals(manager) as watching:
-        assert watching
-        assert signal.getsignal(signal.SIGTERM) != taken[signal.SIGTERM]
-    assert signal.getsignal(signal.SIGTERM) == taken[signal.SIGTERM]
+    async with drain_on_signals(manager) as is_installed:
+        assert is_installed
+        assert signal.getsignal(signal.SIGTERM) != handlers[signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
     await manager.create_task(asyncio.sleep(0))
 
 
-async def test_an_error_of_the_body_goes_on_and_the_handlers_are_put_back(make_manager, taken):
+async def test_an_error_of_the_body_is_raised_and_the_handlers_are_restored(make_manager, handlers):
     """The context hides no exception."""
     with pytest.raises(ValueError, match="body"):
         async with drain_on_signals(make_manager()):
             raise ValueError("body")
 
 
-async def test_an_ignored_signal_stays_ignored(make_manager, taken):
-    """Who ignores SIGTERM goes on ignoring it."""
+async def test_an_ignored_signal_stays_ignored(make_manager, handlers):
+    """A program that ignores SIGTERM continues to ignore it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         async with drain_on_signals(make_manager()):
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGTERM, taken[signal.SIGTERM])
+        signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
 
 
-async def test_a_handler_set_inside_stays_and_ours_passes_on(make_manager, taken):
-    """A library that takes the signals after us may give ours back later than we left: it passes signals on."""
+async def test_a_handler_installed_in_the_block_stays_and_can_restore_its_predecessor(make_manager, handlers):
+    """A library may restore our handler after the block has ended: it then forwards the signal."""
     calls = []
     signal.signal(signal.SIGTERM, lambda *_: calls.append("program"))
     program = signal.getsignal(signal.SIGTERM)
     manager = make_manager()
     try:
         async with drain_on_signals(manager):
-            ours = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-        signal.signal(signal.SIGTERM, ours)
+        signal.signal(signal.SIGTERM, handler)
         signal.raise_signal(signal.SIGTERM)
         assert calls == ["program"]
         await manager.create_task(asyncio.sleep(0))
     finally:
         assert callable(program)
-        signal.signal(signal.SIGTERM, taken[signal.SIGTERM])
+        signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
 
 
-async def test_two_managers_end_one_after_the_other(make_manager, taken):
-    """Of two nested contexts the inner manager ends first, then the outer one, then the signal is passed on."""
+async def test_two_managers_end_one_after_the_other(make_manager, handlers):
+    """Of two nested contexts the inner manager ends first, then the outer one; then the signal has its effect."""
     ends = []
     signal.signal(signal.SIGTERM, lambda *_: ends.append("handler"))
     outer, inner = make_manager(drain_timeout=10), make_manager(drain_timeout=10)
@@ -265,19 +265,19 @@ async def test_two_managers_end_one_after_the_other(make_manager, taken):
         assert sorted(ends[:2]) == ["inner", "outer"]
         assert ends[2:] == ["handler"]
     finally:
-        signal.signal(signal.SIGTERM, taken[signal.SIGTERM])
+        signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
     assert (outer._phase, inner._phase) == ("closed", "closed")
 
 
-def test_off_the_main_thread_it_does_nothing_and_says_so(make_manager, taken, caplog):
+def test_off_the_main_thread_it_does_nothing_and_says_so(make_manager, handlers, caplog):
     """In another thread the context yields False and logs a warning."""
     manager = make_manager()
     seen = []
 
     async def main():
-        async with drain_on_signals(manager) as watching:
-            seen.append(watching)
-            seen.append({number: signal.getsignal(number) for number in taken} == taken)
+        async with drain_on_signals(manager) as is_installed:
+            seen.append(is_installed)
+            seen.append({number: signal.getsignal(number) for number in handlers} == handlers)
             task = manager.create_task(forever())
             await manager.cancel_all()
             assert task.cancelled()

@@ -1,4 +1,4 @@
-"""Starting tasks, keeping them, and what is left of them afterwards."""
+"""Starting tasks, keeping them alive, and freeing them after their end."""
 
 import asyncio
 import collections.abc
@@ -22,7 +22,7 @@ async def read_variable():
 
 
 async def test_returns_a_real_task_with_the_result(make_manager):
-    """create_task returns an asyncio.Task that can be awaited for the coroutine's result."""
+    """create_task returns an asyncio.Task; awaiting it gives the coroutine's result."""
     manager = make_manager()
     task = manager.create_task(value(42), name="answer")
     assert isinstance(task, asyncio.Task)
@@ -32,7 +32,7 @@ async def test_returns_a_real_task_with_the_result(make_manager):
 
 
 async def test_the_count_is_right_as_soon_as_the_task_was_awaited(make_manager):
-    """No iteration of the loop lies between the end of a task and the end of its record."""
+    """The record of a task ends in the same iteration of the loop as the task."""
     manager = make_manager()
     await asyncio.gather(*(manager.create_task(value(), name=f"n{i}") for i in range(100)))
     assert manager.get_task_count() == 0
@@ -40,7 +40,7 @@ async def test_the_count_is_right_as_soon_as_the_task_was_awaited(make_manager):
 
 
 async def test_tasks_of_one_name_do_not_evict_each_other(make_manager):
-    """A hundred live tasks of one name count as a hundred; the end of one leaves ninety-nine."""
+    """A hundred live tasks of one name count as a hundred; when one ends, ninety-nine are left."""
     manager = make_manager()
     first, others = asyncio.Event(), asyncio.Event()
     task = manager.create_task(after(first), name="same")
@@ -55,8 +55,8 @@ async def test_tasks_of_one_name_do_not_evict_each_other(make_manager):
     await manager.wait_for_all()
 
 
-async def test_info_tells_what_was_given(make_manager):
-    """get_task_info has the keys of the replaced manager, and id, state and coroutine name."""
+async def test_info_shows_the_given_options(make_manager):
+    """get_task_info has the keys of the reference, and id, state and coroutine name."""
     manager = make_manager()
     task = manager.create_task(forever(), name="waits", timeout=30, context={"user": "alice"})
     manager.create_task(forever())
@@ -77,8 +77,8 @@ async def test_info_tells_what_was_given(make_manager):
     await manager.shutdown()
 
 
-async def test_a_task_that_nobody_holds_is_not_collected(make_manager):
-    """A task that waits for a future which only it refers to survives the collector, and so does its manager."""
+async def test_a_task_without_other_references_is_not_collected(make_manager):
+    """A task that waits for a future without other references survives the collector, and so does its manager."""
     manager = make_manager()
     seen = []
 
@@ -98,8 +98,8 @@ async def test_a_task_that_nobody_holds_is_not_collected(make_manager):
 
 
 @pytest.mark.parametrize("ending", ["result", "error", "cancelled", "cancelled before the start", "timeout"])
-async def test_nothing_is_kept_of_a_finished_task(make_manager, ending, caplog):
-    """After every kind of end the registry is empty and the task, its coroutine's locals and context are free."""
+async def test_a_finished_task_is_freed(make_manager, ending, caplog):
+    """After every kind of end the registry is empty, and the task, its coroutine's locals and its context are freed."""
     manager = make_manager()
 
     class Local:
@@ -133,14 +133,14 @@ async def test_nothing_is_kept_of_a_finished_task(make_manager, ending, caplog):
     assert manager.get_task_count() == 0
     del task
     caplog.clear()
-    # asyncio itself keeps a cancelled task in a cycle with its CancelledError's traceback.
+    # asyncio itself keeps a cancelled task in a cycle with the traceback of its CancelledError.
     gc.collect()
     await asyncio.sleep(0)
     assert [reference() for reference in kept] == [None] * len(kept)
 
 
 async def test_contextvars_are_those_of_the_caller(make_manager):
-    """A task sees a copy of the caller's context variables, or the contextvars.Context it is given."""
+    """A task sees a copy of the caller's context variables, or the contextvars.Context passed in."""
     manager = make_manager()
     token = variable.set("outer")
     inherited = manager.create_task(read_variable())
@@ -152,7 +152,7 @@ async def test_contextvars_are_those_of_the_caller(make_manager):
 
 
 async def test_one_context_serves_several_tasks(make_manager):
-    """A contextvars.Context may be shared; an eager start inside it while it is entered raises and loses nothing."""
+    """Tasks may share a contextvars.Context; an eager start in one that is entered raises and loses nothing."""
     manager = make_manager()
     context = contextvars.copy_context()
     tasks = [manager.create_task(read_variable(), contextvars_context=context) for _ in range(3)]
@@ -161,7 +161,7 @@ async def test_one_context_serves_several_tasks(make_manager):
 
 
 async def test_a_context_of_the_wrong_kind_is_refused(make_manager):
-    """A contextvars.Context as context, or a dict as contextvars_context, is an error that names the other argument."""
+    """A contextvars.Context as context, or a dict as contextvars_context, is refused; the error names the right one."""
     manager = make_manager()
     with pytest.raises(InvalidContextError, match="contextvars_context="):
         manager.create_task(value(), context=contextvars.copy_context())
@@ -173,7 +173,7 @@ async def test_a_context_of_the_wrong_kind_is_refused(make_manager):
 
 
 async def test_eager_start_runs_to_the_first_suspension(make_manager, loop_kind):
-    """With eager_start the coroutine runs inside create_task where the interpreter can, else in the next iteration."""
+    """With eager_start the coroutine starts inside create_task if the interpreter can, else in the next iteration."""
     manager = make_manager()
     seen = []
 
@@ -191,7 +191,7 @@ async def test_eager_start_runs_to_the_first_suspension(make_manager, loop_kind)
 
 
 async def test_an_eager_task_that_ends_at_once_leaves_no_record(make_manager, caplog):
-    """Eager coroutines that return, raise or cancel themselves inside create_task are settled and counted."""
+    """Eager coroutines that return, raise or cancel themselves inside create_task are finished and counted."""
     manager = make_manager()
 
     async def cancels_itself():
@@ -215,7 +215,7 @@ async def test_an_eager_task_that_ends_at_once_leaves_no_record(make_manager, ca
     assert (stats["completed"], stats["failed"], stats["cancelled"], stats["in_flight"]) == (3, 1, 1, 0)
 
 
-async def test_what_asyncio_takes_for_a_coroutine_is_taken(make_manager):
+async def test_coroutine_like_objects_are_accepted(make_manager):
     """An object with send, throw and close runs, suspends, is cancelled and fails like a native coroutine."""
 
     class Like(collections.abc.Coroutine):
@@ -247,7 +247,7 @@ async def test_what_asyncio_takes_for_a_coroutine_is_taken(make_manager):
 
 @pytest.mark.parametrize("name", [None, 7, "x"])
 async def test_names_of_any_kind_become_text(make_manager, name):
-    """A name that is no string is converted, as asyncio does; None gives the default."""
+    """A name that is no string is converted, as in asyncio; None gives the default."""
     manager = make_manager()
     task = manager.create_task(value(), name=name)
     assert task.get_name() == ("background_task" if name is None else str(name))
@@ -255,7 +255,7 @@ async def test_names_of_any_kind_become_text(make_manager, name):
 
 
 async def test_debug_mode_remembers_the_users_line(make_manager):
-    """In debug mode a task says that it was created where create_task was called."""
+    """In debug mode the source traceback of a task begins where create_task was called."""
     manager = make_manager()
     task = manager.create_task(value())
     created = "created at " + __file__
@@ -264,7 +264,7 @@ async def test_debug_mode_remembers_the_users_line(make_manager):
 
 
 async def test_an_await_in_a_task_sees_its_own_task(make_manager):
-    """Inside the coroutine current_task() is the tracked task, asyncio.timeout and cancellation work as usual."""
+    """Inside the coroutine current_task() is the tracked task; asyncio.timeout and cancellation work as usual."""
     manager = make_manager()
 
     async def work():
@@ -278,7 +278,7 @@ async def test_an_await_in_a_task_sees_its_own_task(make_manager):
 
 
 async def test_every_end_is_counted_once(make_manager, caplog):
-    """The outcomes add up to the tasks started, by name and in all."""
+    """The outcomes add up to the started tasks, by name and in total."""
     manager = make_manager(history=10)
     with caplog.at_level(logging.CRITICAL):
         manager.create_task(value(), name="fine")
@@ -298,7 +298,7 @@ async def test_every_end_is_counted_once(make_manager, caplog):
 
 
 async def test_a_manager_is_true_when_empty_and_made_without_a_loop(make_manager):
-    """The truth of a manager says that it is there, not that it holds tasks."""
+    """A manager without tasks is true."""
     manager = make_manager()
     assert manager
     assert manager.get_task_count() == 0
@@ -307,7 +307,7 @@ async def test_a_manager_is_true_when_empty_and_made_without_a_loop(make_manager
 
 @pytest.mark.parametrize("queued", [False, True])
 async def test_a_task_cancelled_before_its_first_step_is_counted_when_its_awaiter_wakes(make_manager, queued):
-    """Its coroutine is never entered; whoever awaited it before the cancellation finds it gone."""
+    """Its coroutine is never entered; it is no longer counted when a coroutine that awaits it wakes up."""
     manager = make_manager(max_concurrency=1 if queued else None)
     entered = []
 
@@ -322,23 +322,23 @@ async def test_a_task_cancelled_before_its_first_step_is_counted_when_its_awaite
     async def cancel():
         task.cancel("at once")
 
-    # An eager factory would run the task before anybody can cancel it.
+    # An eager factory would run the task before it can be cancelled.
     asyncio.get_running_loop().set_task_factory(None)
     if queued:
-        manager.create_task(forever(), name="holds the place")
+        manager.create_task(forever(), name="holds the slot")
     # Built without the loop's factory, so that all three take their first steps in the next iteration, in this order.
     watcher = asyncio.Task(watch(), loop=asyncio.get_running_loop())
     canceller = asyncio.Task(cancel(), loop=asyncio.get_running_loop())
     task = manager.create_task(work())
-    assert await watcher == (1, ["holds the place"] * queued)
+    assert await watcher == (1, ["holds the slot"] * queued)
     assert task.cancelled()
     assert not entered
     await canceller
     await manager.cancel_all()
 
 
-async def test_a_cancellation_taken_back_before_the_first_step_leaves_the_task_alone(make_manager):
-    """From Python 3.13 on uncancel() before the first step lets the task run as if nothing had been."""
+async def test_a_task_runs_if_its_cancellation_is_undone_before_the_first_step(make_manager):
+    """From Python 3.13 on, after uncancel() before the first step the task runs as usual."""
     manager = make_manager()
     task = manager.create_task(value(7))
     bare = asyncio.get_running_loop().create_task(value(7))

@@ -1,4 +1,4 @@
-"""fire(): the cheapest way in, with the same promises."""
+"""fire(): the cheapest way to start a task, with the promises of create_task."""
 
 import asyncio
 import contextvars
@@ -12,7 +12,7 @@ variable = contextvars.ContextVar("variable", default="unset")
 
 
 async def test_starts_in_the_next_iteration_in_order(make_manager, loop_kind):
-    """Nothing runs inside fire, and the tasks start in the order of the calls, create_task in between included."""
+    """No task runs inside fire; tasks start in the order of the calls, those of create_task included."""
     manager = make_manager()
     seen = []
 
@@ -28,12 +28,12 @@ async def test_starts_in_the_next_iteration_in_order(make_manager, loop_kind):
     assert not {0, 1, 4, 5} & set(seen)
     assert manager.get_task_count() == 6
     await manager.wait_for_all()
-    # A loop with eager tasks starts those of create_task inside the call.
+    # On a loop with eager tasks, create_task starts its task inside the call.
     assert seen == ([2, 3, 0, 1, 4, 5] if loop_kind == "eager" else [0, 1, 2, 3, 4, 5])
 
 
-async def test_returns_nothing_and_is_known_at_once(make_manager):
-    """A fired task shows in the info, with name, timeout and context, before it has started."""
+async def test_a_fired_task_is_shown_at_once(make_manager):
+    """get_task_info shows a fired task, with name, timeout and context, before it has started."""
     manager = make_manager()
     assert manager.fire(forever(), name="fired", timeout=5, context={"a": 1}) is True
     (info,) = manager.get_task_info()
@@ -62,7 +62,7 @@ async def test_sees_the_context_variables_of_its_call(make_manager):
 
 
 async def test_the_context_is_free_after_the_end(make_manager):
-    """What a context variable held for a fired task is not kept once the task has ended."""
+    """The value of a context variable in a fired task is freed after the end of the task."""
     manager = make_manager()
 
     class Held:
@@ -79,7 +79,7 @@ async def test_the_context_is_free_after_the_end(make_manager):
 
 
 async def test_can_be_cancelled_before_it_starts(make_manager):
-    """Cancel reaches a fired task that has not started: it never runs and counts as cancelled."""
+    """A fired task that is cancelled before its start never runs and counts as cancelled."""
     manager = make_manager()
     manager.fire(failing(AssertionError("must not run")), name="fired")
     assert manager.cancel("fired") == 1
@@ -88,7 +88,7 @@ async def test_can_be_cancelled_before_it_starts(make_manager):
 
 
 async def test_a_cancel_all_in_the_same_iteration_reaches_it(make_manager):
-    """cancel_all right after fire leaves nothing running."""
+    """cancel_all right after fire leaves no task running."""
     manager = make_manager()
     manager.fire(forever())
     await manager.cancel_all()
@@ -114,8 +114,8 @@ async def test_a_failure_is_logged_once(make_manager, caplog):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_what_stops_the_loop_does_not_lose_the_batch(make_manager, error):
-    """After a KeyboardInterrupt in one fired task the others start when the loop goes on."""
+def test_an_interrupt_does_not_lose_the_batch(make_manager, error):
+    """After a KeyboardInterrupt in one fired task, the others start when the loop runs again."""
     manager = make_manager()
     seen = []
 
@@ -144,7 +144,7 @@ def test_what_stops_the_loop_does_not_lose_the_batch(make_manager, error):
 
 
 async def test_a_foreign_factory_is_honoured(make_manager):
-    """Where the loop has a task factory, fire goes through it at once."""
+    """If the loop has a task factory, fire calls it at once."""
     manager = make_manager()
     loop = asyncio.get_running_loop()
     made = []

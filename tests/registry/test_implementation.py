@@ -1,4 +1,4 @@
-"""Which registry runs, and what importing the package costs and brings along."""
+"""Which registry runs, and which modules an import of the package loads."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import bgtasks
 
 
 def run(code, path=None, **environment):
-    """Run a program in an interpreter of its own; return what became of it."""
+    """Run a program in an interpreter of its own; return the completed process."""
     variables = {key: value for key, value in os.environ.items() if key != "BGTASKS_IMPLEMENTATION"}
     if path is not None:
         variables["PYTHONPATH"] = str(path)
@@ -28,7 +28,7 @@ def run(code, path=None, **environment):
 
 @pytest.fixture
 def copy_without_extension(tmp_path):
-    """Give a folder that holds the package without its compiled registry."""
+    """Give a folder with the package, without its compiled registry."""
     shutil.copytree(PACKAGE, tmp_path / "bgtasks", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     return tmp_path
 
@@ -36,8 +36,8 @@ def copy_without_extension(tmp_path):
 SHOW = "import bgtasks; print(bgtasks.IMPLEMENTATION)"
 
 
-def test_auto_takes_the_compiled_registry(pytestconfig):
-    """Where the extension was built it is what runs."""
+def test_auto_selects_the_compiled_registry(pytestconfig):
+    """The extension runs if it was built."""
     if pytestconfig.option.twin == "python":
         return
     assert run(SHOW).stdout == "cython\n"
@@ -45,14 +45,14 @@ def test_auto_takes_the_compiled_registry(pytestconfig):
     assert run(SHOW, BGTASKS_IMPLEMENTATION="cython").stdout == "cython\n"
 
 
-def test_python_takes_the_twin():
-    """The twin can be asked for."""
+def test_python_selects_the_twin():
+    """BGTASKS_IMPLEMENTATION=python selects the twin."""
     assert run(SHOW, BGTASKS_IMPLEMENTATION="python").stdout == "python\n"
 
 
 @pytest.mark.parametrize(("has_gil", "chosen"), [(False, "python"), (True, "cython")])
-def test_without_the_gil_auto_takes_the_twin(pytestconfig, has_gil, chosen):
-    """Importing bgtasks does not turn the GIL on behind the back of a free-threaded program; asked to, it does."""
+def test_without_the_gil_auto_selects_the_twin(pytestconfig, has_gil, chosen):
+    """Importing bgtasks enables the GIL of a free-threaded interpreter only if the extension is demanded."""
     if pytestconfig.option.twin == "python":
         return
     code = f"import sys; sys._is_gil_enabled = lambda: {has_gil}; {SHOW}"
@@ -62,22 +62,22 @@ def test_without_the_gil_auto_takes_the_twin(pytestconfig, has_gil, chosen):
 
 @pytest.mark.skipif(sys.version_info < (3, 14), reason="from Python 3.14 on")
 @pytest.mark.parametrize("choice", ["auto", "cython"])
-def test_in_an_interpreter_that_is_not_the_main_one_it_is_the_twin(choice):
-    """The extension cannot be loaded there, and a program that imports bgtasks is to run."""
+def test_in_a_subinterpreter_auto_selects_the_twin(choice):
+    """The extension cannot be loaded in a subinterpreter; importing bgtasks works there."""
     code = f"from concurrent import interpreters; interpreters.create().exec({SHOW!r})"
     assert run(code, BGTASKS_IMPLEMENTATION=choice).stdout == "python\n"
 
 
 @pytest.mark.parametrize("value", ["0", "", "Cython", "yes"])
 def test_an_unknown_value_is_an_error_that_lists_the_values(value):
-    """No truthiness: a value is one of three or an error."""
+    """A value is one of three or an error, not true or false."""
     done = run(SHOW, BGTASKS_IMPLEMENTATION=value)
     assert done.returncode == 1
     assert "auto, cython, python" in done.stderr
 
 
 def test_without_the_extension_auto_runs_the_twin_and_cython_is_an_error(copy_without_extension):
-    """Demanding the compiled registry where it is missing is no silent second best."""
+    """If the compiled registry is demanded and missing, the twin does not run silently."""
     assert run(SHOW, copy_without_extension).stdout == "python\n"
     done = run(SHOW, copy_without_extension, BGTASKS_IMPLEMENTATION="cython")
     assert "BGTASKS_BUILD=require" in done.stderr
@@ -86,7 +86,7 @@ def test_without_the_extension_auto_runs_the_twin_and_cython_is_an_error(copy_wi
 
 @pytest.mark.parametrize("choice", ["auto", "cython"])
 def test_an_extension_that_does_not_load_is_an_error(copy_without_extension, choice):
-    """A broken extension is not passed over."""
+    """A broken extension is an error; the twin does not run silently."""
     from importlib.machinery import EXTENSION_SUFFIXES
 
     (copy_without_extension / "bgtasks" / f"_registry{EXTENSION_SUFFIXES[0]}").write_bytes(b"no extension")
@@ -104,12 +104,12 @@ NEED_EXTRAS = ("bgtasks.injection", "bgtasks.integrations.", "bgtasks.events.")
 
 @pytest.mark.parametrize("name", [name.removesuffix(".__init__") for name in MODULES])
 def test_each_module_imports_alone(name):
-    """Every module can be the first one imported, with warnings as errors; or it names the extra that it lacks."""
+    """Every module can be imported first, with warnings as errors, or names the extra that is missing."""
     done = run(f"import {name}")
     if done.returncode and name.startswith(NEED_EXTRAS):
         last = done.stderr.splitlines()[-1]
         if name.rpartition(".")[2].startswith("_") and last.startswith("ModuleNotFoundError"):
-            # A part that its integration imports after it found the framework.
+            # Parts that an integration imports after it found its framework.
             return
         assert last.startswith("bgtasks.errors.MissingExtraError"), done.stderr
         assert 'pip install "bgtasks-registry[' in done.stderr
@@ -118,27 +118,27 @@ def test_each_module_imports_alone(name):
 
 
 def test_importing_loads_no_third_party_module():
-    """The core brings nothing along but the standard library."""
+    """The core imports nothing but the standard library."""
     done = run("import sys; import bgtasks; print('\\n'.join(sys.modules))")
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     strangers = loaded - set(sys.stdlib_module_names) - {"bgtasks", "__main__"}
-    # What site starts, what Cython keeps for itself, and CPython's own list of what a build left out.
+    # Modules that site starts, Cython's own, and CPython's list of modules that a build left out.
     known = ("__editable__", "_cython_", "cython_", "_distutils", "sitecustomize", "_missing_stdlib_info")
     assert not {name for name in strangers if not name.startswith(known)}
-    # Nor what serves one framework or one extra.
+    # Nor modules for one framework or one extra.
     assert not {name for name in done.stdout.split() if name.startswith(("bgtasks.integrations", "bgtasks.injection"))}
 
 
-def rooms():
-    """Return the names of the package's files and folders."""
+def module_names():
+    """Return the names of the package's modules and subpackages."""
     return {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
 
 
-def test_what_is_exported_is_sorted_and_there():
+def test_exported_names_exist_and_are_sorted():
     """Every name of __all__ exists, in order, and everything public is in it."""
     assert bgtasks.__all__ == sorted(bgtasks.__all__, key=lambda name: (not name.isupper(), name))
     for name in bgtasks.__all__:
         assert getattr(bgtasks, name)
     # pytest rewrites the asserts of every distribution with a plugin, and leaves names like "@pytest_ar" there.
-    public = {name for name in vars(bgtasks) if name[0].isalpha()} - rooms()
+    public = {name for name in vars(bgtasks) if name[0].isalpha()} - module_names()
     assert public == set(bgtasks.__all__)

@@ -1,4 +1,4 @@
-"""What one sees: frames, repr, names, counters, histograms, history."""
+"""What users see of tasks: frames, repr, names, counters, percentiles, history."""
 
 import asyncio
 import inspect
@@ -27,7 +27,7 @@ async def outer():
 
 @pytest.mark.parametrize("way", ["create_task", "fire", "factory", "queued"])
 async def test_stacks_show_the_users_frames(make_manager, way):
-    """get_stack and print_stack of a tracked task show what they show for a bare one."""
+    """get_stack and print_stack show the same for a tracked task as for a bare one."""
     manager = make_manager(max_concurrency=5 if way == "queued" else None)
     loop = asyncio.get_running_loop()
     if way == "fire":
@@ -67,7 +67,7 @@ async def test_repr_shows_the_users_coroutine(make_manager):
 
 
 async def test_an_eager_task_knows_itself_in_its_first_step(make_manager):
-    """Inside the first step of an eager task its coroutine, frames and id are there."""
+    """Inside its first step, an eager task has its coroutine, frames and id."""
     manager = make_manager()
     seen = []
 
@@ -91,7 +91,7 @@ async def test_all_tasks_and_current_task_know_it(make_manager):
 
 @pytest.mark.skipif(not hasattr(asyncio, "print_call_graph"), reason="the interpreter has no call graphs before 3.14")
 async def test_the_call_graph_shows_the_users_frames(make_manager):
-    """asyncio.print_call_graph of a tracked task goes down to where it waits."""
+    """asyncio.print_call_graph of a tracked task ends where the task waits."""
     manager = make_manager()
     task = manager.create_task(outer())
     await asyncio.sleep(0)
@@ -104,28 +104,28 @@ async def test_the_call_graph_shows_the_users_frames(make_manager):
 @pytest.mark.skipif(sys.version_info < (3, 14), reason="the interpreter has no pstree before 3.14")
 @pytest.mark.loops("asyncio", "eager")
 async def test_pstree_shows_the_users_frames(make_manager):
-    """What ``python -m asyncio pstree`` reads out of the process goes down to where a tracked task waits."""
+    """The output of ``python -m asyncio pstree`` ends where a tracked task waits."""
     manager = make_manager()
     manager.create_task(outer(), name="mine")
     await asyncio.sleep(0)
     command = [sys.executable, "-m", "asyncio", "pstree", str(os.getpid())]
     done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode and "ermission" in done.stdout + done.stderr:
-        pytest.skip("this machine lets no process look into another one")
-    _, _, ours = done.stdout.partition("(T) mine")
-    assert ours.index("outer ") < ours.index("inner "), done
+        pytest.skip("this machine does not allow a process to read another one")
+    _, _, tracked = done.stdout.partition("(T) mine")
+    assert tracked.index("outer ") < tracked.index("inner "), done
     await manager.cancel_all()
 
 
 def test_public_coroutines_are_coroutine_functions(manager_of_twin):
-    """Frameworks that ask inspect see the async methods for what they are, on both twins."""
+    """inspect.iscoroutinefunction is true for the async methods of both twins."""
     manager = manager_of_twin.BackgroundTaskManager()
     for name in ("spawn", "cancel_all", "wait_for_all", "shutdown", "aclose", "__aenter__", "__aexit__"):
         assert inspect.iscoroutinefunction(getattr(manager, name))
 
 
-def test_durations_are_found_again_in_the_percentiles(make_manager):
-    """p50 and p99 of known durations are right within the width of a bucket, whatever the wall clock does."""
+def test_percentiles_match_the_durations(make_manager):
+    """p50 and p99 of known durations are right within the width of a bucket, even if the wall clock jumps."""
     manager = make_manager()
 
     async def main():
@@ -141,7 +141,7 @@ def test_durations_are_found_again_in_the_percentiles(make_manager):
 
 
 def test_ages_do_not_follow_the_wall_clock(make_manager, monkeypatch):
-    """Ages count on the monotonic clock: a wall clock that jumps changes nothing."""
+    """Ages follow the monotonic clock: a jump of the wall clock does not change them."""
     manager = make_manager()
 
     async def main():
@@ -157,7 +157,7 @@ def test_ages_do_not_follow_the_wall_clock(make_manager, monkeypatch):
 
 
 async def test_names_are_counted_up_to_a_thousand(make_manager):
-    """A thousand names have counters of their own, the rest is counted together."""
+    """A thousand names have counters of their own; all further names share one entry."""
     manager = make_manager()
     for number in range(1005):
         manager.fire(value(), name=f"name {number}")
@@ -169,7 +169,7 @@ async def test_names_are_counted_up_to_a_thousand(make_manager):
 
 
 async def test_the_history_is_bounded_and_plain(make_manager, caplog):
-    """The last finished tasks are remembered as values that json can write."""
+    """The history keeps the last finished tasks, as values that json can write."""
     manager = make_manager(history=3)
     for number in range(5):
         manager.create_task(value(), name=f"n{number}", context={"object": object()})
@@ -185,7 +185,7 @@ async def test_the_history_is_bounded_and_plain(make_manager, caplog):
     assert make_manager().get_history() == []
 
 
-async def test_what_is_handed_out_can_be_written_as_json(make_manager):
+async def test_info_and_statistics_can_be_written_as_json(make_manager):
     """Info and statistics are JSON-safe as far as the user's context is."""
     manager = make_manager()
     manager.create_task(forever(), context={"user": "alice"}, timeout=3)

@@ -1,4 +1,4 @@
-"""Suspicions of leaks, each in an interpreter of its own."""
+"""Possible leaks, each tested in an interpreter of its own."""
 
 import os
 import subprocess
@@ -43,8 +43,8 @@ def run(twin):
     return run
 
 
-def test_failures_hold_nothing(run):
-    """Ten thousand failed tasks leave no local alive, without any help of the collector."""
+def test_failed_tasks_are_freed(run):
+    """The locals of ten thousand failed tasks are freed without the collector."""
     errors = run("""
         async def main():
             manager = BackgroundTaskManager(history=5)
@@ -63,7 +63,7 @@ def test_failures_hold_nothing(run):
 
 
 def test_a_handled_failure_has_no_stray_referrers(run):
-    """After a failure was awaited nothing but the one who caught it refers to it."""
+    """After a failure was awaited, only the code that caught it refers to it."""
     run("""
         async def main():
             manager = BackgroundTaskManager()
@@ -82,7 +82,7 @@ def test_a_handled_failure_has_no_stray_referrers(run):
 
 
 def test_an_idle_manager_that_is_dropped_is_freed(run):
-    """A manager that was used and is no longer held goes away although its loop runs on."""
+    """A used manager without references is freed although its loop goes on."""
     run("""
         async def main():
             for _ in range(3):
@@ -100,7 +100,7 @@ def test_an_idle_manager_that_is_dropped_is_freed(run):
 
 
 def test_a_manager_with_tasks_is_kept(run):
-    """Whoever drops a manager does not drop its tasks."""
+    """Dropping the last reference to a manager does not drop its tasks."""
     run("""
         futures = []
         async def wait():
@@ -125,7 +125,7 @@ def test_a_manager_with_tasks_is_kept(run):
 
 
 def test_the_interpreter_ends_quietly_with_live_tasks(run):
-    """Ten thousand live tasks on a loop that nobody closes: no output and exit status 0."""
+    """With ten thousand live tasks on a loop that is not closed, the interpreter exits with status 0 and no output."""
     errors = run("""
         manager = BackgroundTaskManager()
         async def start():
@@ -142,7 +142,7 @@ def test_the_interpreter_ends_quietly_with_live_tasks(run):
 
 
 def test_memory_does_not_grow_with_the_number_of_tasks(run):
-    """Each kind of end leaves as many memory blocks after 20,000 tasks as after 10,000, within a small constant."""
+    """For each kind of end, 20,000 tasks leave as many memory blocks as 10,000, within a small constant."""
     run("""
         async def cycle(manager, kind):
             for _ in range(100):
@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_the_number_of_tasks(run):
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_five_million_tasks_through_one_manager(run):
-    """Memory after five million tasks is what it was after the first hundred thousand."""
+    """Five million tasks leave as much memory in use as the first hundred thousand."""
     run(
         """
         import resource, time
@@ -208,8 +208,8 @@ def test_five_million_tasks_through_one_manager(run):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_the_child_of_a_fork_is_not_held_up_by_a_thread_it_has_not(run):
-    """A manager made before the fork runs tasks in the child, whatever another thread was doing with it just then."""
+def test_the_child_of_a_fork_is_not_held_up_by_a_thread_of_its_parent(run):
+    """A manager made before a fork runs tasks in the child, even if another thread was using it during the fork."""
     run("""
         import os, threading, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside a thread

@@ -1,4 +1,4 @@
-"""One manager on many loops: one after another, several at once, closed under it, with factories of others."""
+"""One manager on many loops: one after another, several at once, closed in use, with foreign task factories."""
 
 import asyncio
 import gc
@@ -13,7 +13,7 @@ from work import after, forever, until, value
 
 
 def test_serves_loops_one_after_another(make_manager, loop_errors):
-    """A manager goes on over many asyncio.run calls, with ids that never repeat and counters that add up."""
+    """A manager serves many asyncio.run calls, with ids that never repeat and counters that add up."""
     manager = make_manager(history=100)
     for _ in range(20):
         asyncio.run(one_round(manager))
@@ -29,8 +29,8 @@ async def one_round(manager):
 
 
 @pytest.mark.parametrize("kind", list(LOOPS))
-def test_what_a_closed_loop_left_is_abandoned_and_said_once(make_manager, caplog, kind, capfd):
-    """Tasks of a loop that was closed are dropped at the next use, counted, closed and named in one warning."""
+def test_tasks_of_a_closed_loop_are_abandoned_with_one_warning(make_manager, caplog, kind, capfd):
+    """Tasks of a closed loop are abandoned at the next use: counted, closed and named in one warning."""
     manager = make_manager(max_concurrency=3)
     coro = forever()
     ended = []
@@ -51,7 +51,7 @@ def test_what_a_closed_loop_left_is_abandoned_and_said_once(make_manager, caplog
     loop = LOOPS[kind]()
     loop.run_until_complete(start())
     loop.close()
-    # A question changes nothing, and counts already what is to come.
+    # A query changes nothing, and already counts the tasks as abandoned.
     assert manager.get_task_count() == 0
     assert manager.stats()["abandoned"] == 4
     assert "open, 0 tasks" in repr(manager)
@@ -75,7 +75,7 @@ async def run_value(manager):
 
 
 def test_tasks_cancelled_by_the_end_of_a_run_are_cancelled_not_abandoned(make_manager):
-    """asyncio.run cancels what is left; the manager counts that as it happened."""
+    """asyncio.run cancels the remaining tasks, and the manager counts them as cancelled."""
     manager = make_manager()
 
     async def main():
@@ -87,7 +87,7 @@ def test_tasks_cancelled_by_the_end_of_a_run_are_cancelled_not_abandoned(make_ma
 
 
 def test_serves_loops_in_several_threads_at_once(make_manager):
-    """Each loop's tasks run on their own loop; counts and infos span all of them."""
+    """Tasks run on their own loops; counters and infos cover all loops."""
     manager = make_manager()
     barrier = threading.Barrier(4)
     failures = []
@@ -114,7 +114,7 @@ def test_serves_loops_in_several_threads_at_once(make_manager):
 
 
 def test_shutdown_reaches_the_tasks_of_other_threads(make_manager):
-    """A shutdown on one loop cancels the tasks of loops that run elsewhere, and waits for them."""
+    """A shutdown on one loop cancels the tasks of other running loops, and waits for them."""
     manager = make_manager()
     started = threading.Event()
     seen = []
@@ -134,8 +134,8 @@ def test_shutdown_reaches_the_tasks_of_other_threads(make_manager):
     assert (stats["status"], stats["initial_tasks"]) == ("completed", 1)
 
 
-def test_a_loop_that_stands_still_does_not_hold_shutdown_up(make_manager):
-    """Tasks of a loop that is neither running nor closed are asked to cancel and named, not waited for."""
+def test_a_stopped_loop_does_not_hold_up_shutdown(make_manager):
+    """Tasks of a loop that is neither running nor closed are cancelled and named, not waited for."""
     manager = make_manager()
     idle = asyncio.new_event_loop()
 
@@ -151,17 +151,17 @@ def test_a_loop_that_stands_still_does_not_hold_shutdown_up(make_manager):
 
 
 def plain_factory(loop, coro):
-    """Build a task with the two arguments factories once had."""
+    """Build a task with two arguments, as older factories do."""
     return asyncio.Task(coro, loop=loop)
 
 
 def options_factory(loop, coro, **kwargs):
-    """Build a task with all it is given."""
+    """Build a task with all given options."""
     return asyncio.Task(coro, loop=loop, **kwargs)
 
 
 class Wrapped(asyncio.Task):
-    """A task class of a third party."""
+    """A task class of another package."""
 
 
 def class_factory(loop, coro, context=None, **kwargs):
@@ -175,10 +175,10 @@ def class_factory(loop, coro, context=None, **kwargs):
 
 @pytest.mark.parametrize("factory", [plain_factory, options_factory, class_factory])
 async def test_a_foreign_factory_builds_the_task(make_manager, loop_kind, factory):
-    """Two-argument, keyword and instrumenting factories build the tasks, and every end is still counted."""
+    """Two-argument, keyword and instrumenting factories build the tasks; every end is counted."""
     manager = make_manager()
     if factory is plain_factory and (loop_kind == "uvloop" or sys.version_info >= (3, 14)):
-        # They always pass options, with or without a manager.
+        # Instrumenting factories always pass options, with or without a manager.
         return
     asyncio.get_running_loop().set_task_factory(factory)
     try:
@@ -200,7 +200,7 @@ async def test_a_foreign_factory_builds_the_task(make_manager, loop_kind, factor
 
 
 async def test_a_factory_that_fails_loses_nothing(make_manager):
-    """If a factory raises, the error passes, the coroutine is closed and nothing is counted."""
+    """If a factory raises, the error propagates, the coroutine is closed and no task is counted."""
     manager = make_manager()
 
     def broken(loop, coro, **kwargs):
@@ -219,7 +219,7 @@ async def test_a_factory_that_fails_loses_nothing(make_manager):
     assert manager.stats()["started"] == 0
 
 
-async def test_another_managers_factory_tracks_too(make_manager):
+async def test_the_factory_of_another_manager_tracks_the_task_as_well(make_manager):
     """On a loop with another manager's factory both managers see the task."""
     manager, other = make_manager(), make_manager()
     loop = asyncio.get_running_loop()

@@ -1,12 +1,12 @@
-"""Both twins driven in lockstep through random programs, and held against one model of what tasks do.
+"""Random programs drive both twins in lockstep; a model of tasks checks what happens.
 
-Each twin has a loop with a clock of its own. What it did is a trace: every step of every coroutine, every refusal,
-every report, every log record, with its time. The traces of the twins must be equal, and the model reads one of them
-event by event and refuses what may not happen. After each rule, when nothing is left to do at that time, the model is
-compared with all that the managers tell.
+Each twin has a loop with a clock of its own. Its actions are a trace: every step of every coroutine, every refusal,
+every report, every log record, with its time. The traces of the twins must be equal. The model reads one of them, event
+by event, and fails at an impossible one. After each rule, when nothing is left to do at that time, the model is
+compared with everything that the managers report.
 
-So that causes do not meet by accident, sleeps take whole seconds, timeouts 3.5 ms more than that, waits 3/8 s more; a
-shutdown cancels on a half second and the second time on a quarter. ``collide`` makes them meet on purpose.
+Sleeps take whole seconds, timeouts 3.5 ms more, waits 3/8 s more. A shutdown cancels on a half second, and for the
+second time on a quarter. So causes do not coincide by accident; ``collide`` makes them coincide on purpose.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ BAD_COROUTINES: list[Callable[[], Any]] = [
 
 
 def without_percentiles(stats: Any) -> Any:
-    """Return statistics without what depends on the durations of single tasks."""
+    """Return statistics without the percentiles, which depend on the durations of single tasks."""
     names = {
         name: {key: value for key, value in counters.items() if not key.endswith("_seconds")}
         for name, counters in stats["names"].items()
@@ -94,7 +94,7 @@ is_open = precondition(lambda self: self.model.phase == "open")
 
 
 class TwinsInLockstep(RuleBasedStateMachine):
-    """The rules: what a program may do with a manager."""
+    """The rules: the actions of a program on a manager."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
         self.logger_state = (self.logger.level, self.logger.propagate)
         self.handler = TraceHandler()
         self.logger.addHandler(self.handler)
-        # Handlers further up keep records, and with them exceptions and all that their frames hold.
+        # Handlers of parent loggers keep records, and with them exceptions and their frames.
         self.logger.propagate = False
         self.logger.setLevel(logging.DEBUG)
         self.twins: list[Twin] = []
@@ -120,7 +120,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
         ),
     )
     def make_managers(self, factory: str, options: dict[str, Any]) -> None:
-        """Begin with a manager on each twin."""
+        """Start with a manager on each twin."""
         self.twins = [Twin(kind, factory, options) for kind in MODULES]
         self.model = Model(options)
         self.model.verbose = self.logger.level == logging.DEBUG
@@ -131,7 +131,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
         return self.twins[0].loop.now
 
     def both(self, action: Callable[[Twin], object]) -> list[Any]:
-        """Do something with both twins, compare what it led to, and have the model read it."""
+        """Run an action on both twins, compare their traces, and have the model read one."""
         answers = []
         for twin in self.twins:
             self.handler.twin = twin
@@ -152,7 +152,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
         return answers
 
     def known(self, number: int) -> tuple[str, Work] | None:
-        """Pick a task, rather one that lives."""
+        """Pick a task, a live one if there is any."""
         tasks = [*self.model.live.values()] or [*self.model.ended.values()]
         if not tasks:
             return None
@@ -174,7 +174,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
         keys = [f"t{next(self.keys)}" for _ in works]
         self.both(lambda twin: twin.run(lambda: twin.create_all(keys, works)))
 
-    # At a cap it is known only afterwards whether there is something to cancel.
+    # At a cap, only afterwards it is known whether there is a task to cancel.
     @precondition(lambda self: self.model.phase == "open" and not self.model.cap)
     @rule(work=WORKS, hows=CANCELS, pauses=st.integers(0, 4))
     def create_and_cancel(self, work: Work, hows: list[str], pauses: int) -> None:
@@ -215,19 +215,19 @@ class TwinsInLockstep(RuleBasedStateMachine):
 
     @rule()
     def cancel_nothing(self) -> None:
-        """Cancel what does not exist."""
-        assert self.both(lambda twin: (twin.manager.cancel(10**9), twin.manager.cancel("nobody"))) == [(0, 0), (0, 0)]
+        """Cancel ids and names that do not exist."""
+        assert self.both(lambda twin: (twin.manager.cancel(10**9), twin.manager.cancel("unknown"))) == [(0, 0), (0, 0)]
 
     @rule(number=st.integers(0, 20))
     def resolve(self, number: int) -> None:
-        """Give a task what it waits for."""
+        """Resolve the future that a task waits for."""
         picked = self.known(number)
         if picked is not None:
             self.both(lambda twin: twin.run(lambda: twin.resolve(picked[0])))
 
     @rule(seconds=st.integers(1, 6))
     def advance(self, seconds: int) -> None:
-        """Let time go by."""
+        """Advance the clocks."""
         until = self.now + seconds
         self.both(lambda twin: twin.advance_to(until))
 
@@ -240,7 +240,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
         swallows=st.sampled_from([0, 0, 1]),
     )
     def collide(self, has_timeout: bool, before: list[str], after: list[str], pauses: int, swallows: int) -> None:
-        """Have completion and cancellation arrive in the callback in which a timeout is over, in any order."""
+        """Complete and cancel a task in the callback in which its timeout is over, in any order."""
         key = f"t{next(self.keys)}"
         work = Work(timeout=TIMEOUT_OFFSET if has_timeout else None, waits=(math.inf, 5), swallows=swallows)
         task_id = self.model.last_id + 1
@@ -274,7 +274,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
 
     @rule(method=st.sampled_from(["create_task", "fire"]), options=st.sampled_from(BAD_OPTIONS))
     def offer_bad_options(self, method: str, options: dict[str, Any]) -> None:
-        """Hand in a coroutine with an option that is not to be had."""
+        """Pass a coroutine with an invalid option."""
 
         async def nothing() -> None:
             raise AssertionError("a refused coroutine ran")
@@ -283,18 +283,18 @@ class TwinsInLockstep(RuleBasedStateMachine):
 
     @rule(method=st.sampled_from(["create_task", "fire"]), value=st.sampled_from(BAD_COROUTINES))
     def offer_no_coroutine(self, method: str, value: Callable[[], Any]) -> None:
-        """Hand in something else than a coroutine."""
+        """Pass an object that is no coroutine."""
         self.both(lambda twin: twin.run(lambda: twin.refuse(method, value, {})))
 
     @precondition(lambda self: len(self.model.waiters) < 3)
     @rule(seconds=st.none() | st.integers(0, 4), return_exceptions=st.booleans(), works=st.lists(works(), max_size=3))
     def wait_for_all(self, seconds: int | None, return_exceptions: bool, works: list[Work]) -> None:
-        """Begin to wait for all tasks, and start some more."""
+        """Start to wait for all tasks, and start further tasks."""
         key = f"w{next(self.keys)}"
         keys = [f"t{next(self.keys)}" for _ in works]
         timeout = None if seconds is None else seconds + 0.375
         deadline = math.inf if timeout is None else self.now + timeout
-        self.model.waiters[key] = Waiter(deadline, return_exceptions, saw_quiet=not self.model.live)
+        self.model.waiters[key] = Waiter(deadline, return_exceptions, saw_idle=not self.model.live)
         self.both(
             lambda twin: twin.run(
                 lambda: twin.wait(key, timeout, return_exceptions), lambda: twin.create_all(keys, works)
@@ -304,7 +304,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
     @precondition(lambda self: self.model.waiters)
     @rule()
     def cancel_waiters(self) -> None:
-        """Cancel those that wait for all tasks, which cancels no task."""
+        """Cancel the waits for all tasks, which cancels no task."""
         for waiter in self.model.waiters.values():
             waiter.cancelled = True
         keys = list(self.model.waiters)
@@ -313,7 +313,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
     @is_open
     @rule(drain=st.sampled_from([0.0, 0.5, 2.5]), timeout=st.sampled_from([0.25, 1.25, 4.25]), late=works())
     def shutdown(self, drain: float, timeout: float, late: Work) -> None:
-        """Shut down, hand in a task meanwhile, and check what it says it did and that it ended in time."""
+        """Shut down, start a task meanwhile, and check the report and the duration."""
         key = f"t{next(self.keys)}"
         begun = self.now
         initial = len(self.model.live)
@@ -325,13 +325,13 @@ class TwinsInLockstep(RuleBasedStateMachine):
             watchdog = twin.loop.call_later(drain + timeout + 1, twin.loop.stop)
             stats = twin.loop.run_until_complete(twin.manager.shutdown(timeout, drain=drain))
             watchdog.cancel()
-            twin.settle()
+            twin.run_until_idle()
             return stats, twin.loop.now
 
         (stats, ended), (other_stats, _) = self.both(act)
-        # What was quiet in time was not cancelled.
+        # Cancellations that were not needed did not happen.
         self.model.cancellations = []
-        self.model.settle(self.now)
+        self.model.check_overdue(self.now)
         assert stats.pop("duration_seconds") == pytest.approx(ended - begun)
         assert ended - begun <= drain + timeout + SECOND_CANCEL_GRACE
         other_stats.pop("duration_seconds")
@@ -358,7 +358,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
     @precondition(lambda self: self.model.phase == "closed" and not self.model.live)
     @rule(data=st.data())
     def replace_managers(self, data: st.DataObject) -> None:
-        """Go on with new managers, on the same loops."""
+        """Continue with new managers."""
         self.both(lambda twin: twin.loop.close())
         factory = self.twins[0].factory
         options = {
@@ -372,12 +372,12 @@ class TwinsInLockstep(RuleBasedStateMachine):
     @precondition(lambda self: not self.model.waiters)
     @rule()
     def close_loops(self) -> None:
-        """Close the loop of each twin, whatever runs there, and go on with a new one."""
+        """Close the loop of each twin, running tasks or not, and continue on a new one."""
         now = self.now
 
         def act(twin: Twin) -> None:
             twin.loop.close()
-            # A question changes nothing, and counts already what is to come.
+            # A query changes nothing, and already counts the tasks as abandoned.
             before = without_percentiles(twin.manager.stats())
             release_closed_loops(twin.manager)
             assert without_percentiles(twin.manager.stats()) == before
@@ -389,7 +389,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
 
     @rule(level=st.sampled_from([logging.DEBUG, logging.WARNING]))
     def set_level(self, level: int) -> None:
-        """Change what is logged, and with it what the registry reports."""
+        """Change the log level, and with it the ends that the registry reports."""
         self.logger.setLevel(level)
         self.model.verbose = level == logging.DEBUG
 
@@ -397,17 +397,17 @@ class TwinsInLockstep(RuleBasedStateMachine):
 
     @invariant()
     def all_is_well(self) -> None:
-        """Compare all that the managers tell with the model."""
+        """Compare everything that the managers report with the model."""
         if self.twins:
             self.nothing_is_overdue()
             self.counters_are_right()
-            self.live_tasks_are_told_of()
+            self.live_tasks_are_shown()
             self.finished_tasks_leave_nothing()
             self.history_is_right()
 
     def nothing_is_overdue(self) -> None:
-        """Check that all has happened that had to by now."""
-        self.model.settle(self.now)
+        """Check that everything has happened that was due by now."""
+        self.model.check_overdue(self.now)
 
     def counters_are_right(self) -> None:
         """Compare the counters."""
@@ -428,8 +428,8 @@ class TwinsInLockstep(RuleBasedStateMachine):
                 assert stats["running"] <= self.model.limit
         assert percentiles[:1] == percentiles[1:]
 
-    def live_tasks_are_told_of(self) -> None:
-        """Compare what is told of live tasks."""
+    def live_tasks_are_shown(self) -> None:
+        """Compare the infos of live tasks."""
         for twin in self.twins:
             infos = twin.manager.get_task_info()
             expected = sorted(self.model.live.values(), key=lambda task: task.task_id)
@@ -455,13 +455,13 @@ class TwinsInLockstep(RuleBasedStateMachine):
                 assert twin.manager.get_task_id(handle) == task.task_id
 
     def finished_tasks_leave_nothing(self) -> None:
-        """Check what became of tasks that ended, and that nothing keeps what they held."""
+        """Check the outcomes of ended tasks, and that their payloads are freed."""
         for twin in self.twins:
-            # Children first: the frame of one that failed inside its parent's step keeps the parent's.
+            # Children first: the frame of a child that failed inside a step of its parent keeps the parent's frame.
             for key in sorted(twin.handles.keys() - self.model.live.keys(), key=len, reverse=True):
                 task = self.model.ended[key]
-                # Not even while somebody keeps the task; an error's traceback keeps it, though, that of a child which
-                # failed inside its parent's step included. Who waits for all keeps such errors.
+                # Even while the task is kept. But the traceback of an error keeps the payload, also that of a child
+                # which failed inside a step of its parent, and a wait for all tasks keeps errors.
                 is_free = task.outcome == "completed" and not twin.waiters
                 assert not is_free or twin.payloads[key]() is None, f"{twin.kind} keeps what {key} held"
                 self.check_handle(twin.handles.pop(key), task)
@@ -469,17 +469,17 @@ class TwinsInLockstep(RuleBasedStateMachine):
                 del twin.waiters[key]
             for key in twin.futures.keys() - self.model.live.keys():
                 del twin.futures[key]
-            # A child that started meanwhile keeps its parent's error.
+            # A child that its parent started while it failed keeps the parent's error.
             held = {key for key in twin.payloads if any(child.startswith(f"{key}.") for child in self.model.live)}
             over = set() if twin.waiters else twin.payloads.keys() - self.model.live.keys() - held
             if any(self.model.ended[key].outcome == "abandoned" for key in over & self.model.ended.keys()):
-                # A task that is never done and the future it waits for keep each other.
+                # A task that is never done and the future that it waits for refer to each other.
                 gc.collect()
             for key in over:
                 assert twin.payloads.pop(key)() is None, f"{twin.kind} keeps what {key} held"
 
     def check_handle(self, handle: asyncio.Task[Any], task: Expected) -> None:
-        """Check that an asyncio task ended as the model says."""
+        """Check that an asyncio task ended as in the model."""
         if task.outcome == "abandoned":
             assert not handle.done()
         elif task.outcome in ("cancelled", "timed_out") or task.work.end == "cancel itself and return":
@@ -490,7 +490,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
             assert handle.result() == task.key
 
     def history_is_right(self) -> None:
-        """Compare what is remembered of finished tasks."""
+        """Compare the histories of finished tasks."""
         by_id = {task.task_id: task for task in self.model.ended.values()}
         histories = [twin.manager.get_history() for twin in self.twins]
         for entries in histories:
@@ -509,24 +509,23 @@ class TwinsInLockstep(RuleBasedStateMachine):
         assert histories[:1] == histories[1:]
 
     def teardown(self) -> None:
-        """End every task; then nothing may be left anywhere."""
+        """End every task, and check that nothing is left."""
         try:
-            # Not on top of a failure.
+            # Only if no check failed before.
             if self.twins and sys.exception() is None:
                 self.end_all()
         finally:
             self.logger.removeHandler(self.handler)
             for twin in self.twins:
                 twin.loop.close()
-                # Of what a failed run left.
+                # Tasks that a failed run left.
                 release_closed_loops(twin.manager)
                 twin.module.time = time
             self.logger.setLevel(self.logger_state[0])
             self.logger.propagate = self.logger_state[1]
 
     def end_all(self) -> None:
-        """Cancel everything until nothing is left."""
-        """Cancel everything until nothing is left."""
+        """Cancel all tasks until none is left."""
         for waiter in self.model.waiters.values():
             waiter.cancelled = True
         self.both(lambda twin: twin.run(lambda: [waiter.cancel() for waiter in twin.waiters.values()]))
@@ -546,10 +545,10 @@ class TwinsInLockstep(RuleBasedStateMachine):
         assert not _registry_py._in_use
 
 
-# Where it fails, reducing the example takes minutes.
+# If it fails, reducing the example takes minutes.
 @pytest.mark.timeout(300)
-def test_twins_do_what_the_model_says() -> None:
-    """Both twins do the same and what the model says, whatever a program does with them."""
+def test_twins_behave_like_the_model() -> None:
+    """Both twins behave the same, and as the model says, under random programs."""
     assert registry_module("cython") is not registry_module("python")
     run_state_machine_as_test(
         TwinsInLockstep,

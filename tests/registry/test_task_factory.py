@@ -1,4 +1,4 @@
-"""manager.task_factory: every task of a program is counted and shown, and behaves as it would without."""
+"""manager.task_factory: every task of a program is counted and shown, and behaves as without it."""
 
 import asyncio
 import gc
@@ -10,7 +10,7 @@ from work import failing_later, forever, value
 
 @pytest.fixture
 def observing(make_manager):
-    """Give a manager and a context manager that puts its factory on the running loop."""
+    """Give a manager, and a context manager that sets its factory on the running loop."""
 
     class Observing:
         manager = make_manager()
@@ -27,28 +27,28 @@ def observing(make_manager):
     return Observing()
 
 
-async def test_tasks_of_others_are_seen(observing):
-    """Tasks that know nothing of the manager are counted by the name of their coroutine and shown by their own name."""
+async def test_tasks_of_other_code_are_counted_and_shown(observing):
+    """Tasks of other code are counted by the name of their coroutine and shown by their own name."""
     with observing as manager:
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(asyncio.sleep(0.001), name="theirs")
+            task = group.create_task(asyncio.sleep(0.001), name="other")
             group.create_task(value())
             await asyncio.sleep(0)
             (info,) = manager.get_task_info()
-            assert (info["name"], info["coroutine"], info["state"]) == ("theirs", "sleep", "running")
+            assert (info["name"], info["coroutine"], info["state"]) == ("other", "sleep", "running")
             assert manager.get_task(info["task_id"]) is task
     stats = manager.stats()
     assert (stats["started"], stats["completed"]) == (2, 2)
     assert stats["names"]["sleep"]["completed"] == 1
 
 
-async def test_their_errors_go_where_they_would_go(observing, caplog, loop_errors):
-    """An exception of an observed task is not logged by the manager; unretrieved it is the loop's to report, once."""
+async def test_the_loop_reports_errors_of_observed_tasks(observing, caplog, loop_errors):
+    """The manager does not log an exception of an observed task; the loop reports it once if it is not retrieved."""
     with observing as manager:
         with pytest.raises(ExceptionGroup):
             async with asyncio.TaskGroup() as group:
                 group.create_task(failing_later(ValueError("handled")))
-        task = asyncio.get_running_loop().create_task(failing_later(ValueError("nobody looks")))
+        task = asyncio.get_running_loop().create_task(failing_later(ValueError("not retrieved")))
         await asyncio.wait([task])
         del task
         gc.collect()
@@ -58,23 +58,23 @@ async def test_their_errors_go_where_they_would_go(observing, caplog, loop_error
     assert manager.stats()["failed"] == 2
 
 
-async def test_shutdown_and_caps_leave_them_alone(observing):
-    """Shutdown neither waits for observed tasks nor cancels them; they start after it, too; cancel reaches them."""
+async def test_shutdown_and_caps_ignore_observed_tasks(observing):
+    """Shutdown neither waits for observed tasks nor cancels them; they may start after it. cancel() reaches them."""
     with observing as manager:
-        task = asyncio.get_running_loop().create_task(forever(), name="theirs")
+        task = asyncio.get_running_loop().create_task(forever(), name="other")
         await asyncio.sleep(0)
         await manager.wait_for_all()
         await manager.shutdown()
         later = asyncio.get_running_loop().create_task(value(3))
         assert await later == 3
         assert not task.done()
-        assert manager.cancel("theirs") == 1
+        assert manager.cancel("other") == 1
         await asyncio.wait([task])
     assert task.cancelled()
 
 
 async def test_the_managers_own_tasks_are_tracked_once(observing):
-    """create_task and fire on a loop with the manager's own factory make one record each, owned."""
+    """create_task and fire on a loop with the manager's own factory make one record each, of an owned task."""
     with observing as manager:
         assert await manager.create_task(value(1), name="own") == 1
         manager.fire(value(2), name="own")
@@ -83,14 +83,14 @@ async def test_the_managers_own_tasks_are_tracked_once(observing):
     assert manager.stats()["names"]["own"]["completed"] == 2
 
 
-async def test_what_is_no_coroutine_is_refused_as_by_asyncio(observing):
-    """The factory leaves the error for a wrong argument to asyncio."""
+async def test_an_object_that_is_no_coroutine_is_refused_as_by_asyncio(observing):
+    """For a wrong argument, asyncio raises its own error."""
     with observing as manager, pytest.raises(TypeError, match="a coroutine was expected"):
         manager.task_factory(asyncio.get_running_loop(), 7)
 
 
-def test_a_whole_program_under_the_factory(make_manager, caplog):
-    """asyncio.run with the factory set: results, cleanup at the end and counters are as they should be."""
+def test_a_whole_program_runs_under_the_factory(make_manager, caplog):
+    """asyncio.run with the factory set gives the right results, cleanup and counters."""
     manager = make_manager()
 
     async def main():

@@ -1,4 +1,4 @@
-"""Timeouts: never early, at most a tick late, nothing left behind, whatever their lengths and order."""
+"""Timeouts of any length and order: never early, at most a tick late, and leaving nothing behind."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ LENGTHS = st.one_of(
     st.integers(min_value=1, max_value=1000).map(lambda tenths: tenths / 10),
     st.sampled_from([0.001, 0.064, 4.096, 262.144, 0.064001, 16777.216]),
 )
-# (pause before it is started, its timeout, when it ends by itself as a share of its timeout or never)
+# (pause before the start, timeout, time of its own end as a share of the timeout, None for never)
 TASKS = st.lists(
     st.tuples(
         st.one_of(st.just(0.0), st.floats(min_value=0.0, max_value=3e3)),
@@ -34,7 +34,7 @@ TASKS = st.lists(
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """Leave the warnings of thousands of timeouts unformatted."""
+    """Do not format the warnings of thousands of timeouts."""
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
@@ -44,7 +44,7 @@ def _quiet():
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(tasks=TASKS)
 def test_never_early_and_at_most_a_tick_late(request, twin_name, tasks):
-    """Each task that outlasts its timeout ends within the tick after it; the others end by themselves."""
+    """A task that outlasts its timeout ends within a tick after it; other tasks end by themselves."""
     if request.config.option.twin not in ("both", twin_name):
         return
     manager = manager_module(twin_name).BackgroundTaskManager()
@@ -79,8 +79,8 @@ def test_never_early_and_at_most_a_tick_late(request, twin_name, tasks):
 
 
 @pytest.mark.parametrize("timeout", [1073741.824, 7e7, 2.0**36 / 1000, 2.0**36 / 1000 + 1, 1e9])
-def test_timeouts_of_years(make_manager, timeout):
-    """Lengths beyond the wheel's span are kept as exactly as short ones."""
+def test_timeouts_of_years_are_exact(make_manager, timeout):
+    """Timeouts beyond the wheel's span are as exact as short ones."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -95,7 +95,7 @@ def test_timeouts_of_years(make_manager, timeout):
 
 
 def test_quick_tasks_leave_nothing_behind(make_manager):
-    """A thousand tasks that end long before their timeout leave no task, no timer and no handle in the loop."""
+    """A thousand tasks that end long before their timeouts leave no task, no timer and no handle in the loop."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -113,7 +113,7 @@ def test_quick_tasks_leave_nothing_behind(make_manager):
 
 
 def test_one_loop_timer_stands_for_all(make_manager):
-    """Ten thousand different timeouts, descending, need one timer of the loop at a time."""
+    """Ten thousand different timeouts, in descending order, need one timer of the loop at a time."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -129,8 +129,8 @@ def test_one_loop_timer_stands_for_all(make_manager):
         runner.run(main())
 
 
-def test_a_timeout_meets_no_task_that_took_the_place_of_a_finished_one(make_manager):
-    """A record used again after its task ended is not touched by the old one's deadline."""
+def test_a_reused_record_keeps_no_timeout(make_manager):
+    """The timeout of a finished task does not touch the task that uses its record next."""
 
     async def main():
         manager = make_manager()
@@ -145,8 +145,8 @@ def test_a_timeout_meets_no_task_that_took_the_place_of_a_finished_one(make_mana
 
 
 @pytest.mark.parametrize("cancelled_at", [0.9, 0.9999, 1.0, 1.0001])
-def test_timeout_and_cancellation_in_one_instant(make_manager, cancelled_at):
-    """Whichever of the two comes first in the same iteration of the loop, the external cancellation wins."""
+def test_a_cancellation_wins_over_a_timeout_at_the_same_time(make_manager, cancelled_at):
+    """The external cancellation wins, whichever comes first in the iteration of the loop."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -154,7 +154,7 @@ def test_timeout_and_cancellation_in_one_instant(make_manager, cancelled_at):
         task = manager.create_task(forever(), timeout=1.0)
         await asyncio.sleep(0)
         loop.call_later(cancelled_at, task.cancel, "outside")
-        # The clock leaps past both: they are due in one iteration, in the order of their times.
+        # The clock leaps past both times: they are due in one iteration, in their order.
         loop.now += 2
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -166,7 +166,7 @@ def test_timeout_and_cancellation_in_one_instant(make_manager, cancelled_at):
 
 
 def test_a_result_before_the_timeout_stands(make_manager):
-    """A task that ends in the iteration before its timeout is due has completed."""
+    """A task that ends in the iteration before its timeout counts as completed."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -190,7 +190,7 @@ def test_a_result_before_the_timeout_stands(make_manager):
 
 
 def test_the_wall_clock_may_jump(make_manager, monkeypatch):
-    """Timeouts follow the loop's clock alone."""
+    """Timeouts follow only the clock of the loop."""
 
     async def main():
         manager = make_manager()
@@ -207,7 +207,7 @@ def test_the_wall_clock_may_jump(make_manager, monkeypatch):
 
 
 async def test_real_clocks_are_never_early(make_manager):
-    """On a real loop, uvloop's millisecond clock included, a timeout does not come before its time."""
+    """On a real loop, also with uvloop's millisecond clock, no timeout is early."""
     manager = make_manager()
 
     async def work(begun, timeout):

@@ -1,4 +1,4 @@
-"""What servers do to a publisher: nothing is lost, and where the sink knows ids of batches, nothing is there twice."""
+"""Servers that die, freeze and refuse: no event is lost; none is doubled where the sink knows the ids of batches."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from cutting_proxy import CuttingProxy
 from requirements import need
 from servers import NatsServer, RabbitServer, RedisServer, make_queue
 
-from bgtasks.events import BasePublisher
-from bgtasks.events.errors import Reject
-from bgtasks.events.sinks.nats import NatsPublisher
-from bgtasks.events.sinks.redis import RedisPublisher
+from bgtasks.events import Publisher, Reject
+from bgtasks.events.sinks.nats import NatsSink
+from bgtasks.events.sinks.redis import RedisSink
 
 redis = need("redis")
 nats = need("nats")
 need("msgspec")
 
-# Each test waits for seconds of a fault; what loops do differently is tested sink by sink.
+# A fault takes seconds; differences between loops are tested with each sink.
 pytestmark = pytest.mark.loops("uvloop")
 
 COUNT = 30_000
-PATIENCE = 60  # seconds for what is late, on a machine that has other things to do
+PATIENCE = 60  # seconds to wait at most, on a busy machine
 
 
 @contextlib.asynccontextmanager
 async def alongside(coro):
-    """Run a coroutine beside a block, and cancel what is left of it at the end."""
+    """Run a coroutine beside a block, and cancel it at the end of the block."""
     task = asyncio.create_task(coro)
     try:
         yield task
@@ -42,7 +41,7 @@ async def alongside(coro):
 
 
 async def kill_clients(url: str, every: float) -> None:
-    """Close all connections of a Redis server but our own, every so many seconds."""
+    """Close all connections of a Redis server except this one, every ``every`` seconds."""
     async with redis.asyncio.Redis.from_url(url) as client:
         while True:
             await asyncio.sleep(every)
@@ -50,7 +49,7 @@ async def kill_clients(url: str, every: float) -> None:
 
 
 async def freeze(server, after: float, seconds: float) -> None:
-    """Stop a server for a while."""
+    """Freeze a server for some seconds."""
     await asyncio.sleep(after)
     server.freeze()
     await asyncio.sleep(seconds)
@@ -58,7 +57,7 @@ async def freeze(server, after: float, seconds: float) -> None:
 
 
 async def kill_and_restart(server, after: float, seconds: float) -> None:
-    """Kill a server; start it again a while later, with the data it has on disk."""
+    """Kill a server; start it again some seconds later, with the data that it has on disk."""
     await asyncio.sleep(after)
     server.kill()
     await asyncio.sleep(seconds)
@@ -66,13 +65,13 @@ async def kill_and_restart(server, after: float, seconds: float) -> None:
 
 
 @pytest.fixture
-def redis_of_its_own(start_server):
-    """Give a Redis server whose append-only file has every command that was answered."""
+def own_redis(start_server):
+    """Give a Redis server for one test; its append-only file has every command that it answered."""
     return start_server(RedisServer)
 
 
-async def nats_of_its_own(start_server, **config) -> NatsServer:
-    """Start a NATS server with a stream in files."""
+async def start_nats(start_server, **config) -> NatsServer:
+    """Start a NATS server for one test, with a stream in files."""
     server = start_server(NatsServer)
     client = await nats.connect(server.url)
     await client.jetstream().add_stream(name="EVENTS", subjects=["events"], **config)
@@ -80,15 +79,15 @@ async def nats_of_its_own(start_server, **config) -> NatsServer:
     return server
 
 
-def rabbitmq_publisher(url: str, **options) -> BasePublisher:
+def rabbitmq_publisher(url: str, timeout: float) -> Publisher:
     """Return a publisher into the queue ``events``."""
-    from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
+    from bgtasks.events.sinks.rabbitmq import RabbitMQSink
 
-    return RabbitMQPublisher(url, routing_key="events", **options)
+    return Publisher(RabbitMQSink(url, routing_key="events", timeout=timeout))
 
 
-async def rabbitmq_of_its_own(start_server) -> RabbitServer:
-    """Start a RabbitMQ node with a queue that outlives it."""
+async def start_rabbitmq(start_server) -> RabbitServer:
+    """Start a RabbitMQ node for one test, with a queue on disk."""
     need("aio_pika")
     server = start_server(RabbitServer)
     await make_queue(server.url, "events")
@@ -96,47 +95,47 @@ async def rabbitmq_of_its_own(start_server) -> RabbitServer:
 
 
 @pytest.mark.parametrize("mode", ["stream", "list"])
-async def test_redis_connections_killed_every_50_ms(redis_of_its_own, mode):
-    """Redis: 0 lost, 0 twice, in order, while the connection dies again and again."""
-    publisher = RedisPublisher(redis_of_its_own.url, key="events", mode=mode)
-    async with alongside(kill_clients(redis_of_its_own.url, 0.05)):
+async def test_redis_connections_killed_every_50_ms(own_redis, mode):
+    """Redis: 0 lost, 0 doubled, in order, while the connection dies again and again."""
+    publisher = Publisher(RedisSink(own_redis.url, key="events", mode=mode))
+    async with alongside(kill_clients(own_redis.url, 0.05)):
         await emit_numbers(publisher, COUNT)
         await publisher.flush(0.2)
     report = await publisher.close(PATIENCE)
     assert (report["status"], publisher.stats()["delivered"]) == ("flushed", COUNT)
     assert publisher.stats()["retried"] >= 1
-    assert arrived(numbers_in(in_redis(redis_of_its_own.url, "events", mode)), COUNT) == (0, 0, True)
+    assert arrived(numbers_in(in_redis(own_redis.url, "events", mode)), COUNT) == (0, 0, True)
 
 
-async def test_redis_frozen_for_2_s(redis_of_its_own):
-    """Redis: 0 lost, 0 twice, though each try that timed out was carried out when the server went on."""
-    publisher = RedisPublisher(redis_of_its_own.url, key="events", timeout=0.3)
-    async with alongside(freeze(redis_of_its_own, 0.5, 2)):
+async def test_redis_frozen_for_2_s(own_redis):
+    """Redis: 0 lost, 0 doubled, though the server carries out the tries that timed out when it thaws."""
+    publisher = Publisher(RedisSink(own_redis.url, key="events", timeout=0.3))
+    async with alongside(freeze(own_redis, 0.5, 2)):
         await emit_numbers(publisher, COUNT)
         await publisher.flush(PATIENCE)
     await publisher.close(PATIENCE)
     assert publisher.stats()["delivered"] == COUNT
     assert publisher.stats()["retried"] >= 1
-    assert arrived(numbers_in(in_redis(redis_of_its_own.url, "events")), COUNT) == (0, 0, True)
+    assert arrived(numbers_in(in_redis(own_redis.url, "events")), COUNT) == (0, 0, True)
 
 
-async def test_redis_killed_and_restarted_after_2_s(redis_of_its_own):
-    """Redis: 0 lost, 0 twice, when the server died and came back with its append-only file."""
-    publisher = RedisPublisher(redis_of_its_own.url, key="events")
-    async with alongside(kill_and_restart(redis_of_its_own, 0.5, 2)):
+async def test_redis_killed_and_restarted_after_2_s(own_redis):
+    """Redis: 0 lost, 0 doubled, when the server dies and restarts with its append-only file."""
+    publisher = Publisher(RedisSink(own_redis.url, key="events"))
+    async with alongside(kill_and_restart(own_redis, 0.5, 2)):
         await emit_numbers(publisher, COUNT)
         await publisher.flush(PATIENCE)
     await publisher.close(PATIENCE)
     assert publisher.stats()["delivered"] == COUNT
     assert publisher.stats()["retried"] >= 1
-    assert arrived(numbers_in(in_redis(redis_of_its_own.url, "events")), COUNT) == (0, 0, True)
+    assert arrived(numbers_in(in_redis(own_redis.url, "events")), COUNT) == (0, 0, True)
 
 
 async def test_jetstream_connections_cut_every_50_ms(start_server):
-    """JetStream, a message an event: 0 lost, 0 twice, while the connection breaks again and again."""
-    server = await nats_of_its_own(start_server)
+    """JetStream, one message per event: 0 lost, 0 doubled, while the connection breaks again and again."""
+    server = await start_nats(start_server)
     async with CuttingProxy(server.port) as proxy:
-        publisher = NatsPublisher(f"nats://127.0.0.1:{proxy.port}", subject="events", batch=100)
+        publisher = Publisher(NatsSink(f"nats://127.0.0.1:{proxy.port}", subject="events"), batch=100)
         async with alongside(proxy.cut_again_and_again(0.05)):
             await emit_numbers(publisher, COUNT)
         await publisher.close(PATIENCE)
@@ -148,10 +147,10 @@ async def test_jetstream_connections_cut_every_50_ms(start_server):
 
 
 async def test_jetstream_envelopes_cut_every_50_ms(start_server):
-    """JetStream, envelopes: 0 lost, 0 twice, in order."""
-    server = await nats_of_its_own(start_server)
+    """JetStream, envelopes: 0 lost, 0 doubled, in order."""
+    server = await start_nats(start_server)
     async with CuttingProxy(server.port) as proxy:
-        publisher = NatsPublisher(f"nats://127.0.0.1:{proxy.port}", subject="events", envelope=True)
+        publisher = Publisher(NatsSink(f"nats://127.0.0.1:{proxy.port}", subject="events", envelope=True))
         async with alongside(proxy.cut_again_and_again(0.05)):
             await emit_numbers(publisher, COUNT)
         await publisher.close(PATIENCE)
@@ -163,10 +162,10 @@ async def test_jetstream_envelopes_cut_every_50_ms(start_server):
 
 @pytest.mark.parametrize("envelope", [False, True], ids=["events", "envelopes"])
 @pytest.mark.parametrize("fault", [freeze, kill_and_restart], ids=["frozen", "killed"])
-async def test_jetstream_gone_for_2_s(start_server, fault, envelope):
-    """JetStream: 0 lost, 0 twice, when the server stood still or died and came back."""
-    server = await nats_of_its_own(start_server)
-    publisher = NatsPublisher(server.url, subject="events", envelope=envelope, timeout=0.5)
+async def test_jetstream_down_for_2_s(start_server, fault, envelope):
+    """JetStream: 0 lost, 0 doubled, when the server freezes, or dies and restarts."""
+    server = await start_nats(start_server)
+    publisher = Publisher(NatsSink(server.url, subject="events", envelope=envelope, timeout=0.5))
     async with alongside(fault(server, 0.5, 2)):
         await emit_numbers(publisher, COUNT)
         await publisher.flush(PATIENCE)
@@ -178,9 +177,9 @@ async def test_jetstream_gone_for_2_s(start_server, fault, envelope):
 
 
 async def test_jetstream_refuses_one_in_a_thousand(start_server, tmp_path):
-    """The events that the stream finds too long are dead letters; all others are there once."""
-    server = await nats_of_its_own(start_server, max_msg_size=1000)
-    publisher = NatsPublisher(server.url, subject="events", dead_letters=tmp_path / "dead.jsonl")
+    """Events that are too long for the stream are dead letters; all others are stored once."""
+    server = await start_nats(start_server, max_msg_size=1000)
+    publisher = Publisher(NatsSink(server.url, subject="events"), dead_letters=tmp_path / "dead.jsonl")
     for number in range(20_000):
         padding = "x" * (2000 if number % 1000 == 500 else 10)
         assert publisher.emit({"number": number, "padding": padding})
@@ -194,8 +193,8 @@ async def test_jetstream_refuses_one_in_a_thousand(start_server, tmp_path):
 
 async def test_jetstream_refuses_an_envelope_for_one_line(start_server):
     """An envelope that is too long is halved until the long event is alone."""
-    server = await nats_of_its_own(start_server, max_msg_size=5000)
-    publisher = NatsPublisher(server.url, subject="events", envelope=True)
+    server = await start_nats(start_server, max_msg_size=5000)
+    publisher = Publisher(NatsSink(server.url, subject="events", envelope=True))
     for number in range(3000):
         assert publisher.emit({"number": number, "padding": "x" * (6000 if number == 1234 else 10)})
     await publisher.close(PATIENCE)
@@ -205,13 +204,13 @@ async def test_jetstream_refuses_an_envelope_for_one_line(start_server):
 
 
 @pytest.mark.parametrize("fault", [freeze, kill_and_restart], ids=["frozen", "killed"])
-async def test_rabbitmq_gone_for_2_s(start_server, fault):
-    """RabbitMQ: 0 lost; what it has twice has one message id, since the broker knows no duplicates."""
-    server = await rabbitmq_of_its_own(start_server)
+async def test_rabbitmq_down_for_2_s(start_server, fault):
+    """RabbitMQ: 0 lost; a message that is there twice has one id, since the broker knows no duplicates."""
+    server = await start_rabbitmq(start_server)
     publisher = rabbitmq_publisher(server.url, timeout=1)
-    async with alongside(fault(server, 0.3, 2)) as gone:
+    async with alongside(fault(server, 0.3, 2)) as faulty:
         await emit_numbers(publisher, 2000, rate=2000)
-        await gone
+        await faulty
     await publisher.close(PATIENCE)
     assert publisher.stats()["delivered"] == 2000
     assert publisher.stats()["retried"] >= 1
@@ -219,56 +218,56 @@ async def test_rabbitmq_gone_for_2_s(start_server, fault):
     assert arrived(numbers_in(list(messages.values())), 2000)[:2] == (0, 0)
 
 
-class PickyPublisher(RedisPublisher):
-    """What Redis itself never does: refuses events for what they are."""
+class PickySink(RedisSink):
+    """Rejects some events, which Redis itself never does."""
 
     async def write(self, batch, batch_id):
-        """Write all but the bad ones."""
+        """Write the other events."""
         bad = [index for index, event in enumerate(batch) if json.loads(event)["number"] % 1000 == 500]
         await super().write([event for index, event in enumerate(batch) if index not in bad], batch_id)
         if bad:
-            raise Reject(bad, "a number nobody likes")
+            raise Reject(bad, "a bad number")
 
 
 class WithBadEvents:
-    """Emits, before one in a thousand events, another one that has no JSON."""
+    """Emits, before one in a thousand events, another one that cannot be encoded."""
 
     def __init__(self, publisher):
         self.publisher = publisher
 
     def emit(self, event):
-        """Emit."""
+        """Emit an event."""
         if event["number"] % 1000 == 250:
             assert self.publisher.emit({"number": object()})
         return self.publisher.emit(event)
 
 
-async def test_one_in_a_thousand_refused_and_one_without_json_while_connections_die(redis_of_its_own, tmp_path):
-    """Bad events and retries in one batch: each event is in Redis or in the dead letters, once."""
-    publisher = PickyPublisher(redis_of_its_own.url, key="events", dead_letters=tmp_path / "dead.jsonl")
-    async with alongside(kill_clients(redis_of_its_own.url, 0.05)):
+async def test_one_in_a_thousand_refused_and_one_without_json_while_connections_die(own_redis, tmp_path):
+    """With bad events and retries in one batch, each event is once in Redis or in the dead letters."""
+    publisher = Publisher(PickySink(own_redis.url, key="events"), dead_letters=tmp_path / "dead.jsonl")
+    async with alongside(kill_clients(own_redis.url, 0.05)):
         await emit_numbers(WithBadEvents(publisher), COUNT)
     await publisher.close(PATIENCE)
     stats = publisher.stats()
     bad = COUNT // 1000
     assert (stats["delivered"], stats["dropped"]) == (COUNT - bad, {"rejected": bad, "encode": bad})
-    numbers = numbers_in(in_redis(redis_of_its_own.url, "events"))
+    numbers = numbers_in(in_redis(own_redis.url, "events"))
     assert numbers == [number for number in range(COUNT) if number % 1000 != 500]
     assert len((tmp_path / "dead.jsonl").read_text().splitlines()) == 2 * bad
 
 
 @contextlib.asynccontextmanager
 async def hanging(start_server, sink: str) -> AsyncIterator[object]:
-    """Give a publisher whose connected server does not answer any more."""
+    """Give a publisher that is connected to a server that no longer answers."""
     if sink == "redis":
         server = start_server(RedisServer)
-        publisher = RedisPublisher(server.url, timeout=60)
+        publisher = Publisher(RedisSink(server.url, timeout=60))
     elif sink == "rabbitmq":
-        server = await rabbitmq_of_its_own(start_server)
+        server = await start_rabbitmq(start_server)
         publisher = rabbitmq_publisher(server.url, timeout=60)
     else:
-        server = await nats_of_its_own(start_server)
-        publisher = NatsPublisher(server.url, subject="events", timeout=60)
+        server = await start_nats(start_server)
+        publisher = Publisher(NatsSink(server.url, subject="events", timeout=60))
     publisher.emit({"number": 0})
     await publisher.flush(PATIENCE)
     server.freeze()
@@ -277,14 +276,14 @@ async def hanging(start_server, sink: str) -> AsyncIterator[object]:
 
 
 @pytest.mark.parametrize("sink", ["redis", "jetstream", "rabbitmq"])
-async def test_close_returns_by_its_deadline_when_the_sink_hangs(start_server, sink):
-    """The report says that the time was up; each event is accounted for."""
+async def test_close_returns_within_its_timeout_when_the_sink_hangs(start_server, sink):
+    """The status is "timeout"; each event is accounted for."""
     async with hanging(start_server, sink) as publisher:
         await emit_numbers(publisher, 20_000, rate=1_000_000)
         async with asyncio.timeout(PATIENCE / 2):  # instead of the 60 s that the client would wait
             report = await publisher.close(1.0)
     stats = publisher.stats()
-    assert report["status"] == "deadline"
+    assert report["status"] == "timeout"
     assert stats["accepted"] == 20_001
     assert stats["delivered"] + sum(stats["dropped"].values()) == 20_001
-    assert stats["dropped"]["deadline"] > 0
+    assert stats["dropped"]["timeout"] > 0

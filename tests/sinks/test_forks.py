@@ -1,4 +1,4 @@
-"""A publisher whose process forks: the child connects anew, and the parent's connection goes on."""
+"""A publisher whose process forks: the child opens its own connection, and the parent's stays usable."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from arrivals import in_jetstream, in_kafka, in_redis, numbers_in
 from requirements import need
 
+from bgtasks.events import Publisher
+
 need("msgspec")
 
 pytestmark = [
@@ -20,17 +22,17 @@ pytestmark = [
 
 
 def redis_publisher(server, name):
-    """Give a publisher into a stream, and what reads it."""
+    """Return a publisher into a stream, and a function that reads the stream."""
     need("redis")
-    from bgtasks.events.sinks.redis import RedisPublisher
+    from bgtasks.events.sinks.redis import RedisSink
 
-    return RedisPublisher(server.url, key=name), lambda: in_redis(server.url, name)
+    return Publisher(RedisSink(server.url, key=name)), lambda: in_redis(server.url, name)
 
 
 def nats_publisher(server, name):
-    """Give a publisher into JetStream, and what reads it."""
+    """Return a publisher into JetStream, and a function that reads the stream."""
     nats = need("nats")
-    from bgtasks.events.sinks.nats import NatsPublisher
+    from bgtasks.events.sinks.nats import NatsSink
 
     async def make_stream():
         client = await nats.connect(server.url)
@@ -38,15 +40,15 @@ def nats_publisher(server, name):
         await client.close()
 
     asyncio.run(make_stream())
-    publisher = NatsPublisher(server.url, subject=name)
+    publisher = Publisher(NatsSink(server.url, subject=name))
     return publisher, lambda: [message.data for message in asyncio.run(in_jetstream(server.url, name))]
 
 
 def kafka_publisher(broker, name):
-    """Give a publisher into a topic, and what reads it."""
-    from bgtasks.events.sinks.kafka import KafkaPublisher
+    """Return a publisher into a topic, and a function that reads the topic."""
+    from bgtasks.events.sinks.kafka import KafkaSink
 
-    return KafkaPublisher(broker.url, topic=name, key="k"), lambda: in_kafka(broker.url, name)
+    return Publisher(KafkaSink(broker.url, topic=name, key="k")), lambda: in_kafka(broker.url, name)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def kafka_publisher(broker, name):
     [(redis_publisher, "redis_server"), (nats_publisher, "nats_server"), (kafka_publisher, "kafka_broker")],
 )
 def test_both_processes_publish_after_a_fork(request, make, fixture):
-    """What the parent has in its queue stays its own; each event arrives once."""
+    """Events in the parent's queue stay the parent's; each event arrives once."""
     publisher, read = make(request.getfixturevalue(fixture), uuid.uuid4().hex)
 
     async def publish(*numbers):
@@ -69,7 +71,7 @@ def test_both_processes_publish_after_a_fork(request, make, fixture):
         if child == 0:
             os._exit(in_child())
         _, status = await asyncio.to_thread(os.waitpid, child, 0)
-        for number in range(2, 10):  # one batch after another on the connection from before
+        for number in range(2, 10):  # one batch after another, on the connection that was open before the fork
             await publish(number)
         await publisher.close(30)
         return status

@@ -1,4 +1,4 @@
-"""OTLP: what a collector receives, and what a collector that is not there does."""
+"""OTLP: log records at a collector, and a collector that does not answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from arrivals import arrived, emit_numbers
 from requirements import need
 from servers import free_port
 
-from bgtasks.events.sinks.otlp import OtlpPublisher
+from bgtasks.events import Publisher, SinkError
+from bgtasks.events.sinks.otlp import OtlpSink
 
 need("opentelemetry.sdk")
 need("opentelemetry.exporter.otlp.proto.http")
@@ -28,8 +29,8 @@ def records_of(collector):
 
 
 async def test_events_are_log_records(collector):
-    """Each event is a record with its name, its time and its content; the resource says who speaks."""
-    publisher = OtlpPublisher(collector.url, resource={"service.name": "shop"})
+    """Each event is a record with its name, its time and its content; the resource names the source."""
+    publisher = Publisher(OtlpSink(collector.url, resource={"service.name": "shop"}))
     publisher.emit({"event": "order_paid", "timestamp": 1_700_000_000.5, "order": {"id": 42}})
     publisher.emit(b"no JSON")
     publisher.emit(b"[1]")
@@ -48,7 +49,7 @@ async def test_events_are_log_records(collector):
 
 async def test_all_events_arrive_in_order(collector):
     """Several batches arrive one after another."""
-    publisher = OtlpPublisher(collector.url)
+    publisher = Publisher(OtlpSink(collector.url))
     await emit_numbers(publisher, 1200, rate=1_000_000)
     await publisher.close(30)
     numbers = [
@@ -60,22 +61,41 @@ async def test_all_events_arrive_in_order(collector):
     assert arrived(numbers, 1200) == (0, 0, True)
 
 
-async def test_an_exporter_of_the_users(collector):
-    """A given exporter is used, and left open for whoever made it."""
+async def test_a_sink_alone_writes_and_can_be_opened_again(collector):
+    """``write`` returns when the exporter has succeeded; after ``close``, ``open`` makes a new exporter."""
+    sink = OtlpSink(collector.url)
+    for number in range(2):
+        await sink.open()
+        await sink.write([b'{"event":"counted"}', b"no JSON"], f"id-{number}")
+        assert len(records_of(collector)) == 2 * (number + 1)
+        await sink.close()
+    assert [record.event_name for record in records_of(collector)] == ["counted", ""] * 2
+
+
+async def test_a_failed_export_is_an_error_that_names_the_endpoint():
+    """``write`` raises once the exporter has given up within its timeout."""
+    url = f"http://127.0.0.1:{free_port()}/v1/logs"
+    async with OtlpSink(url, timeout=0.1) as sink:
+        with pytest.raises(SinkError, match=f"OTLP at {url}: the export failed"):
+            await sink.write([b'{"event":"lost"}'], "id")
+
+
+async def test_a_given_exporter_is_used_and_left_open(collector):
+    """Its maker shuts it down."""
     from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
 
     exporter = InMemoryLogRecordExporter()
-    publisher = OtlpPublisher(exporter=exporter)
+    publisher = Publisher(OtlpSink(exporter=exporter))
     publisher.emit({"event": "order_paid"})
     await publisher.close(30)
     (found,) = exporter.get_finished_logs()
     assert found.log_record.event_name == "order_paid"
 
 
-async def test_nobody_listens():
-    """The report says that the export failed, and where; close does not wait for the exporter's own tries."""
+async def test_close_does_not_wait_for_the_exporters_own_tries():
+    """With a collector that does not answer, the event is dropped within the timeout of ``close``."""
     url = f"http://127.0.0.1:{free_port()}/v1/logs"
-    publisher = OtlpPublisher(url, timeout=30)
+    publisher = Publisher(OtlpSink(url, timeout=30))
     publisher.emit({"event": "lost"})
     report = await publisher.close(1)
-    assert (report["status"], report["dropped"]) == ("deadline", 1)
+    assert (report["status"], report["dropped"]) == ("timeout", 1)

@@ -1,4 +1,4 @@
-"""RabbitMQ: what a queue gets, and what is said when it cannot."""
+"""RabbitMQ: confirmed messages in queues, and errors that name their cause."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from requirements import need
 from servers import free_port, make_queue
 
 from bgtasks.errors import InvalidOptionError
-from bgtasks.events.errors import SinkError
-from bgtasks.events.sinks.rabbitmq import RabbitMQPublisher
+from bgtasks.events import Publisher
+from bgtasks.events.errors import Reject, SinkError
+from bgtasks.events.sinks.rabbitmq import RabbitMQSink
 
 aio_pika = need("aio_pika")
 need("msgspec")
@@ -29,7 +30,7 @@ def name():
 async def test_events_arrive_once_and_in_order(rabbit_server, name):
     """Each event is a persistent message with an id of its own."""
     queue = await make_queue(rabbit_server.url, name)
-    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=queue)
+    publisher = Publisher(RabbitMQSink(rabbit_server.url, routing_key=queue))
     await emit_numbers(publisher, 600, rate=1_000_000)
     report = await publisher.close(30)
     assert (report["status"], report["dropped"]) == ("flushed", 0)
@@ -42,7 +43,7 @@ async def test_events_arrive_once_and_in_order(rabbit_server, name):
 async def test_envelopes_hold_the_events_of_a_batch_as_lines(rabbit_server, name):
     """An envelope is one message of JSON lines."""
     queue = await make_queue(rabbit_server.url, name)
-    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=queue, envelope=True)
+    publisher = Publisher(RabbitMQSink(rabbit_server.url, routing_key=queue, envelope=True))
     await emit_numbers(publisher, 5000, rate=1_000_000)
     await publisher.close(30)
     messages = await in_rabbitmq(rabbit_server.url, queue)
@@ -54,11 +55,11 @@ async def test_envelopes_hold_the_events_of_a_batch_as_lines(rabbit_server, name
 @pytest.mark.loops("uvloop")
 @pytest.mark.parametrize("inflight", [1, 4])
 async def test_nothing_is_lost_while_the_connection_breaks(rabbit_server, name, inflight):
-    """What arrives twice has the same id, so that its reader can tell."""
+    """A message that arrives twice has the same id both times, so its reader can tell."""
     queue = await make_queue(rabbit_server.url, name)
     async with CuttingProxy(rabbit_server.port) as proxy:
         url = rabbit_server.url.replace(str(rabbit_server.port), str(proxy.port))
-        publisher = RabbitMQPublisher(url, routing_key=queue, batch=20, inflight=inflight)
+        publisher = Publisher(RabbitMQSink(url, routing_key=queue), batch=20, inflight=inflight)
         cutting = asyncio.create_task(proxy.cut_again_and_again(0.2))
         await emit_numbers(publisher, 1000, rate=1000)
         cutting.cancel()
@@ -71,41 +72,60 @@ async def test_nothing_is_lost_while_the_connection_breaks(rabbit_server, name, 
     assert sorted(numbers_in(list(ids.values()))) == list(range(1000))
 
 
-async def test_what_was_confirmed_is_not_sent_again(rabbit_server, name, monkeypatch):
-    """The next try of a batch has only the messages that are not known to be there, so that tries come to an end."""
+async def test_a_sink_alone_writes_and_can_be_opened_again(rabbit_server, name):
+    """``write`` returns when the broker has confirmed the batch; after ``close``, ``open`` makes a new connection."""
     await make_queue(rabbit_server.url, name)
-    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=name)
-    await publisher.open()
-    send, failures = publisher._exchange.publish, [OSError("gone")]
+    sink = RabbitMQSink(rabbit_server.url, routing_key=name)
+    for batch_id in ("first", "second"):
+        await sink.open()
+        await sink.write([b"1", b"2"], batch_id)
+        await sink.close()
+    messages = await in_rabbitmq(rabbit_server.url, name)
+    assert [message.body for message in messages] == [b"1", b"2", b"1", b"2"]
+    assert [message.message_id for message in messages] == ["first:0", "first:1", "second:0", "second:1"]
 
-    async def fail_once(message, *arguments, **options):
-        if message.message_id == "id:1" and failures:
-            raise failures.pop()
-        return await send(message, *arguments, **options)
 
-    monkeypatch.setattr(publisher._exchange, "publish", fail_once)
-    batch = [b"0", b"1", b"2"]
-    with pytest.raises(SinkError, match="1 of 3 messages were not confirmed"):
-        await publisher.write(batch, "id")
-    await publisher.write(batch, "id")
-    await publisher.release()
+async def test_an_event_with_a_line_feed_fits_in_no_envelope(rabbit_server, name):
+    """It is refused alone; the others of its batch are in one message."""
+    await make_queue(rabbit_server.url, name)
+    async with RabbitMQSink(rabbit_server.url, routing_key=name, envelope=True) as sink:
+        with pytest.raises(Reject) as refused:
+            await sink.write([b"1", b"2\n2", b"3"], "id")
+    assert refused.value.indexes == (1,)
+    assert [message.body for message in await in_rabbitmq(rabbit_server.url, name)] == [b"1\n3\n"]
+
+
+async def test_confirmed_messages_are_not_sent_again(rabbit_server, name, monkeypatch):
+    """The next try of a batch has only the messages that were not confirmed, so that tries come to an end."""
+    await make_queue(rabbit_server.url, name)
+    async with RabbitMQSink(rabbit_server.url, routing_key=name) as sink:
+        send, failures = sink._exchange.publish, [OSError("gone")]
+
+        async def fail_once(message, *arguments, **options):
+            if message.message_id == "id:1" and failures:
+                raise failures.pop()
+            return await send(message, *arguments, **options)
+
+        monkeypatch.setattr(sink._exchange, "publish", fail_once)
+        batch = [b"0", b"1", b"2"]
+        with pytest.raises(SinkError, match="1 of 3 messages were not confirmed"):
+            await sink.write(batch, "id")
+        await sink.write(batch, "id")
     assert [message.body for message in await in_rabbitmq(rabbit_server.url, name)] == [b"0", b"2", b"1"]
 
 
 async def test_batches_that_were_given_up_are_forgotten(rabbit_server, name):
-    """What is remembered of them is bounded."""
-    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=name)
-    await publisher.open()
-    for number in range(100):
-        with pytest.raises(SinkError, match="NO_ROUTE"):
-            await publisher.write([b"1"], f"id-{number}")
-    await publisher.release()
-    assert len(publisher._confirmed) < 100
+    """A sink remembers the confirmations of a bounded number of batches."""
+    async with RabbitMQSink(rabbit_server.url, routing_key=name) as sink:
+        for number in range(100):
+            with pytest.raises(SinkError, match="NO_ROUTE"):
+                await sink.write([b"1"], f"id-{number}")
+    assert len(sink._confirmed) < 100
 
 
-async def test_a_queue_that_is_missing(rabbit_server, name):
-    """A message that no queue takes is not delivered; the queue made, it is."""
-    publisher = RabbitMQPublisher(rabbit_server.url, routing_key=name)
+async def test_a_missing_queue_is_reported(rabbit_server, name):
+    """A message that no queue takes is not delivered; once the queue exists, it is."""
+    publisher = Publisher(RabbitMQSink(rabbit_server.url, routing_key=name))
     publisher.emit({"number": 0})
     await has_failed(publisher)
     report = await publisher.flush(0.01)
@@ -115,17 +135,17 @@ async def test_a_queue_that_is_missing(rabbit_server, name):
     assert publisher.stats()["delivered"] == 1
 
 
-async def test_an_exchange_that_is_missing(rabbit_server, name):
-    """``connect`` has ``start`` raise what is wrong."""
-    publisher = RabbitMQPublisher(rabbit_server.url, exchange=name, connect=True)
+async def test_a_missing_exchange_is_an_error_at_the_start(rabbit_server, name):
+    """With ``connect``, ``start`` raises the error."""
+    publisher = Publisher(RabbitMQSink(rabbit_server.url, exchange=name), connect=True)
     with pytest.raises(SinkError, match=f"RabbitMQ at .*{name}"):
         await publisher.start()
     await publisher.close(1)
 
 
-async def test_a_wrong_password(rabbit_server, name):
-    """The report names the server, not the password."""
-    publisher = RabbitMQPublisher(rabbit_server.url.replace("guest@", "wrong@"), routing_key=name)
+async def test_a_wrong_password_is_reported_and_not_shown(rabbit_server, name):
+    """The report names the server, but not the password."""
+    publisher = Publisher(RabbitMQSink(rabbit_server.url.replace("guest@", "wrong@"), routing_key=name))
     publisher.emit({"number": 0})
     await has_failed(publisher)
     report = await publisher.close(0.1)
@@ -133,19 +153,19 @@ async def test_a_wrong_password(rabbit_server, name):
     assert "wrong" not in report["last_error"]
 
 
-async def test_nobody_listens(name):
-    """The report of the first flush says where nobody answers."""
+async def test_an_unreachable_server_is_named(name):
+    """The report of ``close`` has its address."""
     port = free_port()
-    publisher = RabbitMQPublisher(f"amqp://guest:guest@127.0.0.1:{port}/", routing_key=name)
+    publisher = Publisher(RabbitMQSink(f"amqp://guest:guest@127.0.0.1:{port}/", routing_key=name))
     publisher.emit({"number": 0})
     await has_failed(publisher)
     report = await publisher.close(0.1)
-    assert (report["status"], report["dropped"]) == ("deadline", 1)
+    assert (report["status"], report["dropped"]) == ("timeout", 1)
     assert f"RabbitMQ at 127.0.0.1:{port}: " in report["last_error"]
 
 
 @pytest.mark.parametrize(("options", "text"), [({"url": "http://localhost"}, "amqp"), ({"timeout": "1"}, "timeout")])
-def test_options_outside_their_values(options, text):
-    """A bad option is refused by name when the publisher is made."""
+def test_an_option_outside_its_values_is_refused(options, text):
+    """The error names the option when the sink is made."""
     with pytest.raises(InvalidOptionError, match=text):
-        RabbitMQPublisher(**options)
+        RabbitMQSink(**options)

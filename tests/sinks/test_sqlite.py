@@ -1,4 +1,4 @@
-"""The SQLite publisher, into real files."""
+"""SQLite: the sink and its publisher, into real files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from disks import fill_disk, small_disk
 from event_tools import has_failed
 
 from bgtasks.errors import InvalidOptionError
+from bgtasks.events import Publisher
 from bgtasks.events.errors import Reject, SinkError
-from bgtasks.events.sinks.sqlite import SqlitePublisher
+from bgtasks.events.sinks.sqlite import SqliteSink
 
 
 @pytest.fixture
 def path(tmp_path):
-    """Give the path of a file that is not there yet."""
+    """Give the path of a file that does not exist yet."""
     return tmp_path / "events.db"
 
 
 def query(path, statement):
-    """Return what a statement finds."""
+    """Return the rows that a statement finds."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         return connection.execute(statement).fetchall()
 
@@ -41,7 +42,7 @@ def texts(path, rows="event"):
 @pytest.mark.parametrize("rows", ["event", "batch"])
 async def test_events_arrive_in_order(path, rows):
     """Every event is a row, or an element of its batch, in the order in which it was emitted."""
-    async with SqlitePublisher(path, rows=rows, linger=0.001) as publisher:
+    async with Publisher(SqliteSink(path, rows=rows), linger=0.001) as publisher:
         for number in range(1234):
             assert publisher.emit({"number": number})
     expected = [f'{{"number":{number}}}' for number in range(1234)]
@@ -49,24 +50,22 @@ async def test_events_arrive_in_order(path, rows):
     assert publisher.stats()["delivered"] == 1234
 
 
-async def test_fields_can_be_asked_for(path):
-    """The text is JSON to SQLite."""
-    async with SqlitePublisher(path) as publisher:
+async def test_fields_can_be_queried(path):
+    """SQLite reads the text as JSON."""
+    async with Publisher(SqliteSink(path)) as publisher:
         publisher.emit({"event": "order_paid", "order": 42})
     assert query(path, "SELECT json_extract(event, '$.order') FROM events") == [(42,)]
 
 
 @pytest.mark.parametrize("rows", ["event", "batch"])
 async def test_a_batch_that_is_written_again_is_there_once(path, rows):
-    """The id makes a retry do nothing, in another process and after a restart as well."""
+    """A batch whose id is in the table is not written, by the same sink or by another one on the file."""
     for _ in range(2):
-        publisher = SqlitePublisher(path, rows=rows)
+        sink = SqliteSink(path, rows=rows)
         for _ in range(2):
-            await publisher.open()
-            await publisher.write([b"1", b"2"], "batch-1")
-            await publisher.write([b"3"], "batch-2")
-            await publisher.release()
-        await publisher.close()
+            async with sink:
+                await sink.write([b"1", b"2"], "batch-1")
+                await sink.write([b"3"], "batch-2")
     assert list(map(str, texts(path, rows))) == ["1", "2", "3"]
     assert [batch_id for (batch_id,) in query(path, "SELECT batch_id FROM events_batches ORDER BY batch")] == [
         "batch-1",
@@ -75,36 +74,30 @@ async def test_a_batch_that_is_written_again_is_there_once(path, rows):
 
 
 async def test_a_batch_may_be_larger_than_a_statement(path):
-    """Thousands of events in a batch are one transaction all the same."""
-    publisher = SqlitePublisher(path)
-    await publisher.open()
-    await publisher.write([b"%d" % number for number in range(2345)], "batch-1")
-    assert len(texts(path)) == 2345
-    await publisher.release()
-    await publisher.close()
+    """A batch of thousands of events is one transaction."""
+    async with SqliteSink(path) as sink:
+        await sink.write([b"%d" % number for number in range(2345)], "batch-1")
+        assert len(texts(path)) == 2345
 
 
 async def test_events_that_are_no_text_are_refused_alone(path):
-    """Bytes that are not UTF-8 are named by their places, the others of the batch are written."""
-    publisher = SqlitePublisher(path)
-    await publisher.open()
-    with pytest.raises(Reject, match="no UTF-8") as caught:
-        await publisher.write([b"1", b"\xff", b"2", b"\xfe"], "batch-1")
-    assert caught.value.indexes == (1, 3)
-    assert texts(path) == ["1", "2"]
-    await publisher.release()
-    await publisher.close()
+    """The error has the indexes of events that are not UTF-8; the others of the batch are written."""
+    async with SqliteSink(path) as sink:
+        with pytest.raises(Reject, match="no UTF-8") as caught:
+            await sink.write([b"1", b"\xff", b"2", b"\xfe"], "batch-1")
+        assert caught.value.indexes == (1, 3)
+        assert texts(path) == ["1", "2"]
 
 
 async def test_a_locked_file_is_tried_again(path):
-    """Another program's transaction delays events and loses none."""
+    """Another program's transaction delays events; none is lost."""
     query(path, "PRAGMA journal_mode = WAL")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    publisher = SqlitePublisher(path, linger=0.001)
+    publisher = Publisher(SqliteSink(path), linger=0.001)
     publisher.emit(b"1")
     report = await publisher.flush(1.5)
-    assert report["status"] == "deadline"
+    assert report["status"] == "timeout"
     assert "database is locked" in report["last_error"]
     other.execute("COMMIT")
     other.close()
@@ -112,25 +105,24 @@ async def test_a_locked_file_is_tried_again(path):
     assert texts(path) == ["1"]
 
 
-async def test_a_table_of_another_shape_is_an_error_that_says_so(path):
-    """A table that is not ours is not written to."""
+async def test_a_table_with_other_columns_is_an_error_that_says_so(path):
+    """A table of another program is not written to; another name can be given."""
     query(path, "CREATE TABLE events (mine)")
-    publisher = SqlitePublisher(path)
+    sink = SqliteSink(path)
     with pytest.raises(SinkError, match=r"events\.db: no such column"):
-        await publisher.open()
-    await publisher.close()
-    other = SqlitePublisher(path, table="told")
-    other.emit(b"1")
-    await other.close()
-    assert query(path, "SELECT event FROM told") == [("1",)]
+        await sink.open()
+    await sink.close()
+    async with SqliteSink(path, table="other") as sink:
+        await sink.write([b"1"], "batch-1")
+    assert query(path, "SELECT event FROM other") == [("1",)]
 
 
 async def test_a_path_that_cannot_be_opened_is_named(tmp_path):
-    """With connect=True at the start, otherwise in the report."""
+    """With connect=True ``start`` raises; otherwise the report has the error."""
     with pytest.raises(SinkError, match=r"missing/events\.db: unable to open"):
-        async with SqlitePublisher(tmp_path / "missing" / "events.db", connect=True):
+        async with Publisher(SqliteSink(tmp_path / "missing" / "events.db"), connect=True):
             pass
-    publisher = SqlitePublisher(tmp_path / "missing" / "events.db", linger=0.001)
+    publisher = Publisher(SqliteSink(tmp_path / "missing" / "events.db"), linger=0.001)
     publisher.emit(b"1")
     await has_failed(publisher)
     report = await publisher.close(0.1)
@@ -143,13 +135,13 @@ def test_an_option_outside_its_values_is_refused(path, options):
     """The error names the option."""
     (name,) = options
     with pytest.raises(InvalidOptionError, match=f"^{name} must be"):
-        SqlitePublisher(path, **options)
+        SqliteSink(path, **options)
 
 
 async def test_a_full_disk_delays_events_and_loses_none(tmp_path):
-    """A batch is in the file as a whole or not at all, and follows when there is room."""
+    """A batch is in the file as a whole or not at all; it is written when there is space again."""
     with small_disk(tmp_path / "disk", 6) as disk:
-        publisher = SqlitePublisher(disk / "events.db", linger=0.001)
+        publisher = Publisher(SqliteSink(disk / "events.db"), linger=0.001)
         publisher.emit(b"0")
         await publisher.flush(30)
         filler = fill_disk(disk)
@@ -165,32 +157,31 @@ async def test_a_full_disk_delays_events_and_loses_none(tmp_path):
 
 WRITER = """
     import asyncio, os, sys
-    from bgtasks.events.sinks.sqlite import SqlitePublisher
+    from bgtasks.events.sinks.sqlite import SqliteSink
 
     async def main():
-        publisher = SqlitePublisher(sys.argv[1])
-        await publisher.open()
         number = int(sys.argv[2])
-        while True:
-            await publisher.write([b"%d" % (100 * number + place) for place in range(100)], f"b-{number}")
-            os.write(1, b"%d\\n" % number)
-            number += 1
+        async with SqliteSink(sys.argv[1]) as sink:
+            while True:
+                await sink.write([b"%d" % (100 * number + index) for index in range(100)], f"b-{number}")
+                os.write(1, b"%d\\n" % number)
+                number += 1
 
     asyncio.run(main())
 """
 
 
-def test_what_is_committed_survives_a_kill(path):
-    """Killed in the middle of its work it has lost nothing that was committed, and a batch is whole."""
-    following = 0
+def test_committed_batches_survive_a_kill(path):
+    """After SIGKILL no committed batch is missing, and every batch is whole."""
+    first = 0
     for lines in (30, 77, 5):
-        command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), str(following)]
+        command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), str(first)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            said = [int(process.stdout.readline()) for _ in range(lines)]
+            printed = [int(process.stdout.readline()) for _ in range(lines)]
             os.kill(process.pid, signal.SIGKILL)
-            said += [int(line) for line in process.stdout.readlines()]
+            printed += [int(line) for line in process.stdout.readlines()]
         found = list(map(int, texts(path)))
         assert found == list(range(len(found)))
-        assert len(found) in (100 * (said[-1] + 1), 100 * (said[-1] + 2))
-        # What was committed last and not said is written again.
-        following = said[-1] + 1
+        assert len(found) in (100 * (printed[-1] + 1), 100 * (printed[-1] + 2))
+        # The next process writes again a batch that was committed and not printed.
+        first = printed[-1] + 1

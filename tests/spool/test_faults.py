@@ -1,4 +1,4 @@
-"""What the spool keeps when its process is killed, and what it does on a disk that is full."""
+"""A spool whose process is killed, and a spool on a full disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bgtasks.events.spool import Spool
 BATCH = [b"x" * 226] * 500
 MEBIBYTE = 1 << 20
 
-# Says each commit after it was made, and goes on until it is killed.
+# Prints a line after each commit, until it is killed.
 WRITER = """
     import os, sys
     from bgtasks.events.spool import Spool
@@ -35,22 +35,22 @@ WRITER = """
 
 
 def run_and_kill(stem, sync, first, lines):
-    """Run a writer until it has said so many lines, kill it, and return the last numbers that it said."""
+    """Run a writer until it has printed a number of lines, kill it, and return the last numbers that it printed."""
     command = [sys.executable, "-c", textwrap.dedent(WRITER), str(stem), sync, str(first)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        said = [process.stdout.readline() for _ in range(lines)]
+        printed = [process.stdout.readline() for _ in range(lines)]
         process.kill()
-        said += process.stdout.readlines()
+        printed += process.stdout.readlines()
     last = {"appended": first - 1, "done": None}
-    for line in said:
+    for line in printed:
         verb, number = line.decode().split()
         last[verb] = int(number)
     return last
 
 
 @pytest.mark.parametrize("sync", ["normal", "full"])
-def test_what_is_committed_survives_a_kill(tmp_path, sync):
-    """Killed again and again in the middle of its work, a spool has lost nothing that it said was committed."""
+def test_committed_batches_survive_a_kill(tmp_path, sync):
+    """A spool whose process is killed again and again while it writes loses no committed batch."""
     stem = tmp_path / "events"
     chance = random.Random(5)
     appended, done = -1, -1
@@ -63,7 +63,7 @@ def test_what_is_committed_survives_a_kill(tmp_path, sync):
         numbers = [int(batch[0]) for _, batch in batches]
         assert [batch_id for batch_id, _ in batches] == [f"p-{number}" for number in numbers]
         assert all(len(batch) == 100 for _, batch in batches)
-        # The one step more is a commit that was made and not said any more.
+        # One more is a commit that was made and not printed any more.
         assert numbers == list(range(numbers[0], numbers[-1] + 1))
         assert numbers[0] - done in (1, 2)
         assert numbers[-1] - last["appended"] in (0, 1)
@@ -79,32 +79,32 @@ def disk(tmp_path):
 
 
 def append_all(spool, numbers):
-    """Append batches; return the ids of those that were taken."""
-    taken = []
+    """Append batches; return the ids of those that were accepted."""
+    accepted = []
     for number in numbers:
         try:
             spool.append(BATCH, f"p-{number}")
         except SpoolFullError:
             continue
-        taken.append(f"p-{number}")
-    return taken
+        accepted.append(f"p-{number}")
+    return accepted
 
 
 def ids(spool, count=1000):
-    """Return the ids of what a spool holds."""
+    """Return the ids of the batches that a spool holds."""
     return [batch_id for batch_id, _ in spool.oldest(count)]
 
 
-@pytest.mark.parametrize("full", ["drop_oldest", "refuse"])
-def test_a_full_disk_loses_nothing_uncounted(disk, full):
-    """Each batch is in the spool, dropped and counted, or refused with an error; and the file stays sound."""
-    spool = Spool(disk / "events", full=full)
-    taken = append_all(spool, range(200))
+@pytest.mark.parametrize("overflow", ["drop_oldest", "raise"])
+def test_a_full_disk_loses_nothing_uncounted(disk, overflow):
+    """Each batch is in the spool, dropped and counted, or refused with an error; the file stays sound."""
+    spool = Spool(disk / "events", overflow=overflow)
+    accepted = append_all(spool, range(200))
     stats = spool.stats()
-    assert 0 < stats.batches < 200
-    assert len(taken) * 500 == stats.events + stats.dropped.get("spool_full", 0)
+    assert 0 < stats["batches"] < 200
+    assert len(accepted) * 500 == stats["events"] + stats["dropped"].get("spool_full", 0)
     held = ids(spool)
-    assert held == [batch_id for batch_id in taken if batch_id in set(held)]
+    assert held == [batch_id for batch_id in accepted if batch_id in set(held)]
     spool.close()
     spool = Spool(disk / "events")
     assert ids(spool) == held
@@ -113,8 +113,8 @@ def test_a_full_disk_loses_nothing_uncounted(disk, full):
 
 
 def test_a_full_disk_is_named_in_the_error(disk):
-    """Not the quota is to blame, and the text says so."""
-    spool = Spool(disk / "events", full="refuse")
+    """The text blames the disk, not the quota."""
+    spool = Spool(disk / "events", overflow="raise")
     fill_disk(disk, leave=MEBIBYTE)
     append_all(spool, range(100))
     with pytest.raises(SpoolFullError, match="disk is full"):
@@ -122,9 +122,9 @@ def test_a_full_disk_is_named_in_the_error(disk):
     spool.close()
 
 
-def test_what_is_done_on_a_full_disk_does_not_come_back(disk):
-    """Where the disk takes no deletion either, the batch is left out all the same, and deleted when there is room."""
-    spool = Spool(disk / "events", full="refuse")
+def test_a_batch_that_is_done_on_a_full_disk_is_not_returned_again(disk):
+    """If the disk does not take the deletion either, the batch is deleted when there is room."""
+    spool = Spool(disk / "events", overflow="raise")
     append_all(spool, range(30))
     filler = fill_disk(disk)
     append_all(spool, range(30, 200))
@@ -133,7 +133,7 @@ def test_what_is_done_on_a_full_disk_does_not_come_back(disk):
         spool.done(batch_id)
     assert spool._gone
     assert ids(spool) == before[10:]
-    assert spool.size()[0] == (len(before) - 10) * 500
+    assert spool.stats()["events"] == (len(before) - 10) * 500
     filler.unlink()
     spool.append([b"new"], "new")
     spool.close()
@@ -143,23 +143,23 @@ def test_what_is_done_on_a_full_disk_does_not_come_back(disk):
 
 
 def test_a_full_disk_is_drained_to_its_end(disk):
-    """A sink that comes back empties the spool though nothing else can be written."""
-    spool = Spool(disk / "events", full="refuse")
+    """A spool on a full disk can be emptied though no batch can be appended."""
+    spool = Spool(disk / "events", overflow="raise")
     fill_disk(disk, leave=6 * MEBIBYTE)
-    taken = append_all(spool, range(200))
+    accepted = append_all(spool, range(200))
     drained = []
     while batches := spool.oldest(3):
         for batch_id, batch in batches:
             assert batch == BATCH
             drained.append(batch_id)
             spool.done(batch_id)
-    assert drained == taken
-    assert spool.size() == (0, 0)
+    assert drained == accepted
+    assert spool.stats()["events"] == spool.stats()["bytes"] == 0
     spool.close()
 
 
-def test_no_room_for_a_file_is_an_error_that_passes(disk):
-    """A spool that cannot even be made says so, and works once there is room."""
+def test_a_spool_works_once_there_is_room_for_its_file(disk):
+    """A disk without room for the file is an error that says so; the next call tries again."""
     filler = fill_disk(disk)
     spool = Spool(disk / "events")
     with pytest.raises(SpoolError, match="disk"):
@@ -172,7 +172,7 @@ def test_no_room_for_a_file_is_an_error_that_passes(disk):
 
 
 def test_the_quota_keeps_the_disk_free(disk):
-    """A spool with less than the disk has never fills it."""
+    """A spool whose quota is smaller than the disk never fills it."""
     spool = Spool(disk / "events", max_bytes=2 * MEBIBYTE)
     assert len(append_all(spool, range(300))) == 300
     free = os.statvfs(disk)

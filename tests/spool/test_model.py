@@ -1,4 +1,4 @@
-"""The spool's queue against a list, in random order of everything that can be done to it."""
+"""The spool's queue against a list, with all operations in random order."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ from bgtasks.events.spool import Spool
 BATCHES = st.lists(st.binary(max_size=40), min_size=1, max_size=8)
 
 
+def size_of(spool):
+    """Return the number of events that a spool holds, and their bytes."""
+    stats = spool.stats()
+    return stats["events"], stats["bytes"]
+
+
 class SpoolMachine(RuleBasedStateMachine):
-    """A spool and a list that should hold the same."""
+    """A spool and a list that must hold the same batches."""
 
     def __init__(self):
         super().__init__()
@@ -32,12 +38,12 @@ class SpoolMachine(RuleBasedStateMachine):
         return Spool(self.directory / "events")
 
     def expect(self, count):
-        """Compare the head of the queue."""
+        """Compare the first batches of the queue."""
         assert self.spool.oldest(count) == self.model[:count]
 
     @rule(batch=BATCHES)
     def append(self, batch):
-        """Put a batch in."""
+        """Append a batch."""
         batch_id = f"p-{self.appended}"
         self.appended += 1
         self.spool.append(batch, batch_id)
@@ -45,31 +51,31 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 5))
     def oldest(self, count):
-        """Look at some."""
+        """Read some batches."""
         self.expect(count)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def done(self, data):
-        """Take one of the first out, read before or not."""
+        """Remove one of the first batches, read before or not."""
         batch_id, _ = self.model.pop(data.draw(st.integers(0, min(4, len(self.model) - 1))))
         self.spool.done(batch_id)
 
     @rule()
     def done_again(self):
-        """Name one that is not there."""
+        """Name a batch that does not exist."""
         self.spool.done("none")
 
     @rule()
     def restart(self):
-        """Close it and open another."""
+        """Close the spool and open another."""
         self.spool.close()
         self.spool = self.make()
         self.spool.open()
 
     @rule()
     def crash(self):
-        """Go on with what another process would find if this one were dead."""
+        """Continue with the files that another process would find if this one died."""
         copy = Path(tempfile.mkdtemp())
         shutil.copytree(self.directory, copy, dirs_exist_ok=True)
         self.spool.close()
@@ -81,21 +87,21 @@ class SpoolMachine(RuleBasedStateMachine):
     @invariant()
     def sizes_agree(self):
         """Compare the counts."""
-        assert self.spool.size() == (
+        assert size_of(self.spool) == (
             sum(len(batch) for _, batch in self.model),
             sum(len(event) for _, batch in self.model for event in batch),
         )
-        assert self.spool.stats().batches == len(self.model)
+        assert self.spool.stats()["batches"] == len(self.model)
 
     def teardown(self):
-        """Take everything out, in order."""
+        """Read all batches, in order."""
         self.expect(len(self.model) + 1)
         self.spool.close()
         shutil.rmtree(self.directory)
 
 
 class FullSpoolMachine(RuleBasedStateMachine):
-    """A spool at its quota: what is lost are the oldest that were not handed out, and all is counted."""
+    """A spool at its quota: it drops the oldest batches that were not read, and counts them."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +114,7 @@ class FullSpoolMachine(RuleBasedStateMachine):
 
     @rule(events=st.integers(1, 400), size=st.integers(1, 2000))
     def append(self, events, size):
-        """Put a batch in; find out which ones made room."""
+        """Append a batch; find out which ones were dropped for it."""
         batch_id = f"p-{self.appended}"
         before = self.spool.stats()
         try:
@@ -118,7 +124,7 @@ class FullSpoolMachine(RuleBasedStateMachine):
             return
         self.appended += 1
         idle = [item for item in self.present if item[0] not in self.held]
-        dropped = self.spool.stats().dropped.get("spool_full", 0) - self.lost
+        dropped = self.spool.stats()["dropped"].get("spool_full", 0) - self.lost
         self.lost += dropped
         for item in idle:
             if dropped <= 0:
@@ -130,7 +136,7 @@ class FullSpoolMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 3))
     def oldest(self, count):
-        """Look at some; they are held from now on."""
+        """Read some batches; they are held from now on."""
         batches = self.spool.oldest(count)
         assert [(batch_id, len(batch)) for batch_id, batch in batches] == self.present[:count]
         self.held.update(batch_id for batch_id, _ in batches)
@@ -138,20 +144,20 @@ class FullSpoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.present)
     @rule()
     def done(self):
-        """Take the first out."""
+        """Remove the first batch."""
         batch_id, _ = self.present.pop(0)
         self.held.discard(batch_id)
         self.spool.done(batch_id)
 
     @invariant()
-    def books_close(self):
-        """Nothing is lost that was not counted, and the file keeps to its quota."""
-        assert self.spool.size()[0] == sum(events for _, events in self.present)
+    def counters_add_up(self):
+        """Every lost event is counted, and the file keeps to its quota."""
+        assert self.spool.stats()["events"] == sum(events for _, events in self.present)
         for path in self.directory.glob("*.spool"):
             assert path.stat().st_size <= 1 << 20
 
     def teardown(self):
-        """Tidy up."""
+        """Close the spool and delete its directory."""
         self.spool.close()
         with contextlib.suppress(OSError):
             shutil.rmtree(self.directory)

@@ -1,4 +1,4 @@
-"""The queue on the disk: order, quota, age, damage, and files that other processes have or left behind."""
+"""The queue on the disk: order, quota, age, damage, and files that other processes hold or left behind."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from pathlib import Path
 import pytest
 
 from bgtasks.errors import BgtasksError, InvalidOptionError
-from bgtasks.events import _spool_file
-from bgtasks.events import spool as spool_module
-from bgtasks.events.errors import SpoolError, SpoolFullError, SpoolLockedError
-from bgtasks.events.spool import Spool
+from bgtasks.events.spool import Spool, SpoolError, SpoolFullError, SpoolLockedError, _file, _spool
 
 EVENT = b"x" * 226
 BATCH = [EVENT] * 500
@@ -61,17 +58,23 @@ def fill(spool, batches):
 
 
 def drain(spool, count=3):
-    """Take everything out, and return it."""
-    taken = []
+    """Remove all batches and return them."""
+    removed = []
     while batches := spool.oldest(count):
-        taken += batches
+        removed += batches
         for batch_id, _ in batches:
             spool.done(batch_id)
-    return taken
+    return removed
+
+
+def size_of(spool):
+    """Return the number of events that a spool holds, and their bytes."""
+    stats = spool.stats()
+    return stats["events"], stats["bytes"]
 
 
 def run_child(program, *arguments, check=True):
-    """Run a program in a process of its own, and return what it printed."""
+    """Run a program in its own process and return its output."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", "-c", textwrap.dedent(program), *map(str, arguments)],
         capture_output=True,
@@ -88,8 +91,8 @@ def run_child(program, *arguments, check=True):
 # -- the queue --------------------------------------------------------------------------------------------------------
 
 
-def test_batches_come_out_in_the_order_in_which_they_went_in(make_spool):
-    """What was appended first is the oldest, whole and with its id."""
+def test_batches_are_returned_in_the_order_in_which_they_were_appended(make_spool):
+    """The batch that was appended first is the oldest; each is whole and has its id."""
     spool = make_spool()
     batches = numbered(0, 10)
     fill(spool, batches)
@@ -100,14 +103,14 @@ def test_batches_come_out_in_the_order_in_which_they_went_in(make_spool):
 
 @pytest.mark.parametrize("batch", [[b""], [b"", b"a", b""], [b"\n\0\xff" * 50_000], [b"e"] * 10_000])
 def test_a_batch_comes_back_byte_for_byte(make_spool, batch):
-    """Empty events, large ones and many of them survive."""
+    """Empty events, large events and many events are kept as they are."""
     spool = make_spool()
     spool.append(batch, "id")
     assert spool.oldest(1) == [("id", batch)]
 
 
 def test_oldest_returns_the_same_until_it_is_done(make_spool):
-    """Reading takes nothing out; done takes out what it names, in any order."""
+    """``oldest`` removes nothing; ``done`` removes the batch it names, in any order."""
     spool = make_spool()
     batches = numbered(0, 4)
     fill(spool, batches)
@@ -119,7 +122,7 @@ def test_oldest_returns_the_same_until_it_is_done(make_spool):
 
 
 def test_a_batch_that_was_not_read_yet_can_be_done(make_spool):
-    """One that was sent from memory while it waited here is deleted by its id."""
+    """A batch that was sent from memory while it waited on the disk is deleted by its id."""
     spool = make_spool()
     batches = numbered(0, 3)
     fill(spool, batches)
@@ -127,32 +130,32 @@ def test_a_batch_that_was_not_read_yet_can_be_done(make_spool):
     assert spool.oldest(9) == batches[1:]
 
 
-def test_an_unknown_id_is_done_already(make_spool):
-    """Done twice, or of nothing, changes nothing."""
+def test_done_ignores_an_unknown_id(make_spool):
+    """A second ``done``, or one for an id that never existed, changes nothing."""
     spool = make_spool()
     fill(spool, numbered(0, 1))
-    spool.done("unheard of")
-    assert spool.size() == (2, 8)
+    spool.done("unknown")
+    assert size_of(spool) == (2, 8)
     drain(spool)
     spool.done("p-0")
-    assert spool.size() == (0, 0)
+    assert size_of(spool) == (0, 0)
 
 
-def test_the_size_is_that_of_the_events(make_spool):
-    """Events and their bytes are counted, without what the file adds."""
+def test_stats_count_events_and_their_bytes(make_spool):
+    """The overhead of the file is not counted."""
     spool = make_spool()
-    assert spool.size() == (0, 0)
+    assert size_of(spool) == (0, 0)
     spool.append(BATCH, "a")
     spool.append([b"12345"], "b")
-    assert spool.size() == (501, 500 * 226 + 5)
+    assert size_of(spool) == (501, 500 * 226 + 5)
     spool.oldest(1)
     spool.done("a")
-    assert spool.size() == (1, 5)
+    assert size_of(spool) == (1, 5)
     assert repr(spool) == f"<Spool {spool._folder.stem}, 1 events>"
 
 
-def test_any_thread_may_use_it(make_spool):
-    """The thread that opened it is not bound to it."""
+def test_any_thread_may_use_a_spool(make_spool):
+    """A spool is not bound to the thread that opened it."""
     spool = make_spool()
     fill(spool, numbered(0, 1))
     thread = threading.Thread(target=fill, args=(spool, numbered(1, 1)))
@@ -165,24 +168,24 @@ def test_any_thread_may_use_it(make_spool):
 
 
 def test_batches_and_ids_survive_a_restart(make_spool, stem):
-    """What is closed with batches in it goes on with them, in the same file, and new ones stand behind."""
+    """A spool that was closed with batches in it continues with them, in the same file; new batches follow them."""
     first = make_spool()
     fill(first, numbered(0, 5))
     first.oldest(2)
     first.done("p-0")
     first.close()
     (path,) = files_of(stem)
-    assert first.size() == (8, 32)
+    assert size_of(first) == (8, 32)
     second = make_spool()
     second.open()
-    assert second.stats().recovered == 8
+    assert second.stats()["recovered"] == 8
     fill(second, numbered(5, 2))
     assert files_of(stem) == [path]
     assert drain(second) == numbered(1, 6)
 
 
 def test_an_empty_spool_leaves_nothing_behind(make_spool, stem):
-    """Closed empty it deletes its file and the log with it."""
+    """A spool that is empty when it is closed deletes its file and the log."""
     spool = make_spool()
     fill(spool, numbered(0, 5))
     drain(spool)
@@ -192,13 +195,13 @@ def test_an_empty_spool_leaves_nothing_behind(make_spool, stem):
 
 
 def test_a_spool_that_was_never_used_makes_no_file(make_spool, stem):
-    """Files appear at the first use."""
+    """The first use makes the file."""
     make_spool().close()
     assert os.listdir(stem.parent) == []
 
 
 def test_the_name_of_the_file_has_the_pid(make_spool, stem):
-    """Who looks at the directory sees whose file it is."""
+    """A person who lists the directory sees which process a file belongs to."""
     make_spool().open()
     (path,) = files_of(stem)
     assert path.name.startswith(f"events.{os.getpid()}-")
@@ -220,7 +223,7 @@ OWNER = """
 
 @pytest.fixture
 def start_owner(stem):
-    """Give a function that starts a process with batches in a spool of the stem, which dies without closing it."""
+    """Give a function that starts a process with batches in a spool of the stem; it dies without closing the spool."""
     started = []
 
     def start(*numbers):
@@ -240,7 +243,7 @@ def start_owner(stem):
 
 
 def test_the_file_of_a_living_process_is_left_alone(make_spool, start_owner, stem):
-    """A file that is locked is another process's; this one makes its own."""
+    """A locked file belongs to another process; this process makes its own."""
     owner = start_owner(0, 1)
     spool = make_spool()
     fill(spool, numbered(7, 1))
@@ -252,33 +255,33 @@ def test_the_file_of_a_living_process_is_left_alone(make_spool, start_owner, ste
 
 
 def test_the_file_of_a_dead_process_is_taken_up(make_spool, start_owner, stem):
-    """An orphan goes on as the file of the next process, so nothing new overtakes it."""
+    """The next process continues an orphaned file, so no new event overtakes the old ones."""
     owner = start_owner(0, 1, 2)
     owner.communicate(b"\n")
     spool = make_spool()
     fill(spool, numbered(3, 2))
-    assert spool.stats().recovered == 6
+    assert spool.stats()["recovered"] == 6
     assert drain(spool) == numbered(0, 5)
     spool.close()
     assert os.listdir(stem.parent) == []
 
 
 def test_orphans_are_taken_up_one_after_another(make_spool, start_owner, stem):
-    """Of several, the oldest comes first, and the next one when that is drained; each keeps its order."""
+    """The oldest orphan comes first, and the next one when it is drained; each keeps its order."""
     owners = [start_owner(0, 1), start_owner(2), start_owner(3)]
     for owner in owners:
         owner.communicate(b"\n")
     spool = make_spool()
     spool.open()
-    assert spool.stats().recovered == 4
+    assert spool.stats()["recovered"] == 4
     assert drain(spool) == numbered(0, 4)
-    assert spool.stats().recovered == 8
+    assert spool.stats()["recovered"] == 8
     spool.close()
     assert os.listdir(stem.parent) == []
 
 
 def test_several_processes_share_the_orphans(make_spool, start_owner, stem):
-    """An orphan goes to exactly one of those that come for it."""
+    """Exactly one process takes up an orphan."""
     for owner in [start_owner(0), start_owner(1)]:
         owner.communicate(b"\n")
     spool = make_spool()
@@ -300,8 +303,8 @@ def test_several_processes_share_the_orphans(make_spool, start_owner, stem):
 
 
 def test_a_death_is_noticed_when_the_spool_is_drained(make_spool, start_owner, monkeypatch):
-    """A process that goes on looks for files left behind since it started."""
-    monkeypatch.setattr(spool_module, "LOOK_INTERVAL", 0.0)
+    """A running process looks for files that were left behind since it started."""
+    monkeypatch.setattr(_spool, "LOOK_INTERVAL", 0.0)
     owner = start_owner(0)
     spool = make_spool()
     fill(spool, numbered(1, 1))
@@ -310,7 +313,7 @@ def test_a_death_is_noticed_when_the_spool_is_drained(make_spool, start_owner, m
 
 
 def test_other_files_of_the_directory_are_left_alone(make_spool, stem):
-    """Only what has the name of a spool of this stem is looked at."""
+    """Only files with the name of a spool of this stem are opened."""
     others = [
         stem.with_name(name) for name in ("events.1-a.spool.bak", "events2.1-a.spool", "events.x-a.spool", "events")
     ]
@@ -326,20 +329,19 @@ def test_other_files_of_the_directory_are_left_alone(make_spool, stem):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 @pytest.mark.parametrize("ending", ["sys.exit()", "os._exit(0)"])
 def test_a_forked_child_has_a_spool_of_its_own(stem, ending):
-    """It starts empty, with another file, and its end does not touch the parent's, however it ends."""
+    """It starts empty, with another file; however the child ends, the parent's file is not touched."""
     printed = run_child(
         f"""
         import os, sys
-        from bgtasks.events import spool as spool_module
-        from bgtasks.events.spool import Spool
-        spool_module.LOOK_INTERVAL = 0.0
+        from bgtasks.events.spool import Spool, _spool
+        _spool.LOOK_INTERVAL = 0.0
         spool = Spool(sys.argv[1])
         for number in range(2000):
             spool.append([b"parent"] * 50, f"p-{{number}}")
         held = spool.oldest(2)
         child = os.fork()
         if not child:
-            assert spool.size() == (0, 0)
+            assert spool.stats()["events"] == spool.stats()["bytes"] == 0
             assert spool.oldest(2) == []
             spool.append([b"child"], "c-1")
             assert [id for id, _ in spool.oldest(9)] == ["c-1"]
@@ -354,7 +356,8 @@ def test_a_forked_child_has_a_spool_of_its_own(stem, ending):
                     assert batch_id == f"p-{{count}}", (batch_id, count)
                     count += 1
                 spool.done(batch_id)
-        print(count, spool.stats().recovered, spool.stats().corrupt_files, dict(spool.stats().dropped))
+        stats = spool.stats()
+        print(count, stats["recovered"], stats["corrupt_files"], stats["dropped"])
         spool.close()
         """,
         stem,
@@ -365,11 +368,11 @@ def test_a_forked_child_has_a_spool_of_its_own(stem, ending):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 def test_a_fork_waits_for_a_commit_under_way(stem):
-    """Forks in the middle of another thread's work leave children that can use SQLite, and a sound file."""
+    """After a fork during another thread's commit the child can use SQLite, and the file is sound."""
     printed = run_child(
         """
         import os, sys, threading, warnings
-        warnings.simplefilter("ignore", DeprecationWarning)  # that a process with threads forks is the point
+        warnings.simplefilter("ignore", DeprecationWarning)  # this test forks a process with threads on purpose
         from bgtasks.events.spool import Spool
         spool = Spool(sys.argv[1])
         ended = threading.Event()
@@ -393,12 +396,13 @@ def test_a_fork_waits_for_a_commit_under_way(stem):
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         ended.set()
         thread.join()
-        print(spool.size(), spool.stats().corrupt_files)
+        stats = spool.stats()
+        print(stats["events"], stats["bytes"], stats["corrupt_files"])
         spool.close()
         """,
         stem,
     )
-    assert printed == "(0, 0) 0\n"
+    assert printed == "0 0 0\n"
     assert os.listdir(stem.parent) == []
 
 
@@ -406,7 +410,7 @@ def test_a_fork_waits_for_a_commit_under_way(stem):
 
 
 def test_the_file_keeps_to_its_quota(make_spool, stem):
-    """However much is appended, file and log stay within what was said, and every batch lost is counted."""
+    """However much is appended, file and log stay within their limits, and every lost batch is counted."""
     spool = make_spool(max_bytes=MEBIBYTE)
     for number in range(300):
         spool.append(BATCH, f"p-{number}")
@@ -414,13 +418,13 @@ def test_the_file_keeps_to_its_quota(make_spool, stem):
     assert path.stat().st_size <= MEBIBYTE
     assert Path(f"{path}-wal").stat().st_size <= 8 * MEBIBYTE
     stats = spool.stats()
-    assert stats.events + stats.dropped["spool_full"] == 300 * 500
-    assert stats.batches >= 6
-    assert [batch_id for batch_id, _ in drain(spool)] == [f"p-{n}" for n in range(300 - stats.batches, 300)]
+    assert stats["events"] + stats["dropped"]["spool_full"] == 300 * 500
+    assert stats["batches"] >= 6
+    assert [batch_id for batch_id, _ in drain(spool)] == [f"p-{n}" for n in range(300 - stats["batches"], 300)]
 
 
-def test_what_was_handed_out_makes_no_room(make_spool):
-    """A batch on its way to the sink is not dropped, and so not counted twice."""
+def test_a_batch_that_oldest_returned_is_not_dropped_to_make_room(make_spool):
+    """A batch on its way to the sink is not dropped, so it is not counted twice."""
     spool = make_spool(max_bytes=MEBIBYTE)
     spool.append(BATCH, "held")
     assert [batch_id for batch_id, _ in spool.oldest(1)] == ["held"]
@@ -431,25 +435,25 @@ def test_what_was_handed_out_makes_no_room(make_spool):
 
 
 def test_small_batches_make_room_for_a_large_one(make_spool):
-    """As many go as it takes, however small they are."""
+    """As many batches are dropped as the large one needs, however small they are."""
     spool = make_spool(max_bytes=MEBIBYTE)
     for number in range(6000):
         spool.append([EVENT], f"s-{number}")
     before = spool.stats()
     spool.append(BATCH * 2, "large")
     after = spool.stats()
-    assert after.events + after.dropped["spool_full"] - before.dropped["spool_full"] == before.events + 1000
+    assert after["events"] + after["dropped"]["spool_full"] - before["dropped"]["spool_full"] == before["events"] + 1000
     assert list(drain(spool, 100))[-1] == ("large", BATCH * 2)
 
 
-def test_a_full_spool_can_refuse(make_spool):
-    """With full="refuse" a batch without room is an error that says so, and what waits stays."""
-    spool = make_spool(max_bytes=MEBIBYTE, full="refuse")
+def test_a_full_spool_can_raise(make_spool):
+    """With overflow="raise" a batch that finds no room is an error that says so; no other batch is dropped."""
+    spool = make_spool(max_bytes=MEBIBYTE, overflow="raise")
     accepted = [(f"p-{number}", BATCH) for number in range(8)]
     fill(spool, accepted)
     with pytest.raises(SpoolFullError, match=r"no room for a batch of 500 events, 113,000 bytes; .* raise max_bytes"):
         spool.append(BATCH, "too many")
-    assert spool.stats().dropped == {}
+    assert spool.stats()["dropped"] == {}
     spool.oldest(1)
     spool.done("p-0")
     spool.append(BATCH, "new")
@@ -457,7 +461,7 @@ def test_a_full_spool_can_refuse(make_spool):
 
 
 def test_a_batch_larger_than_the_spool_is_refused(make_spool):
-    """It would find no room if all others went, so none goes."""
+    """It would find no room even if all others were dropped, so none is dropped."""
     spool = make_spool(max_bytes=MEBIBYTE)
     fill(spool, numbered(0, 3))
     with pytest.raises(SpoolFullError):
@@ -465,9 +469,9 @@ def test_a_batch_larger_than_the_spool_is_refused(make_spool):
     assert drain(spool) == numbered(0, 3)
 
 
-def test_a_drained_spool_gives_the_disk_back(make_spool, stem, monkeypatch):
-    """What was large is small again once it is empty."""
-    monkeypatch.setattr(spool_module, "LOOK_INTERVAL", 0.0)
+def test_a_drained_spool_frees_its_disk_space(make_spool, stem, monkeypatch):
+    """A large spool is small again once it is empty."""
+    monkeypatch.setattr(_spool, "LOOK_INTERVAL", 0.0)
     spool = make_spool()
     for number in range(100):
         spool.append(BATCH, f"p-{number}")
@@ -480,8 +484,8 @@ def test_a_drained_spool_gives_the_disk_back(make_spool, stem, monkeypatch):
     assert drain(spool) == numbered(0, 1)
 
 
-def test_what_is_too_old_is_dropped_when_its_turn_comes(make_spool, monkeypatch):
-    """Batches older than max_age are counted, those behind them come out."""
+def test_a_batch_that_is_too_old_is_dropped_when_its_turn_comes(make_spool, monkeypatch):
+    """Batches older than max_age are counted as expired; younger ones behind them are returned."""
     spool = make_spool(max_age=60.0)
     now = 1_000_000.0
     monkeypatch.setattr("time.time", lambda: now)
@@ -491,20 +495,20 @@ def test_what_is_too_old_is_dropped_when_its_turn_comes(make_spool, monkeypatch)
     assert len(spool.oldest(9)) == 6
     now += 30.5
     assert spool.oldest(2) == numbered(5, 1)
-    assert spool.stats().dropped == {"expired": 10}
-    assert spool.size() == (2, 8)
+    assert spool.stats()["dropped"] == {"expired": 10}
+    assert size_of(spool) == (2, 8)
 
 
 def test_a_clock_that_was_set_back_drops_nothing(make_spool, monkeypatch):
-    """A batch from the future is not old."""
+    """A batch from the future is not too old."""
     spool = make_spool(max_age=60.0)
     fill(spool, numbered(0, 1))
     monkeypatch.setattr("time.time", lambda: 5.0)
     assert spool.oldest(1) == numbered(0, 1)
 
 
-def test_without_an_age_nothing_expires(make_spool, monkeypatch):
-    """Default is for ever."""
+def test_without_max_age_nothing_expires(make_spool, monkeypatch):
+    """The default is no limit."""
     spool = make_spool()
     fill(spool, numbered(0, 1))
     monkeypatch.setattr("time.time", lambda: 1e12)
@@ -522,9 +526,9 @@ def damage(path, start=0, end=None):
         file.write(b"\xa5" * ((size if end is None else end) - start))
 
 
-@pytest.mark.parametrize("start", [0, 100, _spool_file.PAGE_SIZE])
+@pytest.mark.parametrize("start", [0, 100, _file.PAGE_SIZE])
 def test_a_damaged_file_left_behind_is_set_aside(make_spool, stem, start):
-    """Header, schema or pages: the file is renamed and counted, and a new one takes what comes."""
+    """Whether header, schema or pages are damaged, the file is renamed and counted, and a new one is used."""
     spool = make_spool()
     fill(spool, numbered(0, 50))
     spool.append(BATCH, "large")
@@ -534,28 +538,28 @@ def test_a_damaged_file_left_behind_is_set_aside(make_spool, stem, start):
     spool = make_spool()
     fill(spool, numbered(100, 3))
     assert drain(spool)[-3:] == numbered(100, 3)
-    assert spool.stats().corrupt_files == 1
+    assert spool.stats()["corrupt_files"] == 1
     assert files_of(stem, "corrupt") == [path.with_suffix(".corrupt")]
     assert path not in files_of(stem)
 
 
 def test_a_truncated_file_is_set_aside(make_spool, stem):
-    """A file that ends too early is no reason to stop."""
+    """A file that ends too early is renamed, and a new one is used."""
     spool = make_spool()
     for number in range(10):
         spool.append(BATCH, f"p-{number}")
     spool.close()
     (path,) = files_of(stem)
-    os.truncate(path, 3 * _spool_file.PAGE_SIZE + 100)
+    os.truncate(path, 3 * _file.PAGE_SIZE + 100)
     spool = make_spool()
     spool.append(BATCH, "new")
     assert drain(spool)[-1] == ("new", BATCH)
-    assert spool.stats().corrupt_files == 1
+    assert spool.stats()["corrupt_files"] == 1
 
 
 @pytest.mark.parametrize("kind", ["database", "text"])
 def test_a_file_of_another_kind_is_set_aside_unharmed(make_spool, stem, kind):
-    """Something else under the name of a spool is renamed, not written to."""
+    """A file of another program under the name of a spool is renamed, not written to."""
     path = stem.with_name("events.1-1.spool")
     if kind == "database":
         connection = sqlite3.connect(path)
@@ -576,29 +580,29 @@ def test_a_file_of_another_kind_is_set_aside_unharmed(make_spool, stem, kind):
         assert aside.read_text() == "a letter\n" * 1000
 
 
-def test_damage_while_the_file_is_open_loses_only_what_was_not_read(make_spool, stem):
-    """What was handed out is written to the new file; the rest is counted as lost; new batches go on."""
+def test_damage_while_the_file_is_open_loses_only_batches_not_yet_read(make_spool, stem):
+    """Batches that were read are written to the new file, the rest are counted as lost, new ones are accepted."""
     spool = make_spool()
     for number in range(200):
         spool.append(BATCH, f"p-{number}")
     held = spool.oldest(2)
     spool._file.write_back()
     (path,) = files_of(stem)
-    damage(path, _spool_file.PAGE_SIZE)
+    damage(path, _file.PAGE_SIZE)
     # SQLite keeps pages that it has read; only a connection that has read none meets the damage at once.
     spool._file._connection.execute("PRAGMA shrink_memory")
     spool.append(BATCH, "new")
-    taken = drain(spool)
-    assert taken[:2] == held
-    assert taken[-1] == ("new", BATCH)
+    removed = drain(spool)
+    assert removed[:2] == held
+    assert removed[-1] == ("new", BATCH)
     stats = spool.stats()
-    assert stats.corrupt_files == 1
-    assert len(taken) * 500 + stats.dropped["corrupt"] == 201 * 500
-    assert spool.size() == (0, 0)
+    assert stats["corrupt_files"] == 1
+    assert len(removed) * 500 + stats["dropped"]["corrupt"] == 201 * 500
+    assert size_of(spool) == (0, 0)
 
 
 def test_a_damaged_batch_is_dropped_alone(make_spool, stem):
-    """Where SQLite sees nothing wrong the checksum does; the batches around it come out."""
+    """The checksum finds damage that SQLite does not see; the batches around it are returned."""
     spool = make_spool()
     fill(spool, numbered(0, 3))
     spool.close()
@@ -611,8 +615,8 @@ def test_a_damaged_batch_is_dropped_alone(make_spool, stem):
     connection.close()
     spool = make_spool()
     assert drain(spool) == [*numbered(0, 1), *numbered(2, 1)]
-    assert spool.stats().dropped == {"corrupt": 2}
-    assert spool.stats().corrupt_files == 0
+    assert spool.stats()["dropped"] == {"corrupt": 2}
+    assert spool.stats()["corrupt_files"] == 0
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -624,7 +628,7 @@ def test_a_damaged_batch_is_dropped_alone(make_spool, stem):
         {"max_bytes": MEBIBYTE - 1},
         {"max_bytes": 1e9},
         {"max_bytes": True},
-        {"full": "drop_newest"},
+        {"overflow": "drop_newest"},
         {"sync": "off"},
         {"max_age": 0},
         {"max_age": "1"},
@@ -633,21 +637,21 @@ def test_a_damaged_batch_is_dropped_alone(make_spool, stem):
     ids=str,
 )
 def test_an_option_outside_its_values_is_refused(stem, options):
-    """The error names the option, what it takes and what it got."""
+    """The error names the option, its valid values and the value given."""
     (name,) = options
     with pytest.raises(InvalidOptionError, match=rf"^{name} must be .* got "):
         Spool(stem, **options)
 
 
-def test_a_directory_is_no_stem(tmp_path):
-    """The error says what a path would look like."""
+def test_a_directory_is_refused_as_a_stem(tmp_path):
+    """The error shows what a path looks like."""
     with pytest.raises(InvalidOptionError, match=r"is a directory; .*/events"):
         Spool(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["open", "append", "oldest"])
 def test_a_path_that_cannot_be_written_is_an_error_that_says_so(tmp_path, method):
-    """A missing directory, or a file in its place, is named; the same call works once it is mended."""
+    """The missing directory is named; the same call works once it exists."""
     arguments = {"open": (), "append": ([b"event"], "id"), "oldest": (1,)}[method]
     directory = tmp_path / "later"
     spool = Spool(directory / "events")
@@ -661,9 +665,9 @@ def test_a_path_that_cannot_be_written_is_an_error_that_says_so(tmp_path, method
     spool.close()
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="takes root to become somebody else")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="takes root to become another user")
 def test_a_directory_without_permission_is_an_error_that_says_so(tmp_path):
-    """A process that may not write there is told at open, and finds other people's files no obstacle."""
+    """``open`` raises in a process that may not write to the directory."""
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents:
         if parent.stat().st_uid == 0 and parent != parent.parent and parent.name != "tmp":
@@ -671,9 +675,8 @@ def test_a_directory_without_permission_is_an_error_that_says_so(tmp_path):
     printed = run_child(
         """
         import os, sys
-        import urllib.parse  # which pathlib imports late, when this user may not read it any more
-        from bgtasks.events.errors import SpoolError
-        from bgtasks.events.spool import Spool
+        import urllib.parse  # pathlib imports it late, when this user may no longer read it
+        from bgtasks.events.spool import Spool, SpoolError
         os.setuid(65534)
         try:
             Spool(sys.argv[1]).open()
@@ -686,7 +689,7 @@ def test_a_directory_without_permission_is_an_error_that_says_so(tmp_path):
 
 
 def test_two_publishers_of_a_process_cannot_share_a_stem(make_spool):
-    """The second is told to take another path; it can have this one once the first is closed."""
+    """The error tells the second to use another path; the stem is free once the first is closed."""
     first, second = make_spool(), make_spool()
     first.open()
     with pytest.raises(SpoolLockedError, match=r"another publisher of this process.* its own path"):
@@ -697,8 +700,8 @@ def test_two_publishers_of_a_process_cannot_share_a_stem(make_spool):
         first.oldest(1)
 
 
-def test_nobody_else_opens_the_file(make_spool, stem):
-    """The lock holds against any SQLite program, between two commits as well."""
+def test_no_other_program_can_open_the_file(make_spool, stem):
+    """The file is locked for any SQLite program, between two commits as well."""
     spool = make_spool()
     fill(spool, numbered(0, 1))
     (path,) = files_of(stem)
@@ -719,7 +722,7 @@ def test_nobody_else_opens_the_file(make_spool, stem):
 
 @pytest.mark.parametrize("sync", ["normal", "full"])
 def test_sync_sets_what_a_commit_waits_for(make_spool, sync):
-    """The option reaches SQLite."""
+    """The option is passed on to SQLite."""
     spool = make_spool(sync=sync)
     spool.open()
     (level,) = spool._file._connection.execute("PRAGMA synchronous").fetchone()

@@ -10,27 +10,26 @@ A program, not collected by pytest: it needs the compiled registry and an interp
 last line reads ``580 passed, 0 failed, 0 skipped``; it exits with 0 only if nothing failed and the tests really ran on
 tracked tasks.
 
-What is replaced, and nothing else:
+Only these are replaced:
 
-- A loop's default task factory. Every ``BaseEventLoop``, those that the tests derive from it included, is born with the
-  factory of the one manager of the run; ``set_task_factory(None)`` goes back to it, and ``get_task_factory`` answers
-  None for it, as it does for the built-in default. A test that sets a factory of its own, or overrides ``create_task``,
-  keeps what it asks for: its tasks are not tracked.
+- The default task factory of loops. Every ``BaseEventLoop``, those that the tests derive from it included, starts with
+  the factory of the one manager of the run. ``set_task_factory(None)`` restores it, and ``get_task_factory`` returns
+  None for it, as for the built-in default. A test that sets a factory of its own, or overrides ``create_task``, keeps
+  its own: its tasks are not tracked.
 - In ``test_eager_task_factory`` and ``test_tasks`` the class attribute ``Task``, from which their tests build tasks and
-  factories. Where it is asyncio's task in C it becomes one that calls ``manager.task_factory`` with the same arguments;
+  factories. If it is asyncio's task in C, it becomes one that calls ``manager.task_factory`` with the same arguments;
   ``eager_start=True`` comes from asyncio's own eager factory. Classes with another ``Task``, the one in pure Python or
-  one derived from either, are left out and counted: a manager builds none, and there is a twin for the one in C.
+  one derived from either, are left out and counted: a manager builds none, and each has a counterpart for the one in C.
 - ``asyncio.eager_task_factory`` in all modules, in the same way.
-- A loop's ``close``, to look at the manager's live tasks before it works as ever.
+- The ``close`` of loops, to check the live tasks of the manager first.
 
-Tests that start a new interpreter and tests of what has no task in it run as always; the number of tests that had
-tracked tasks stands in the summary. When a loop is closed and after each test, no task that is done and none of a
-closed loop may count as live. At the end the counters of the manager have to add up, and each module must have had
-tracked tasks.
+Tests that start a new interpreter, and tests without tasks, run as usual; the summary has the number of tests with
+tracked tasks. When a loop is closed and after each test, no task that is done and none of a closed loop may count as
+live. At the end the counters of the manager must add up, and each module must have had tracked tasks.
 
-DIFFERENCES lists the tests of what a tracked task does not do, with the reasons: they run, must fail, and count as
-skipped. If other tests fail, their modules are run again by the same interpreter without bgtasks; what fails there as
-well is named and counts as skipped, since it tells of the machine.
+DIFFERENCES lists tests of features that a tracked task does not have, with the reasons. They run, must fail, and count
+as skipped. If other tests fail, the same interpreter runs their modules again without bgtasks. Tests that fail there as
+well are named and count as skipped, because the machine is the cause.
 """
 
 from __future__ import annotations
@@ -71,18 +70,18 @@ MODULES: Final = (
 TASK_MODULES: Final = ("test_eager_task_factory", "test_tasks")
 # Module and test, with the reason.
 DIFFERENCES: Final = {
-    "test_tasks.test_get_context_uninitialized_segfault": "it derives a class; a manager builds none of that",
+    "test_tasks.test_get_context_uninitialized_segfault": "it derives a class; a manager does not build tasks of it",
     "test_tasks.test_log_destroyed_pending_task": "a manager holds each task to its end, so none is destroyed before",
 }
-# They end a task behind its back, with ``Future.set_result(task, ...)``: it counts as live until its loop is closed.
+# They end a task from outside, by ``Future.set_result(task, ...)``: it counts as live until its loop is closed.
 ENDED_FROM_OUTSIDE: Final = ("test_set_exception_causes_invalid_state", "test_set_result_causes_invalid_state")
 OUTCOMES: Final = ("completed", "failed", "cancelled", "timed_out", "abandoned")
-# How a run tells its failures to the one that started it.
+# Precedes the ids of failed tests in the output of a run for the run that started it.
 FAILED_MARK: Final = "FAILED "
 
 
 def task_class(factory: Callable[..., Any]) -> Any:
-    """Return what stands in for ``asyncio.Task`` where a test calls it or asks for an instance of it."""
+    """Return a substitute for ``asyncio.Task``, for tests that call it or check for its instances."""
     from bgtasks._registry import TrackedTask
 
     class Meta(type):
@@ -100,7 +99,7 @@ def task_class(factory: Callable[..., Any]) -> Any:
 
 
 class Tracking:
-    """Puts one manager under every event loop and watches what it keeps."""
+    """Sets one manager's factory on every event loop, and checks its live tasks."""
 
     def __init__(self) -> None:
         self.manager = BackgroundTaskManager()
@@ -110,7 +109,7 @@ class Tracking:
         self.problems: list[str] = []
 
     def install(self) -> None:
-        """Make the manager's factory the default of every loop, and the base of asyncio's eager one."""
+        """Make the manager's factory the default of every loop, and the base of asyncio's eager factory."""
         base = asyncio.BaseEventLoop
         initialize, close_loop = base.__init__, base.close
         set_factory, get_factory = base.set_task_factory, base.get_task_factory
@@ -159,13 +158,13 @@ class Tracking:
                 self.problems.append(f"counted as live, but its loop is closed: {task!r}")
 
     def take_problems(self) -> list[str]:
-        """Look once more; return what was noted since the last call."""
+        """Check once more; return the problems noted since the last call."""
         self.look()
         problems, self.problems = self.problems, []
         return problems
 
-    def what_does_not_add_up(self) -> Iterator[str]:
-        """Compare the counters of the manager with each other and with the tasks that it shows."""
+    def wrong_counters(self) -> Iterator[str]:
+        """Yield the counters of the manager that contradict each other or the tasks that it shows."""
         stats = self.manager.stats()
         for name, counters in (("all", stats), *stats["names"].items()):
             ended = sum(int(counters[outcome]) for outcome in OUTCOMES)
@@ -179,7 +178,7 @@ class Tracking:
 
 
 class Result(unittest.TextTestResult):
-    """Collects the ids of tests by outcome, and asks the tracking after each test."""
+    """Collects the ids of tests by outcome, and has the tracking check after each test."""
 
     tracking: Tracking | None = None
 
@@ -194,13 +193,13 @@ class Result(unittest.TextTestResult):
         self._started_before = 0
 
     def startTest(self, test: unittest.TestCase) -> None:  # noqa: N802
-        """Remember the count of tasks before the test."""
+        """Note the number of tasks before the test."""
         super().startTest(test)
         if self.tracking is not None:
             self._started_before = self.tracking.started()
 
     def stopTest(self, test: unittest.TestCase) -> None:  # noqa: N802
-        """Fail the test if the manager holds what has ended."""
+        """Fail the test if the manager holds ended tasks."""
         if self.tracking is not None:
             problems = self.tracking.take_problems()
             if problems and name_of(test) not in ENDED_FROM_OUTSIDE:
@@ -216,7 +215,7 @@ class Result(unittest.TextTestResult):
         self.passed_ids.add(test.id())
 
     def addExpectedFailure(self, test: unittest.TestCase, err: Any) -> None:  # noqa: N802
-        """Count a test that failed as CPython, or the list of differences, says it does."""
+        """Count a test that failed as expected by CPython or by DIFFERENCES."""
         super().addExpectedFailure(test, err)
         difference = difference_of(test)
         if difference is None:
@@ -235,12 +234,12 @@ class Result(unittest.TextTestResult):
         self.failed_ids.add(test.id())
 
     def addUnexpectedSuccess(self, test: unittest.TestCase) -> None:  # noqa: N802
-        """Count a test that passed although it is said to fail."""
+        """Count a test that was expected to fail and passed."""
         super().addUnexpectedSuccess(test)
         self.failed_ids.add(test.id())
 
     def addSubTest(self, test: unittest.TestCase, subtest: unittest.TestCase, err: Any) -> None:  # noqa: N802
-        """Count a test one part of which failed."""
+        """Count a test of which a part failed."""
         super().addSubTest(test, subtest, err)
         if err is not None:
             self.failed_ids.add(test.id())
@@ -262,7 +261,7 @@ def name_of(test: unittest.TestCase) -> str:
 
 
 def difference_of(test: unittest.TestCase) -> str | None:
-    """Return why a test is to fail on tracked tasks, None if it is not."""
+    """Return why a test fails on tracked tasks, None if it must pass."""
     return DIFFERENCES.get(f"{module_of(test)}.{name_of(test)}")
 
 
@@ -276,7 +275,7 @@ def cases_of(suite: Iterable[Any]) -> Iterator[unittest.TestCase]:
 
 
 def load(modules: Iterable[str]) -> tuple[list[unittest.TestCase], int]:
-    """Return the tests of some modules, and how many were left out because they are about other classes of tasks."""
+    """Return the tests of some modules, and the number of tests left out because they use other classes of tasks."""
     kept, left_out = [], 0
     for test in cases_of(unittest.defaultTestLoader.loadTestsFromNames([f"{PACKAGE}.{name}" for name in modules])):
         if module_of(test) in TASK_MODULES and getattr(test, "Task", asyncio.Task) is not asyncio.Task:
@@ -287,7 +286,7 @@ def load(modules: Iterable[str]) -> tuple[list[unittest.TestCase], int]:
 
 
 def run(tests: list[unittest.TestCase], tracking: Tracking | None) -> Result:
-    """Run the tests, on tracked tasks if there is a tracking."""
+    """Run the tests, on tracked tasks if ``tracking`` is given."""
     if tracking is not None:
         tracking.install()
         for test in tests:
@@ -302,22 +301,22 @@ def run(tests: list[unittest.TestCase], tracking: Tracking | None) -> Result:
 
 
 def failures_without_bgtasks(modules: Sequence[str]) -> set[str]:
-    """Run some modules in a new interpreter without bgtasks and return the ids of the tests that fail."""
+    """Run some modules in a new interpreter without bgtasks; return the ids of the tests that fail."""
     command = [sys.executable, __file__, "--plain", *modules]
     output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout
     return {line.removeprefix(FAILED_MARK) for line in output.splitlines() if line.startswith(FAILED_MARK)}
 
 
 def check(tracking: Tracking, result: Result, modules: Iterable[str]) -> list[str]:
-    """Return what is wrong with the run as a whole."""
+    """Return the problems of the run as a whole."""
     gc.collect()
-    problems = [*tracking.take_problems(), *tracking.what_does_not_add_up()]
+    problems = [*tracking.take_problems(), *tracking.wrong_counters()]
     problems += [f"no tracked task in {name}" for name in modules if name not in result.tracked_modules]
     return problems
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the arguments; leave with a message if a module is not to be had."""
+    """Return the arguments; exit with a message if a module is unknown or missing."""
     parser = argparse.ArgumentParser(description="Run CPython's asyncio tests on tracked tasks.")
     parser.add_argument("modules", nargs="*", metavar="module", help=f"one of {', '.join(MODULES)}; all by default")
     parser.add_argument("--plain", action="store_true", help="run the tests without bgtasks")
@@ -342,7 +341,7 @@ def main() -> int:
         print("the compiled registry does not run here: build it, or unset BGTASKS_IMPLEMENTATION")
         return 2
     faulthandler.enable()
-    # Tests leave loops behind with tasks in them on purpose, and the manager warns of each.
+    # Some tests leave loops with tasks on purpose, and the manager warns of each.
     logging.getLogger("bgtasks").setLevel(logging.ERROR)
     tests, left_out = load(arguments.modules)
     tracking = None if arguments.plain else Tracking()

@@ -1,4 +1,4 @@
-"""A pytest plugin for the frameworks' own tests: it puts our manager in before they import theirs."""
+"""A pytest plugin for the frameworks' own tests: installs the manager of bgtasks before they import their own."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ agentflow.install(FRAMEWORK)
 
 
 def pytest_report_header() -> str:
-    """Say whose manager is tested."""
+    """Name the tested manager."""
     return f"{FRAMEWORK} with the manager of {BackgroundTaskManager.__module__}"
 
 
 def pytest_sessionfinish() -> None:
-    """Fail a run in which a module of the framework came to another manager."""
-    ours = import_module(f"{FRAMEWORK}.utils.background_task_manager").BackgroundTaskManager
-    assert issubclass(ours, BackgroundTaskManager)
+    """Fail a run in which a module of the framework has another manager."""
+    installed = import_module(f"{FRAMEWORK}.utils.background_task_manager").BackgroundTaskManager
+    assert issubclass(installed, BackgroundTaskManager)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == FRAMEWORK:
-            assert getattr(module, "BackgroundTaskManager", ours) is ours, name
+            assert getattr(module, "BackgroundTaskManager", installed) is installed, name

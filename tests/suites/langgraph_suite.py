@@ -1,4 +1,4 @@
-"""Runs LangGraph's own tests twice, on its executors and on ours, and fails where the two differ.
+"""Runs LangGraph's own tests twice, on its executors and on those of bgtasks, and fails if the outcomes differ.
 
 ::
 
@@ -6,19 +6,19 @@
     python tests/suites/langgraph_suite.py test_pregel.py test_retry.py   some of the files
     python tests/suites/langgraph_suite.py test_pregel.py::test_in_one_fan_out_state_graph   one test
 
-A program, not collected by pytest. It needs what the dependency group ``langgraph`` lists and an index that has
-LangGraph's sdist: the tests come with that, not with the wheel. It takes the sdist of the version that is installed and
-unpacks nothing but the tests, so that they meet the installed package.
+A program, not collected by pytest. It needs the dependency group ``langgraph``, and an index that has LangGraph's
+sdist: the tests are in the sdist, not in the wheel. It downloads the sdist of the installed version and unpacks only
+the tests, so that they import the installed package.
 
-Both runs are made at once, each in an interpreter of its own that differs in one call,
-``bgtasks.integrations.langgraph.install()``. Compared are, for each test, whether it passed, failed, raised in its
-set-up or was skipped, and the warnings that no test raises itself: coroutines never awaited, errors that nobody could
-catch. The files of what differs are run once more, on both: LangGraph has tests that look at the clock, and a busy
-machine fails them on either side. Only what differs again counts; what had to be repeated is named. Whole files are
-repeated, since a test may fail for what those before it left behind.
+Both runs are made at once, each in its own interpreter; they differ in one call,
+``bgtasks.integrations.langgraph.install()``. For each test the outcome is compared (passed, failed, raised in its
+set-up or skipped), and the warnings that no test raises itself: coroutines never awaited, errors that no test could
+catch. The files of tests that differ are run once more, on both sides: LangGraph has tests that measure time, and they
+fail on either side of a busy machine. Only tests that differ again count; repeated tests are named. Whole files are
+repeated, because a test may fail for the effects of earlier ones.
 
-Its last line reads ``2941 passed, 0 differ, 43 skipped``. It exits with 0 only if nothing differed, at least
-one test passed, and the run on our executors made some of them and the other none.
+Its last line reads ``2941 passed, 0 differ, 43 skipped``. It exits with 0 only if no test differed, at least one
+passed, and the run on bgtasks made executors of bgtasks and the other run made none.
 """
 
 from __future__ import annotations
@@ -41,19 +41,18 @@ from typing import Any, Final, Literal, TypedDict
 
 SIDES: Final = ("langgraph", "bgtasks")
 Side = Literal["langgraph", "bgtasks"]
-# The switch of LangGraph's own tests for machines without its database servers, and the one that keeps its tracer off
-# the network.
+# Options of LangGraph's own tests: for machines without its database servers, and to keep its tracer off the network.
 ENVIRONMENT: Final = {"NO_DOCKER": "true", "LANGSMITH_TRACING": "false", "PYTHONDONTWRITEBYTECODE": "1"}
-# A run that takes longer hangs, seconds.
+# Seconds after which a run counts as hanging.
 LIMIT: Final = 1200.0
-# Of each run that ended badly so many lines are shown.
+# Lines that are shown of the output of each failed run.
 LINES_SHOWN: Final = 60
-# More tests than this are neither run again nor named: the difference is no accident.
+# More differing tests than this are neither run again nor named: the difference is no accident.
 REPEATED_AT_MOST: Final = 100
 
 
 class Record(TypedDict):
-    """What a run tells the program that started it."""
+    """The result of a run, for the program that started it."""
 
     outcomes: dict[str, str]
     warnings: list[str]
@@ -61,7 +60,7 @@ class Record(TypedDict):
 
 
 class Recorder:
-    """A pytest plugin that puts the executors of one side in place and notes what becomes of the tests."""
+    """A pytest plugin that installs the executors of one side and records the outcomes of the tests."""
 
     def __init__(self, side: Side, path: Path) -> None:
         self._path = path
@@ -76,7 +75,7 @@ class Recorder:
             self._count(langgraph.AsyncBackgroundExecutor)
 
     def _count(self, executor: Any) -> None:
-        """Count the executors of a class that are made."""
+        """Count the executors that are made of a class."""
         initialize = executor.__init__
 
         def __init__(made: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -86,7 +85,7 @@ class Recorder:
         executor.__init__ = __init__
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Note the outcome of a test; that of its set-up or tear-down where one of these went wrong."""
+        """Record the outcome of a test, or of its set-up or tear-down if one of these failed."""
         if report.when == "call":
             self._outcomes[report.nodeid] = report.outcome
         elif report.skipped:
@@ -95,12 +94,12 @@ class Recorder:
             self._outcomes[report.nodeid] = f"failed in its {report.when}"
 
     def pytest_collectreport(self, report: Any) -> None:
-        """Note a file that could not be collected."""
+        """Record a file that could not be collected."""
         if not report.passed:
             self._outcomes[report.nodeid] = "skipped" if report.skipped else "not collected"
 
     def pytest_warning_recorded(self, warning_message: Any) -> None:
-        """Note what was reported behind the back of a test: its place is an accident of the collector."""
+        """Record a warning that no test raised itself; which test it appears in depends on the cycle collector."""
         if issubclass(warning_message.category, RuntimeWarning) or "Unraisable" in warning_message.category.__name__:
             first_line = str(warning_message.message).partition("\n")[0]
             self._warnings.add(re.sub(r"0x[0-9a-f]+|Task-\d+", "...", first_line))
@@ -127,20 +126,20 @@ class Suite:
 
     @classmethod
     def download(cls, directory: Path) -> Suite:
-        """Take the tests of the installed version from its sdist."""
+        """Download the tests of the installed version from its sdist."""
         version = importlib.metadata.version("langgraph")
         command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download"]
         options = ["--no-binary", ":all:", "--no-deps", "--dest", str(directory)]
         subprocess.run([*command, *options, f"langgraph=={version}"], check=True)
         (archive,) = directory.glob("langgraph-*.tar.gz")
         with tarfile.open(archive) as content:
-            # The sources stay packed: the tests are to meet the installed ones.
+            # The sources stay packed: the tests must import the installed package.
             wanted = [member for member in content if re.match(r"[^/]+/(tests/|pyproject\.toml$)", member.name)]
             content.extractall(directory, members=wanted, filter="data")
         return cls(directory / archive.name.removesuffix(".tar.gz"))
 
     def run(self, tests: Sequence[str]) -> dict[Side, Record]:
-        """Run some tests on both sides at once; return what each side told."""
+        """Run some tests on both sides at once; return the record of each side."""
         self._runs += 1
         paths = {side: self._root.parent / f"{side}-{self._runs}" for side in SIDES}
         processes: dict[Side, subprocess.Popen[bytes]] = {}
@@ -167,7 +166,7 @@ class Suite:
         return records
 
     def _record_of(self, path: Path, status: int) -> Record:
-        """Return what a run wrote down; show the end of its output if it did not come that far."""
+        """Return the record of a run; if it wrote none, show the end of its output."""
         try:
             record: Record = json.loads(Path(f"{path}.json").read_text())
         except FileNotFoundError:
@@ -188,18 +187,18 @@ class Suite:
 
 
 def differences(records: dict[Side, Record]) -> list[str]:
-    """Return the ids of the tests that did not end alike on both sides."""
-    original, ours = (records[side]["outcomes"] for side in SIDES)
-    return sorted(test for test in original.keys() | ours.keys() if original.get(test) != ours.get(test))
+    """Return the ids of the tests whose outcomes differ between the sides."""
+    original, replaced = (records[side]["outcomes"] for side in SIDES)
+    return sorted(test for test in original.keys() | replaced.keys() if original.get(test) != replaced.get(test))
 
 
 def outcome_on(records: dict[Side, Record], test: str) -> str:
-    """Return how a test ended on each side, for people."""
+    """Return the outcomes of a test on both sides as text."""
     return ", ".join(f"{records[side]['outcomes'].get(test, 'not run')} on {side}" for side in SIDES)
 
 
-def what_is_wrong(suite: Suite, first: dict[Side, Record]) -> list[str]:
-    """Compare the two sides, run again what differs, and return what still does."""
+def find_problems(suite: Suite, first: dict[Side, Record]) -> list[str]:
+    """Compare the two sides, run differing tests again, and return those that still differ."""
     problems = []
     differing = differences(first)
     if differing and len(differing) <= REPEATED_AT_MOST:
@@ -216,7 +215,7 @@ def what_is_wrong(suite: Suite, first: dict[Side, Record]) -> list[str]:
     known = set(first["langgraph"]["warnings"])
     problems += [f"a warning that is new: {text}" for text in first["bgtasks"]["warnings"] if text not in known]
     if first["langgraph"]["executors"]:
-        problems.append("the run on LangGraph's executors made some of ours")
+        problems.append("the run on LangGraph's executors made executors of bgtasks")
     if not first["bgtasks"]["executors"]:
         problems.append("the run on our executors made none of them")
     return problems
@@ -224,8 +223,8 @@ def what_is_wrong(suite: Suite, first: dict[Side, Record]) -> list[str]:
 
 def summary(records: dict[Side, Record], differing: int) -> str:
     """Return the line that counts the tests."""
-    original, ours = (records[side]["outcomes"] for side in SIDES)
-    alike = Counter(outcome for test, outcome in ours.items() if original.get(test) == outcome)
+    original, replaced = (records[side]["outcomes"] for side in SIDES)
+    alike = Counter(outcome for test, outcome in replaced.items() if original.get(test) == outcome)
     failed = sum(alike.values()) - alike["passed"] - alike["skipped"]
     parts = [f"{alike['passed']} passed", f"{differing} differ"]
     if failed:
@@ -235,7 +234,7 @@ def summary(records: dict[Side, Record], differing: int) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the arguments."""
-    parser = argparse.ArgumentParser(description="Run LangGraph's own tests on its executors and on ours.")
+    parser = argparse.ArgumentParser(description="Run LangGraph's own tests on its executors and on those of bgtasks.")
     parser.add_argument("tests", nargs="*", help="files of LangGraph's tests, or ids of tests in them; all by default")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
@@ -260,7 +259,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="langgraph-suite-") as directory:
         suite = Suite.download(Path(directory))
         records = suite.run(paths_of(arguments.tests))
-        problems = what_is_wrong(suite, records)
+        problems = find_problems(suite, records)
     for test, outcome in sorted(records["bgtasks"]["outcomes"].items()):
         if outcome not in ("passed", "skipped") and records["langgraph"]["outcomes"].get(test) == outcome:
             print(f"{outcome} on both: {test}")

@@ -1,4 +1,4 @@
-"""What arrived in a server: read everything back, and count what is missing and what is there twice."""
+"""The events that arrived in a server: read all of them, and count missing and duplicate ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Arrived", "emit_numbers", "in_jetstream", "in_kafka", "in_rabbitmq",
 
 
 class Arrived(NamedTuple):
-    """The difference between what was to arrive and what did."""
+    """The difference between the expected and the received events."""
 
     lost: int
     doubled: int
@@ -34,7 +34,7 @@ def numbers_in(events: list[bytes]) -> list[int]:
 
 
 async def emit_numbers(publisher: Any, count: int, *, rate: int = 20_000) -> None:
-    """Emit events numbered from 0, so many a second; each must be accepted."""
+    """Emit events numbered from 0, at a rate per second; each must be accepted."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
     for number in range(count):
@@ -55,7 +55,7 @@ def in_redis(url: str, key: str, mode: str = "stream") -> list[bytes]:
 
 async def in_jetstream(url: str, stream: str) -> list[Any]:
     """Return all messages of a stream, in its order."""
-    # On a loop of its own: reading takes twenty times as long on one in debug mode.
+    # On a loop of its own: on a loop in debug mode, reading takes twenty times as long.
     return await asyncio.to_thread(asyncio.run, _read_jetstream(url, stream), debug=False)
 
 

@@ -1,4 +1,4 @@
-"""Programs in processes of their own: written by a test, talked to by lines and signals."""
+"""Programs in child processes, written by a test and controlled by lines and signals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def say(*words):
     print(*words, flush=True)
 
 async def told():
-    \"\"\"Return when the test says so.\"\"\"
+    \"\"\"Return when the test calls Child.tell().\"\"\"
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_reader(0, event.set)
@@ -44,13 +44,13 @@ class Child:
         self.lines: list[str] = []
 
     def wait_for(self, text: str) -> str:
-        """Read lines until one has the text, and return it."""
+        """Read lines until one contains the text, and return it."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
             if text in line:
                 return self.lines[-1]
-        raise AssertionError(f"{text!r} was not said, but {self.lines}")
+        raise AssertionError(f"{text!r} was not printed, but {self.lines}")
 
     def tell(self) -> None:
         """Let ``told()`` return."""
@@ -67,7 +67,7 @@ class Child:
 
     @property
     def output(self) -> str:
-        """All that was said, standard error included."""
+        """The complete output, standard error included."""
         return "\n".join(self.lines)
 
 

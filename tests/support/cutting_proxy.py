@@ -1,4 +1,4 @@
-"""A TCP proxy that a test cuts: what was on its way is lost, as with a router that goes down."""
+"""A TCP proxy that a test cuts: data on its way is lost, as when a router goes down."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class CuttingProxy:
             await asyncio.wait(self._pumps)
 
     def cut(self) -> None:
-        """Break all connections at once."""
+        """Break all connections."""
         self.cuts += bool(self._writers)
         for writer in self._writers:
             writer.transport.abort()
 
     async def cut_again_and_again(self, every: float) -> None:
-        """Cut every so many seconds until cancelled."""
+        """Cut at an interval in seconds, until cancelled."""
         while True:
             await asyncio.sleep(every)
             self.cut()

@@ -14,7 +14,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(directory: Path, mebibytes: int) -> Iterator[Path]:
-    """Mount a file system of so many MiB on a directory; skip the test where that is not allowed."""
+    """Mount a file system of a size in MiB on a directory; skip the test if that is not allowed."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         pytest.skip("takes root on Linux to mount a small disk")
     directory.mkdir()
@@ -33,7 +33,7 @@ def small_disk(directory: Path, mebibytes: int) -> Iterator[Path]:
 
 
 def fill_disk(directory: Path, leave: int = 0) -> Path:
-    """Write a file that leaves so many bytes free, and return it."""
+    """Write a file that leaves a number of bytes free, and return it."""
     filler = directory / "filler"
     with filler.open("wb", buffering=0) as file:
         free = os.statvfs(directory)

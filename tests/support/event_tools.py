@@ -1,4 +1,4 @@
-"""What the tests of events share: publishers that fail to order, and the check that books close."""
+"""Helpers for tests of events: a sink that fails by a script, and a check that counters add up."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from bgtasks.events import BasePublisher
+from bgtasks.events import Publisher, Sink
 
-RINGS = {"cython": "bgtasks.events._ring", "python": "bgtasks.events._ring_py"}
-
-
-def ring_module(twin: str) -> ModuleType:
-    """Return the ring of a twin; a compiled one that was not built is an error."""
-    return importlib.import_module(RINGS[twin])
+QUEUES = {"cython": "bgtasks.events._queue", "python": "bgtasks.events._queue_py"}
 
 
-def assert_books_close(stats: Any) -> None:
+def queue_module(twin: str) -> ModuleType:
+    """Return the module of a twin's event queue; raise an error if the compiled one was not built."""
+    return importlib.import_module(QUEUES[twin])
+
+
+def assert_counters_add_up(stats: Any) -> None:
     """Fail unless every accepted event is accounted for."""
     assert stats["accepted"] == (
         stats["delivered"] + sum(stats["dropped"].values()) + stats["queue_events"] + stats["spooled"]
     ), stats
 
 
-class ScriptedPublisher(BasePublisher):
-    """Keeps what it is given; before that it does what the script says, one step a call of ``write``.
+class ScriptedSink(Sink):
+    """Keeps the events; before that, each call of ``write`` takes one step of the script.
 
     A step is an exception to raise, an awaitable function to call, or None to go on.
     """
 
-    def __init__(self, script: Sequence[Any] = (), **options: Any) -> None:
-        super().__init__(**{"linger": 0.001, **options})
+    def __init__(self, script: Sequence[Any] = ()) -> None:
         self.script = list(script)
         self.events: list[Any] = []
         self.calls: list[tuple[str, list[Any]]] = []
-        self.opened = self.released = 0
+        self.opened = self.closed = 0
 
     async def open(self) -> None:
         """Count."""
@@ -52,9 +51,14 @@ class ScriptedPublisher(BasePublisher):
             await step(batch, batch_id)
         self.events.extend(batch)
 
-    async def release(self) -> None:
+    async def close(self) -> None:
         """Count."""
-        self.released += 1
+        self.closed += 1
+
+
+def scripted(script: Sequence[Any] = (), *, sink: type[ScriptedSink] = ScriptedSink, **options: Any) -> Any:
+    """Return a publisher with a ``ScriptedSink``."""
+    return Publisher(sink(script), **{"linger": 0.001, **options})
 
 
 async def until(condition: Any, timeout: float = 20.0) -> None:
@@ -65,5 +69,5 @@ async def until(condition: Any, timeout: float = 20.0) -> None:
 
 
 async def has_failed(publisher: Any) -> None:
-    """Wait until a write has failed and not come right: a server's answer may take longer than a deadline to test."""
+    """Wait until a write has failed and was not repeated successfully, however long a server takes."""
     await until(lambda: publisher.stats()["last_error"])

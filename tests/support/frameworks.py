@@ -1,4 +1,4 @@
-"""The agent frameworks that are installed, with our manager in them."""
+"""The installed agent frameworks, with the manager of bgtasks in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FRAMEWORKS = ["agentflow", "tenxgraph"]
 
 
 def needed(name: str) -> Any:
-    """Return what the tests use of a framework; skip or fail where it is not installed."""
+    """Return the names that tests use of a framework; skip or fail if it is not installed."""
     spec = find_spec(name)
     if spec is not None and PathFinder.find_spec(f"{name}.utils", spec.submodule_search_locations) is None:
         pytest.skip(f"{name} is another framework's alias here")
@@ -39,7 +39,7 @@ def needed(name: str) -> Any:
 
 @contextlib.contextmanager
 def clean_containers() -> Iterator[None]:
-    """Give the block a global container of its own, and no active one."""
+    """Run the block with a global container of its own, and no active one."""
     import injectq
 
     with injectq.InjectQ.test_mode():
@@ -52,14 +52,14 @@ def clean_containers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ours_in(name: str, twin: str, **options: Any) -> Iterator[None]:
-    """Install our manager, on the twin, into a framework for the length of the block."""
-    from bgtasks.integrations import agentflow
+    """Install the manager of bgtasks, on the twin, into a framework for the length of the block."""
+    from bgtasks.integrations import _agentflow_graphs, agentflow
 
-    # install() finds the framework's default values through the cycle collector, which was told to pass over them.
+    # install() finds the framework's default values by the cycle collector, which freeze() made ignore them.
     gc.unfreeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agentflow, "FrameworkManager", framework_manager_module(twin).FrameworkManager)
-        patch.setattr(agentflow, "BackgroundTaskManager", manager_module(twin).BackgroundTaskManager)
+        patch.setattr(_agentflow_graphs, "BackgroundTaskManager", manager_module(twin).BackgroundTaskManager)
         agentflow.install(name, **options)
         try:
             yield
@@ -85,7 +85,7 @@ def question(framework: Any) -> dict[str, Any]:
 
 
 def recording_publisher(framework: Any) -> Any:
-    """Return a publisher of the framework that keeps what it is given in ``events``."""
+    """Return a publisher of the framework that keeps its events in ``events``."""
 
     class RecordingPublisher(framework.publisher.BasePublisher):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What tests do with a manager that users cannot."""
+"""Access to parts of a manager that users do not have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bgtasks._internals import ManagerInternals
 
 
 def release_closed_loops(manager: Any) -> None:
-    """Have a manager abandon what closed loops left behind, as it does when its next loop is used."""
+    """Have a manager abandon the tasks of closed loops, as it does when it uses its next loop."""
     ManagerInternals(manager).release_closed_loops()
 
 

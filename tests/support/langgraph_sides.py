@@ -1,4 +1,4 @@
-"""LangGraph's executors and ours side by side, for tests of what both have to do."""
+"""The executors of LangGraph and of bgtasks, for tests that both must pass."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 import pytest
 from twins import MODULES, manager_module
 
-# The originals come first: what they do is what the tests say, and what ours have to do.
+# The originals come first: they define the behaviour that the tests demand.
 SIDES = ("original", *MODULES)
 
 
 class Side:
-    """Makes executors of one side; ours are kept by a manager on one twin of the registry."""
+    """Makes the executors of one side; those of bgtasks belong to a manager on one twin of the registry."""
 
     def __init__(self, name: str) -> None:
         from langgraph.pregel import _executor as originals
 
-        from bgtasks.integrations import langgraph as ours
+        from bgtasks.integrations import langgraph as replacements
 
         self.name = name
         self.is_ours = name != "original"
-        self._classes: Any = ours if self.is_ours else originals
+        self._classes: Any = replacements if self.is_ours else originals
         self._options = {"manager": manager_module(name).BackgroundTaskManager()} if self.is_ours else {}
 
     @property
     def manager(self) -> Any:
-        """The manager of our executors."""
+        """The manager of the executors of bgtasks."""
         return self._options["manager"]
 
     def threads(self, **config: Any) -> Any:
@@ -39,12 +39,12 @@ class Side:
 
 
 def sides_chosen(twins: list[str]) -> list[Any]:
-    """Return the parameters of the fixture that tests take a side from."""
+    """Return the parameters of the fixture that gives tests a side."""
     return [pytest.param(name, id=name) for name in SIDES if name == "original" or name in twins]
 
 
 def skip_set() -> Any:
-    """Return the set of futures whose exceptions LangGraph does not want to see again."""
+    """Return the set of futures whose exceptions LangGraph ignores."""
     from langgraph.pregel._runner import SKIP_RERAISE_SET
 
     return SKIP_RERAISE_SET

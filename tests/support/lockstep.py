@@ -1,4 +1,4 @@
-"""One twin at work: a manager on a loop of its own, and the trace of all that happens there."""
+"""One twin: a manager on a loop of its own, and the trace of everything that happens there."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from twins import manager_module
 
 from bgtasks import errors
 
-# All timers of a loop stand on multiples of it: a power of two, so that floats are exact.
+# All timers of a loop are on multiples of it. A power of two, so that floats are exact.
 STEP = 1 / 64
 
 
 class Interruption(BaseException):
-    """No ``Exception``, and yet it does not stop the loop."""
+    """Not an ``Exception``, but it does not stop the loop."""
 
 
 class Payload:
-    """What a task holds, in its coroutine and in its context, and nothing may hold after it."""
+    """An object in the coroutine and the context of a task, which must be freed after the task."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A task to be: how it is started, and what its coroutine does.
+    """The plan of a task: how it is started, and what its coroutine does.
 
-    ``waits`` are seconds; 0 is a bare suspension, infinity a wait until the test says so. So many cancellations as
-    ``swallows`` says are ignored, each ends the wait it meets; the next one is followed by ``cleanup`` seconds of
-    sleep. ``first`` and ``last`` are the children it starts when it starts and when it ends.
+    ``waits`` are seconds; 0 is a bare suspension, infinity a wait for a future. The first ``swallows`` cancellations
+    are ignored, but each ends the current wait; the next one is followed by ``cleanup`` seconds of sleep. ``first`` and
+    ``last`` are the children that the task starts at its start and at its end.
     """
 
     method: str = "create_task"
@@ -65,7 +65,7 @@ class Work:
 
 
 class OrderedTimer(asyncio.TimerHandle):
-    """A timer that keeps its place among those of its time; the registry's come last, however often they were set."""
+    """A timer that keeps its position among those of the same time; the registry's come last, even if set anew."""
 
     numbers = itertools.count()
 
@@ -78,7 +78,7 @@ class OrderedTimer(asyncio.TimerHandle):
 
 
 class OrderedLoop(VirtualLoop):
-    """A virtual loop whose timers stand on whole steps, so that no time is rounded, and always in the same order."""
+    """A virtual loop whose timers are on whole steps, so that no time is rounded, and always run in the same order."""
 
     def call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
@@ -91,7 +91,7 @@ class OrderedLoop(VirtualLoop):
 
 
 class Twin:
-    """One twin: its manager on a loop of its own, and the trace of what happened there."""
+    """A manager on one twin, on a loop of its own, and the trace of what happens there."""
 
     def __init__(self, kind: str, factory: str, options: dict[str, Any]) -> None:
         self.kind = kind
@@ -108,7 +108,7 @@ class Twin:
         self.ids: dict[str, int] = {}
         self.entered: set[str] = set()
         self.open_loop(1000.0)
-        # What is to happen just before and just after a timeout is acted upon, by task id.
+        # Actions just before and just after a timeout takes effect, by task id.
         self.collisions: dict[int, tuple[Callable[[], object], Callable[[], object]]] = {}
         twin = self
 
@@ -124,11 +124,11 @@ class Twin:
                 super()._report(record, error)
 
         self.manager = Manager(on_error=self.on_error, **options)
-        # Every end is reported: the end of a coroutine that was never entered shows in no other way.
+        # Every end is reported: the end of a coroutine that was never entered is visible in no other way.
         self.manager._muted = None
 
     def open_loop(self, now: float) -> None:
-        """Go on with a new loop."""
+        """Continue on a new loop."""
         self.loop = OrderedLoop()
         self.loop.now = now
         self.loop.set_exception_handler(
@@ -140,28 +140,28 @@ class Twin:
             self.loop.set_task_factory(lambda loop, coro, **options: asyncio.Task(coro, loop=loop, **options))
 
     def note(self, *event: Any) -> None:
-        """Put an event into the trace."""
+        """Add an event to the trace."""
         self.trace.append((self.loop.now, *event))
 
     def on_error(self, info: Any, error: BaseException) -> None:
-        """Note what the hook of the manager is given."""
+        """Note a call of the manager's hook."""
         self.note("hook", info["task_id"], info["state"], info["done"], type(error).__name__)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
     def run(self, *actions: Callable[[], object]) -> None:
-        """Run each action in an iteration of its own, then go on until nothing is left to do at this time."""
+        """Run each action in an iteration of its own, then run until nothing is left to do at this time."""
         for action in actions:
             self.loop.call_soon(action)
             self.iterate()
-        self.settle()
+        self.run_until_idle()
 
     def iterate(self) -> None:
         """Run one iteration of the loop."""
         self.loop.call_soon(self.loop.stop)
         self.loop.run_forever()
 
-    def settle(self) -> None:
+    def run_until_idle(self) -> None:
         """Run the loop until it would have to wait for its clock."""
         for _ in range(1000):
             self.iterate()
@@ -173,18 +173,18 @@ class Twin:
         """Run the loop until its clock shows ``when``."""
         self.loop.call_at(when, self.loop.stop)
         self.loop.run_forever()
-        self.settle()
+        self.run_until_idle()
 
     # -- what the rules do ---------------------------------------------------------------------------------------------
 
     def create(self, key: str, work: Work) -> None:
-        """Start a task, and note how that went."""
+        """Start a task, and note the result."""
         payload = Payload()
         self.payloads[key] = weakref.ref(payload)
         coro = self.work(key, work, payload)
         self.note("create", key, work, self.manager.get_task_count())
         try:
-            # Into no variable: the error of an eager task keeps this frame, which must not keep the task.
+            # Not in a local variable: the error of an eager task keeps this frame, which must not keep the task.
             self.handles[key] = getattr(self.manager, work.method)(coro, **work.options(payload))
         except errors.BgtasksError as error:
             self.note("refused", key, type(error).__name__, str(error), inspect.getcoroutinestate(coro))
@@ -211,7 +211,7 @@ class Twin:
         self.note("cancelled", answer)
 
     def resolve(self, key: str) -> None:
-        """Give a task what it waits for."""
+        """Resolve the future that a task waits for."""
         future = self.futures.get(key)
         if future is not None and not future.done():
             self.note("resolve", key)
@@ -222,7 +222,7 @@ class Twin:
         self.waiters[key] = self.loop.create_task(self.wait_and_note(key, timeout, return_exceptions))
 
     async def wait_and_note(self, key: str, timeout: float | None, return_exceptions: bool) -> None:
-        """Wait for all tasks and note how that ended, in the same step."""
+        """Wait for all tasks and note the result, in the same step."""
         try:
             result = await self.manager.wait_for_all(timeout=timeout, return_exceptions=return_exceptions)
         except BaseException as error:
@@ -231,7 +231,7 @@ class Twin:
             self.note("waited", key, f"returned {result!r}")
 
     def refuse(self, method: str, value: Callable[[], Any], options: dict[str, Any]) -> None:
-        """Hand in what is not to be taken, and note the answer."""
+        """Pass a wrong argument, and note the answer."""
         coro = value()
         dropped = self.manager.dropped_count
         self.note("offer", method, inspect.iscoroutine(coro), sorted(options))
@@ -245,7 +245,7 @@ class Twin:
             assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
 
     async def work(self, key: str, work: Work, payload: Payload) -> str:
-        """Do what a ``Work`` says and note each step."""
+        """Do the steps of a ``Work``, and note each."""
         self.note("start", key)
         self.entered.add(key)
         swallowed = 0
@@ -277,7 +277,7 @@ class Twin:
             self.note("end", key, how)
 
     async def pause(self, key: str, seconds: float) -> None:
-        """Wait as long as told."""
+        """Wait for a time or for a future."""
         if seconds == math.inf:
             self.futures[key] = self.loop.create_future()
             await self.futures[key]
@@ -285,7 +285,7 @@ class Twin:
             await asyncio.sleep(seconds)
 
     async def end(self, key: str, work: Work) -> None:
-        """End as told."""
+        """End as the ``Work`` says."""
         if work.end == "fail":
             raise ValueError(key)
         if work.end == "raise GeneratorExit":
@@ -296,14 +296,14 @@ class Twin:
             raise asyncio.CancelledError(key)
         if work.end.startswith("cancel itself"):
             self.note("cancel_itself", key)
-            # In no variable: the error's traceback would keep this frame, and the frame the task that keeps the error.
+            # Not in a local variable: the error's traceback keeps this frame, and the frame would keep the task.
             asyncio.current_task().cancel()
             if work.end == "cancel itself":
                 await asyncio.sleep(0)
 
 
 class TraceHandler(logging.Handler):
-    """Puts log records into the trace of the twin that runs, as text: a record would keep the exception alive."""
+    """Adds log records to the trace of the twin that runs, as text: a record would keep the exception alive."""
 
     twin: Twin
 

@@ -1,4 +1,4 @@
-"""The event loops that every test runs on, and one whose clock is the test's."""
+"""The event loops that every test runs on, and one with a virtual clock."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         selector.loop = self
         self.now = 1000.0
         super().__init__(selector)
-        # asyncio runs a timer when time + resolution is past it; the real resolution is lost in a time of years.
+        # asyncio runs a timer when time + resolution exceeds it; added to years, the real resolution would be lost.
         self._clock_resolution = 1e-6
 
     def time(self) -> float:

@@ -1,4 +1,4 @@
-"""Where the parts of the repository are."""
+"""The paths of the repository's parts."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ SUPPORT = Path(__file__).resolve().parent
 TESTS = SUPPORT.parent
 ROOT = TESTS.parent
 EXAMPLES = ROOT / "examples"
-# Of the package that is tested, which may be an installed one.
+# The tested package, which may be an installed one.
 PACKAGE = Path(bgtasks.__file__).resolve().parent

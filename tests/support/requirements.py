@@ -1,4 +1,4 @@
-"""Packages that some tests need: imported where they are installed, demanded where the environment says so."""
+"""Packages that some tests need: imported if they are installed, required if the environment says so."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 
 def need(name: str) -> ModuleType:
-    """Return the package; where it is missing, skip the calling module or test.
+    """Return the package; if it is missing, skip the calling module or test.
 
-    ``BGTASKS_REQUIRE``, a list with commas, names the packages that must be there: missing, they are an error. A part
-    of a package stands there under the name of the package: ``need("aiohttp.web")`` is demanded by ``aiohttp``.
+    ``BGTASKS_REQUIRE``, a list separated by commas, names the packages that are required: a missing one is an error. It
+    has the name of the package for all of its modules: ``aiohttp`` requires ``need("aiohttp.web")``.
     """
     try:
         return importlib.import_module(name)

@@ -1,7 +1,6 @@
-"""Fixtures that run real servers; ``conftest.py`` takes them over.
+"""Fixtures that run real servers; ``conftest.py`` imports them.
 
-A server that is not installed skips what asks for it, unless ``BGTASKS_REQUIRE`` has ``servers`` in its list: then it
-is an error.
+If a server is not installed, its tests are skipped, or fail if ``BGTASKS_REQUIRE`` has ``servers`` in its list.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ AnyServer = TypeVar("AnyServer", bound=Server)
 
 
 def need_server(kind: type[Server]) -> None:
-    """Skip the test where a server is not installed, or fail it where the environment demands servers."""
+    """Skip the test if a server is not installed, or fail it if the environment requires servers."""
     if kind.is_installed():
         return
     if "servers" in {entry.strip() for entry in os.environ.get("BGTASKS_REQUIRE", "").split(",")}:
@@ -33,7 +32,7 @@ def need_server(kind: type[Server]) -> None:
 
 @pytest.fixture
 def start_server(tmp_path_factory) -> Iterator[Callable[..., Any]]:
-    """Give what starts a server for this test alone, one that may be killed and frozen."""
+    """Give a function that starts a server for this test alone, which may be killed and frozen."""
     started: list[Server] = []
 
     def start(kind: type[AnyServer], **options: Any) -> AnyServer:
@@ -50,7 +49,7 @@ def start_server(tmp_path_factory) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
-    """Give a Redis server that all tests share; each takes keys of its own."""
+    """Give a Redis server that all tests share; each uses its own keys."""
     need_server(RedisServer)
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
@@ -58,7 +57,7 @@ def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="session")
 def nats_server(tmp_path_factory) -> Iterator[NatsServer]:
-    """Give a NATS server that all tests share; each takes subjects and streams of its own."""
+    """Give a NATS server that all tests share; each uses its own subjects and streams."""
     need_server(NatsServer)
     with NatsServer(tmp_path_factory.mktemp("nats")) as server:
         yield server
@@ -66,7 +65,7 @@ def nats_server(tmp_path_factory) -> Iterator[NatsServer]:
 
 @pytest.fixture(scope="session")
 def rabbit_server(tmp_path_factory) -> Iterator[RabbitServer]:
-    """Give a RabbitMQ node that all tests share; each takes queues of its own."""
+    """Give a RabbitMQ node that all tests share; each uses its own queues."""
     need_server(RabbitServer)
     with RabbitServer(tmp_path_factory.mktemp("rabbitmq")) as server:
         yield server
@@ -74,7 +73,7 @@ def rabbit_server(tmp_path_factory) -> Iterator[RabbitServer]:
 
 @pytest.fixture(scope="session")
 def kafka_broker() -> Iterator[KafkaBroker]:
-    """Give the broker of librdkafka; each test takes topics of its own."""
+    """Give the broker of librdkafka; each test uses its own topics."""
     need("confluent_kafka")
     with KafkaBroker().running() as broker:
         yield broker
@@ -82,7 +81,7 @@ def kafka_broker() -> Iterator[KafkaBroker]:
 
 @pytest.fixture
 def collector():
-    """Give what listens for OTLP over HTTP on the loopback address and keeps the requests it decoded."""
+    """Give a collector of OTLP over HTTP on the loopback address, which keeps the decoded requests."""
     need("opentelemetry.proto")
     from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 

@@ -1,7 +1,7 @@
-"""Real servers for the tests, each on the loopback address with a port and a folder of its own.
+"""Real servers for the tests, each on the loopback address with its own port and directory.
 
-A server is a context manager: it runs inside the ``with`` block and is killed at its end. It dies with the process that
-started it, too, because ``setpriv`` has the kernel send it SIGKILL then; a killed pytest leaves none behind.
+A server is a context manager: it runs inside the ``with`` block and is killed at its end. It also dies with the process
+that started it, because ``setpriv`` has the kernel send it SIGKILL then: a killed pytest leaves no server behind.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ __all__ = [
 ]
 
 STARTS_WITHIN = 60.0  # seconds; RabbitMQ takes ten on an idle machine
-ATTEMPTS = 3  # another process may take the port between our choice and the server's start
-SBIN = "/usr/sbin:/sbin"  # not in every user's PATH
+ATTEMPTS = 3  # another process may take the port before the server starts
+SBIN = "/usr/sbin:/sbin"  # not in the PATH of every user
 
 
 class ServerError(Exception):
-    """A server is not installed, or did not start; the text holds what it printed."""
+    """A server is not installed, or did not start; the message contains its output."""
 
 
 def free_port() -> int:
-    """Return a port of the loopback address that nobody listens on now."""
+    """Return a free port of the loopback address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def find_program(name: str) -> str | None:
-    """Return the path of an installed program, those for administrators included."""
+    """Return the path of an installed program, also from the directories for administrators."""
     return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{SBIN}")
 
 
@@ -60,10 +60,10 @@ def wait_until(condition: Callable[[], bool], *, within: float, every: float = 0
 
 
 class Server:
-    """One server process; a subclass says which program, with what arguments, and when it is ready.
+    """One server process; a subclass defines the program, its arguments, and when it is ready.
 
     Args:
-        folder: an empty folder for its data and its log.
+        folder: an empty directory for its data and its log.
 
     """
 
@@ -76,7 +76,7 @@ class Server:
 
     @classmethod
     def is_installed(cls) -> bool:
-        """Tell whether the program is there."""
+        """Return whether the program is installed."""
         return find_program(cls.program) is not None
 
     def arguments(self) -> list[str]:
@@ -84,16 +84,16 @@ class Server:
         raise NotImplementedError
 
     def environment(self) -> dict[str, str]:
-        """Return what to add to the environment of the program."""
+        """Return additional environment variables of the program."""
         return {}
 
     def is_ready(self) -> bool:
-        """Tell whether the server answers its protocol."""
+        """Return whether the server answers its protocol."""
         raise NotImplementedError
 
     @property
     def log(self) -> str:
-        """What the server printed."""
+        """The output of the server."""
         file = self.folder / "log"
         return file.read_text(errors="replace") if file.exists() else ""
 
@@ -138,22 +138,22 @@ class Server:
         """Kill the server with SIGKILL, and wait until it is gone."""
         process, self._process = self._process, None
         if process is not None:
-            # Its children have left their group when they end with it; a group without members is no error.
+            # Its children may have left the group or ended with it; a group without members is no error.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def restart(self) -> None:
-        """Kill the server and start it with the data it has."""
+        """Kill the server and start it again with its data."""
         self.kill()
         self.start()
 
     def freeze(self) -> None:
-        """Stop the process where it stands: connections stay open, nothing answers."""
+        """Suspend the process: connections stay open, nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let a frozen server go on."""
+        """Resume a frozen server."""
         os.kill(self.pid, signal.SIGCONT)
 
     def _runs(self) -> bool:
@@ -171,7 +171,7 @@ class Server:
 
 
 def ask(port: int, request: bytes, size: int = 4096) -> bytes:
-    """Return the first answer of the server on a port to some bytes; nothing if it does not answer."""
+    """Send bytes to the server on a port; return its first answer, empty if there is none."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
         connection.sendall(request)
         return connection.recv(size)
@@ -182,9 +182,9 @@ class RedisServer(Server):
     """A Redis server that writes every command to its append-only file before it answers.
 
     Args:
-        folder: an empty folder for its data and its log.
-        password: what clients have to know, or None.
-        options: more arguments of ``redis-server``.
+        folder: an empty directory for its data and its log.
+        password: the password of clients, or None.
+        options: further arguments of ``redis-server``.
 
     """
 
@@ -211,7 +211,7 @@ class RedisServer(Server):
         ]
 
     def is_ready(self) -> bool:
-        """Tell whether it has read its append-only file and answers PING."""
+        """Return whether it has read its append-only file and answers PING."""
         login = f"AUTH {self.password}\r\n".encode() if self.password else b""
         answer = ask(self.port, login + b"PING\r\n")
         return b"+PONG" in answer or (bool(login) and answer == b"+OK\r\n")
@@ -221,8 +221,8 @@ class NatsServer(Server):
     """A NATS server with JetStream in files.
 
     Args:
-        folder: an empty folder for its data and its log.
-        token: what clients have to know, or None.
+        folder: an empty directory for its data and its log.
+        token: the token of clients, or None.
 
     """
 
@@ -244,7 +244,7 @@ class NatsServer(Server):
         return ["-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.folder / "data"), *login]
 
     def is_ready(self) -> bool:
-        """Tell whether it greets clients; it does so after JetStream has recovered."""
+        """Return whether it greets clients, which it does after JetStream has recovered."""
         return ask(self.port, b"").startswith(b"INFO")
 
 
@@ -258,14 +258,14 @@ class _PortMapper(Server):
         return ["-address", "127.0.0.1", "-port", str(self.port)]
 
     def is_ready(self) -> bool:
-        """Tell whether it lists names: request 110 with its length before it, answered with the port first."""
+        """Return whether it lists names: request 110 after its length, answered by the port first."""
         return ask(self.port, b"\x00\x01n")[:4] == self.port.to_bytes(4, "big")
 
 
 class RabbitServer(Server):
-    """A RabbitMQ node, its own cluster, run by whoever runs the tests."""
+    """A RabbitMQ node, its own cluster, run by the user who runs the tests."""
 
-    # What stands in Debian's PATH under this name changes to the user rabbitmq.
+    # The script of this name in Debian's PATH changes to the user rabbitmq.
     program = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 
     def __init__(self, folder: Path) -> None:
@@ -289,15 +289,15 @@ class RabbitServer(Server):
         self._mapper.kill()
 
     def arguments(self) -> list[str]:
-        """Return none: a node is set up by its environment."""
+        """Return none: a node is configured by its environment."""
         return []
 
     def environment(self) -> dict[str, str]:
-        """Keep everything in the folder and on the loopback address."""
+        """Keep everything in the directory and on the loopback address."""
         erlang = "-kernel inet_dist_use_interface {127,0,0,1} +S 1:1 +sbwt none"
         return {
             "HOME": str(self.folder),  # the cookie
-            "detached": "1",  # has the start script become the node instead of waiting for it
+            "detached": "1",  # the start script becomes the node instead of waiting for it
             "ERL_EPMD_PORT": str(self._mapper.port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_CONF_ENV_FILE": os.devnull,
@@ -314,7 +314,7 @@ class RabbitServer(Server):
         }
 
     def is_ready(self) -> bool:
-        """Tell whether it starts to negotiate AMQP 0-9-1."""
+        """Return whether it starts to negotiate AMQP 0-9-1."""
         return ask(self.port, b"AMQP\x00\x00\x09\x01")[:1] == b"\x01"
 
 
@@ -330,7 +330,7 @@ async def make_queue(url: str, name: str) -> str:
 class KafkaBroker:
     """The broker inside librdkafka: Kafka's protocol over TCP, without a disk.
 
-    It lives as long as the client that carries it, in this process.
+    It lives in this process, as long as the client that carries it.
     """
 
     def __init__(self) -> None:

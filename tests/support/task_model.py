@@ -1,4 +1,4 @@
-"""A model of what tasks do: it reads the trace of a twin and refuses what may not happen."""
+"""A model of tasks: it reads the trace of a twin and fails at an impossible event."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from lockstep import STEP, Work
 
 OUTCOMES = ("completed", "failed", "cancelled", "timed_out", "abandoned")
-# How a coroutine can fail, and what it raises then.
+# The ways in which a coroutine can fail, and the types that it raises.
 FAILURES = {"fail": "ValueError", "raise GeneratorExit": "GeneratorExit", "raise BaseException": "Interruption"}
 LOG_TEXTS = {
     "completed": "Background task '{name}' completed after {duration:.3f} s",
@@ -23,7 +23,7 @@ LOG_TEXTS = {
     "failed": "Background task '{name}' failed after {duration:.3f} s: {error}",
 }
 TOLERANCE = 1e-6
-# The registry is a millisecond late at most, the loop a step.
+# The registry is at most a millisecond late, the loop at most a step.
 LATENESS = 0.001 + STEP
 IDS_A_LOOP = 1024
 DROP_WARNING_INTERVAL = 5.0
@@ -31,7 +31,7 @@ DROP_WARNING_INTERVAL = 5.0
 
 @dataclass
 class Expected:
-    """A task as the model knows it."""
+    """The state of a task in the model."""
 
     key: str
     work: Work
@@ -39,7 +39,7 @@ class Expected:
     created: float
     begun: float | None = None
     position: int = 0
-    # When what it waits for comes.
+    # The time at which its wait ends.
     wake_at: float = math.inf
     swallowed: int = 0
     cancels: int = 0
@@ -52,10 +52,9 @@ class Expected:
     outcome: str = ""
     duration: float = 0.0
     reported: bool = False
-    # The outcomes that nobody would have heard of when it ended.
 
     def next_wait(self, now: float) -> None:
-        """Go on to the wait at ``position``."""
+        """Continue with the wait at ``position``."""
         waits = self.work.waits
         self.wake_at = now + waits[self.position] if self.position < len(waits) else now
 
@@ -66,17 +65,17 @@ class Expected:
 
     @property
     def since(self) -> float:
-        """When its age and its timeout began to count."""
+        """The time from which its age and its timeout count."""
         return self.created if self.begun is None else self.begun
 
     @property
     def deadline(self) -> float:
-        """When its timeout is over."""
+        """The time at which its timeout is over."""
         return math.inf if self.work.timeout is None or self.expired else self.since + self.work.timeout
 
     @property
     def error(self) -> str | None:
-        """What the log says of a failure."""
+        """The text of a failure in the log."""
         return f"{self.how}: {self.key}" if self.outcome == "failed" else None
 
     def log_text(self) -> str:
@@ -86,23 +85,23 @@ class Expected:
 
 @dataclass
 class Waiter:
-    """Somebody in ``wait_for_all``, as the model knows it."""
+    """The state of a call of ``wait_for_all`` in the model."""
 
     deadline: float
     return_exceptions: bool
     failures: list[str] = field(default_factory=list)
     cancelled: bool = False
-    # There was a moment without tasks.
-    saw_quiet: bool = False
+    # There was a moment without tasks since the wait began.
+    saw_idle: bool = False
 
 
 def same_time(left: float, right: float) -> bool:
-    """Tell whether two times are one."""
+    """Return whether two times are equal."""
     return left == right or abs(left - right) < TOLERANCE
 
 
 class Model:
-    """What may happen and what must have happened: reads the trace of a twin."""
+    """Reads the trace of a twin and checks each event: whether it may happen, and whether due events happened."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.cap: int | None = options["max_pending_tasks"]
@@ -119,14 +118,14 @@ class Model:
         self.last_drop_warning = -math.inf
         self.last_id = 0
         self.phase = "open"
-        # What is to come next in the trace, if anything is.
+        # The events that must come next in the trace.
         self.due: list[tuple[Any, ...]] = []
         # The cancellations of a shutdown: (time, whether stragglers are logged).
         self.cancellations: list[tuple[float, bool]] = []
         self.matched = 0
 
     def read(self, trace: Iterable[tuple[Any, ...]]) -> None:
-        """Take in events; an impossible one is an AssertionError."""
+        """Read events; an impossible one is an AssertionError."""
         for now, kind, *details in trace:
             try:
                 self.make_due_cancellations(now)
@@ -139,7 +138,7 @@ class Model:
                 raise AssertionError(f"at {now}: {kind} {details} may not happen here {error}") from error
 
     def make_due_cancellations(self, now: float) -> None:
-        """Cancel what a shutdown cancels by ``now``."""
+        """Make the cancellations of a shutdown that are due by ``now``."""
         while self.cancellations and self.cancellations[0][0] <= now + TOLERANCE:
             _, logged = self.cancellations.pop(0)
             self.phase = "cancelling"
@@ -151,7 +150,7 @@ class Model:
     # -- starting ------------------------------------------------------------------------------------------------------
 
     def verdict(self, now: float, count: int, inside: bool, method: str) -> str:
-        """Say what becomes of a task that is handed in."""
+        """Return the fate of a new task: taken, dropped or the error."""
         if self.phase == "closing":
             return "NoRunningLoopError"
         if self.phase != "open" and not (self.phase == "draining" and inside):
@@ -167,7 +166,7 @@ class Model:
         return "dropped"
 
     def on_create(self, now: float, key: str, work: Work, count: int) -> None:
-        """Hear that a task is handed in."""
+        """Read that a task is created."""
         verdict = self.verdict(now, count, "." in key, work.method)
         if verdict == "taken":
             self.last_id += 1
@@ -179,13 +178,13 @@ class Model:
             self.due.append(("was_refused", key, verdict))
 
     def on_refused(self, now: float, key: str, kind: str, text: str, state: str) -> None:
-        """Hear that it was refused, and its coroutine closed."""
+        """Read that a task was refused, and its coroutine closed."""
         assert self.due.pop(0) == ("was_refused", key, kind)
         assert state == inspect.CORO_CLOSED
         assert text
 
     def on_offer(self, now: float, method: str, is_coroutine: bool, options: list[str]) -> None:
-        """Hear that something is handed in that is not to be taken."""
+        """Read that a wrong argument is passed."""
         if not is_coroutine:
             verdict = "NotACoroutineError"
         else:
@@ -195,13 +194,13 @@ class Model:
         self.due.append(("verdict", verdict))
 
     def on_answer(self, now: float, kind: str, text: str) -> None:
-        """Hear the answer to that."""
+        """Read the answer to a wrong argument."""
         assert self.due.pop(0) == ("verdict", kind)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
     def on_start(self, now: float, key: str) -> None:
-        """Hear that a coroutine is entered."""
+        """Read that a coroutine is entered."""
         task = self.live[key]
         assert task.begun is None
         assert not task.interrupted
@@ -211,7 +210,7 @@ class Model:
             assert sum(other.begun is not None for other in self.live.values()) <= self.limit
 
     def on_step(self, now: float, key: str) -> None:
-        """Hear that a coroutine got what it waited for."""
+        """Read that a wait of a coroutine is over."""
         task = self.live[key]
         assert not task.interrupted
         assert same_time(task.wake_at, now)
@@ -219,11 +218,11 @@ class Model:
         task.next_wait(now)
 
     def on_resolve(self, now: float, key: str) -> None:
-        """Hear that a coroutine is given what it waits for."""
+        """Read that the future of a coroutine is resolved."""
         self.live[key].wake_at = now
 
     def on_swallow(self, now: float, key: str) -> None:
-        """Hear that a coroutine ignores a cancellation."""
+        """Read that a coroutine ignores a cancellation."""
         task = self.live[key]
         assert task.interrupted
         assert task.swallowed < task.work.swallows
@@ -233,7 +232,7 @@ class Model:
         task.next_wait(now)
 
     def on_cleanup(self, now: float, key: str) -> None:
-        """Hear that a coroutine sleeps before it ends as cancelled."""
+        """Read that a coroutine sleeps before it ends as cancelled."""
         task = self.live[key]
         self.check_cancelled(task)
         task.interrupted = False
@@ -241,7 +240,7 @@ class Model:
         task.wake_at = now + task.work.cleanup
 
     def check_cancelled(self, task: Expected) -> None:
-        """Check that a task is right to raise CancelledError from its waits or its end."""
+        """Check that a task may raise CancelledError from its waits or its end."""
         if task.position == len(task.work.waits) and not task.interrupted:
             assert task.work.end == "raise CancelledError"
         else:
@@ -249,7 +248,7 @@ class Model:
             assert task.cancelled_itself or task.swallowed == task.work.swallows
 
     def on_cancel_itself(self, now: float, key: str) -> None:
-        """Hear that a coroutine cancels its own task."""
+        """Read that a coroutine cancels its own task."""
         task = self.live[key]
         assert not task.interrupted
         assert task.position == len(task.work.waits)
@@ -258,7 +257,7 @@ class Model:
         task.interrupted = task.work.end == "cancel itself"
 
     def on_end(self, now: float, key: str, how: str) -> None:
-        """Hear that a coroutine ends."""
+        """Read that a coroutine ends."""
         task = self.live[key]
         if self.phase == "closing":
             assert how == ("CancelledError" if task.cleaning else "GeneratorExit")
@@ -280,20 +279,20 @@ class Model:
         self.finish(task, now, outcome, how)
 
     def finish(self, task: Expected, now: float, outcome: str, how: str) -> None:
-        """Move a task to those that ended."""
+        """Move a task to the ended ones."""
         task.how, task.outcome = how, outcome
         task.duration = now - task.since
         self.ended[task.key] = self.live.pop(task.key)
         self.outcomes[task.work.name, outcome] += 1
         for waiter in self.waiters.values():
-            waiter.saw_quiet |= not self.live
+            waiter.saw_idle |= not self.live
             if outcome == "failed":
                 waiter.failures.append(f"{how}: {task.key}")
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 
     def on_cancel(self, now: float, how: str, key: str) -> None:
-        """Hear that the test cancels by task, by id or by name."""
+        """Read that the test cancels by task, by id or by name."""
         named = (self.live.get(key) or self.ended[key]).work.name
         if how == "name":
             matching = [task for task in self.live.values() if task.work.name == named]
@@ -304,15 +303,15 @@ class Model:
             task.count_cancel()
 
     def on_cancelled(self, now: float, answer: int) -> None:
-        """Hear how many tasks were asked to cancel."""
+        """Read how many tasks were cancelled."""
         assert answer == self.matched
 
     def on_waited(self, now: float, key: str, text: str) -> None:
-        """Hear that somebody who waited for all tasks waits no longer."""
+        """Read that a wait for all tasks ended."""
         waiter = self.waiters.pop(key)
         if waiter.cancelled:
             assert text == "CancelledError: "
-        elif waiter.saw_quiet:
+        elif waiter.saw_idle:
             failures = [] if waiter.return_exceptions else waiter.failures
             assert text == (failures[0] if failures else "returned None")
         else:
@@ -320,13 +319,13 @@ class Model:
             assert text == "returned None"
 
     def on_loop_error(self, now: float, text: str, error: str) -> None:
-        """Hear that the exception handler of the loop was called."""
+        """Read that the exception handler of the loop was called."""
         raise AssertionError("nothing may reach the loop's exception handler")
 
-    # -- what is told --------------------------------------------------------------------------------------------------
+    # -- reports -------------------------------------------------------------------------------------------------------
 
     def on_report(self, now: float, task_id: int, outcome: str) -> None:
-        """Hear that the registry told the manager of an end."""
+        """Read that the registry reported an end to the manager."""
         task = next(task for task in (*self.live.values(), *self.ended.values()) if task.task_id == task_id)
         if task.key in self.live:
             # Its coroutine was not entered.
@@ -343,7 +342,7 @@ class Model:
             self.due.append(("log", logging.DEBUG, task.log_text(), task_id))
 
     def on_log(self, now: float, level: int, text: str, task_id: int | None) -> None:
-        """Hear of a warning; other levels follow a report."""
+        """Read a warning; records of other levels are expected after a report."""
         assert level == logging.WARNING
         task = next((task for task in self.live.values() if task.task_id == task_id), None)
         if task is None:
@@ -377,8 +376,8 @@ class Model:
 
     # -- when nothing is left to do ------------------------------------------------------------------------------------
 
-    def settle(self, now: float) -> None:
-        """Check that all that had to happen by ``now`` has happened."""
+    def check_overdue(self, now: float) -> None:
+        """Check that everything that was due by ``now`` has happened."""
         self.make_due_cancellations(now)
         assert not self.due, f"{self.due} did not happen"
         for task in self.live.values():
@@ -390,7 +389,7 @@ class Model:
             assert task.deadline + LATENESS > now, f"the timeout of {task.key} did not come"
         if queued:
             assert self.limit is not None, f"{queued[0].key} did not start"
-            assert len(begun) == self.limit, "a place is free and a task is queued"
+            assert len(begun) == self.limit, "a slot is free and a task is queued"
             assert max(task.task_id for task in begun) < min(task.task_id for task in queued)
         for key, waiter in self.waiters.items():
             assert self.live, f"{key} still waits for nothing"
@@ -400,17 +399,17 @@ class Model:
 
     @contextmanager
     def closing(self, now: float) -> Iterator[None]:
-        """Let the loop be closed meanwhile; what was left on it is abandoned then."""
+        """Expect the loop to be closed in the block; its remaining tasks are abandoned then."""
         phase, self.phase = self.phase, "closing"
         yield
         self.phase = phase
         for task in list(self.live.values()):
             self.finish(task, now, "abandoned", "")
-        # Each loop that was used takes ids from a range of its own.
+        # Each loop takes ids from a range of its own.
         self.last_id = -(-self.last_id // IDS_A_LOOP) * IDS_A_LOOP
 
     def stats(self) -> dict[str, Any]:
-        """Return what ``stats()`` must say, but for the percentiles."""
+        """Return the expected ``stats()``, without the percentiles."""
         queued = sum(task.begun is None for task in self.live.values())
         total = dict.fromkeys(OUTCOMES, 0)
         names: dict[str, dict[str, int]] = {}

@@ -1,4 +1,4 @@
-"""The servers that the tests start end with the process that started them, however that ends."""
+"""A server of the tests ends with the process that started it, however that ends."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ time.sleep(1000)
 
 
 def is_running(pid):
-    """Tell whether a process is there and no zombie."""
+    """Return whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -32,8 +32,8 @@ def is_running(pid):
 
 
 @pytest.mark.parametrize("kind", [RedisServer, NatsServer, RabbitServer])
-def test_a_server_dies_with_whoever_started_it(kind, tmp_path):
-    """SIGKILL gives nobody a chance to clean up; the server is gone all the same."""
+def test_a_server_dies_with_the_process_that_started_it(kind, tmp_path):
+    """After SIGKILL, which allows no cleanup, the server is gone as well."""
     need_server(kind)
     command = [sys.executable, "-c", STARTER, str(SUPPORT), kind.__name__, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as starter:
@@ -44,7 +44,7 @@ def test_a_server_dies_with_whoever_started_it(kind, tmp_path):
 
 
 def test_a_frozen_server_can_be_killed(start_server):
-    """A test that fails while its server is frozen leaves none behind; the next start has its data."""
+    """A frozen server can be killed; the next start has its data."""
     server = start_server(RedisServer)
     server.freeze()
     server.restart()
@@ -52,6 +52,6 @@ def test_a_frozen_server_can_be_killed(start_server):
 
 
 def test_a_server_that_does_not_start_shows_its_log(start_server):
-    """What the server printed is in the error."""
+    """The output of the server is in the error."""
     with pytest.raises(Exception, match="no-such-option"):
         start_server(RedisServer, options=("--no-such-option", "1"))

@@ -1,4 +1,4 @@
-"""Both twins in one process: the manager's module loaded once on each registry."""
+"""Both twins in one process: the modules of registry and manager, loaded once per twin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def twins_chosen(config: Any) -> list[str]:
 
 
 def core_module(twin: str) -> ModuleType:
-    """Return the hot half of a twin; a compiled one that was not built is an error, not a second run of the other."""
+    """Return the hot half of a twin; a compiled one that was not built is an error, and not replaced by the other."""
     return importlib.import_module(MODULES[twin])
 
 
@@ -43,7 +43,7 @@ def framework_manager_module(twin: str) -> ModuleType:
 
 
 def _copy(name: str, others: dict[str, Any]) -> ModuleType:
-    """Load a module once more, with other modules in the place of those it imports."""
+    """Load a module once more, with some of its imports replaced."""
     spec = importlib.util.find_spec(name)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Coroutines that tests hand to a manager, and waiting by condition."""
+"""Coroutines for tests, and waiting by condition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def after(event: asyncio.Event, result: Any = None) -> Any:
 
 
 async def forever() -> None:
-    """Wait for what never comes."""
+    """Wait for ever."""
     await asyncio.Event().wait()
 
 
@@ -35,7 +35,7 @@ async def failing_later(error: BaseException) -> None:
 
 
 async def stubborn(times: int, release: asyncio.Event) -> str:
-    """Swallow so many cancellations, and end when released."""
+    """Swallow a number of cancellations, and end when released."""
     while True:
         try:
             await release.wait()
@@ -47,7 +47,7 @@ async def stubborn(times: int, release: asyncio.Event) -> str:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Let the loop run until the condition holds."""
+    """Run the loop until the condition holds."""
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0)

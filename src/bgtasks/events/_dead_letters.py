@@ -1,4 +1,4 @@
-"""The file of events that nobody took, one JSON object a line."""
+"""The file of events that were given up, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from bgtasks.errors import describe, text_of
 from bgtasks.events._line_file import LineFile
-from bgtasks.events._thread import OwnThread
+from bgtasks.events._thread import WorkerThread
 
 __all__ = ["DeadLetters"]
 
@@ -26,21 +26,20 @@ WARNING_INTERVAL: Final = 5.0
 class DeadLetters:
     """Keeps events that were given up, each with the reason, the error, its batch and the time.
 
-    The file is bounded: at 64 MiB it becomes ``PATH.1`` and a new one is begun.
+    The file is bounded: at 64 MiB it is renamed to ``PATH.1`` and a new one is started.
 
     Args:
         path: the file; None to keep nothing.
-        thread: where it is written.
         name: the publisher's name.
 
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, thread: OwnThread, name: str) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, name: str) -> None:
         self._file = None if path is None else LineFile(path, max_bytes=MAX_BYTES, backups=1)
-        self._thread = thread
+        self._thread = WorkerThread(f"dead letters of {name}")
         self._name = name
         self._warned = -WARNING_INTERVAL
-        # The last of them; the thread writes one after another.
+        # The last write; the thread runs one after another.
         self._writing: asyncio.Future[None] | None = None
 
     @property
@@ -49,7 +48,7 @@ class DeadLetters:
         return self._file is not None
 
     def add(self, events: Sequence[Any], batch_id: str, reason: str, error: BaseException | None) -> None:
-        """Have events written; a file that cannot be written is logged and stops nothing."""
+        """Write events, in the thread; a failed write is logged and stops nothing."""
         if self._file is None:
             return
         text = None if error is None else text_of(error)
@@ -65,7 +64,7 @@ class DeadLetters:
             logger.warning("Publisher %r cannot write its dead letters: %s", self._name, text_of(failure))
 
     async def wait_written(self) -> None:
-        """Return when nothing waits to be written: a slow disk is to hold the flusher up, not to fill the memory."""
+        """Wait until all events are written: a slow disk must hold up the flusher instead of filling the memory."""
         if self._writing is not None and not self._writing.done():
             await asyncio.wait((self._writing,))
 
@@ -80,20 +79,21 @@ class DeadLetters:
         }
         return json.dumps(letter).encode()
 
-    def forget(self) -> None:
-        """Let go of the file in the child of a fork."""
+    def after_fork(self) -> None:
+        """Reset in the child of a fork; the file detects the fork itself."""
         self._writing = None
-        if self._file is not None:
-            self._file.close()
 
     async def close(self) -> None:
-        """Close the file."""
+        """Close the file and end its thread."""
         if self._file is not None:
-            await self._thread.run(self._file.close)
+            try:
+                await self._thread.run(self._file.close)
+            finally:
+                self._thread.stop()
 
 
 def _content(event: Any) -> dict[str, str]:
-    """Return an event under a key that says what it is: its text, its bytes in base64, or what describes the object."""
+    """Return an event under a key that names its form: its text, its bytes in base64, or a description of it."""
     if not isinstance(event, bytes):
         return {"object": describe(event)}
     try:

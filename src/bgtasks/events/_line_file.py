@@ -1,4 +1,4 @@
-"""A file of lines that is only appended to, rotates, and survives a crash and a full disk."""
+"""An append-only file of lines that rotates, and survives a crash and a full disk."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ else:
 __all__ = ["LineFile"]
 
 SEARCHED_AT_ONCE: Final = 1 << 16
-# Not inherited by other programs, no line break translated: flags that only some systems have.
+# O_CLOEXEC (not inherited by other programs) and O_BINARY (no translated line breaks) exist on some systems only.
 FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 class LineFile:
     """Appends lines, all of a batch or none.
 
-    It opens at the first ``append`` and cuts off what a crash left after the last line break. While it is open it is
-    locked (``flock``, where there is one): two processes would mend and rotate under each other. Not safe from several
-    threads at once.
+    The first ``append`` opens the file and cuts off half a line that a crash left at its end. An open file is locked
+    (``flock``, where the system has it), or two processes would repair and rotate it at the same time. Not safe for
+    several threads at once.
 
     Args:
-        path: the file; its folder must exist. ``{pid}`` in it stands for the id of the process.
-        max_bytes: rotate before a file would grow beyond this; 0 for never.
-        max_age: rotate a file when it is so many seconds old, counted from its opening here; 0 for never.
-        backups: how many rotated files to keep, ``PATH.1`` being the newest; older ones are deleted.
-        fsync: have each batch on the disk before ``append`` returns.
+        path: the file, in an existing directory. ``{pid}`` stands for the id of the process.
+        max_bytes: the size in bytes beyond which a file does not grow: it is rotated before. None for no limit.
+        max_age: seconds after its opening at which a file is rotated; None for never.
+        backups: the number of rotated files to keep, ``PATH.1`` being the newest.
+        fsync: sync each batch to the disk before ``append`` returns.
 
     """
 
@@ -42,8 +42,8 @@ class LineFile:
         self,
         path: str | os.PathLike[str],
         *,
-        max_bytes: int = 0,
-        max_age: float = 0.0,
+        max_bytes: int | None = None,
+        max_age: float | None = None,
         backups: int = 5,
         fsync: bool = False,
     ) -> None:
@@ -53,24 +53,28 @@ class LineFile:
         self._backups = backups
         self._fsync = fsync
         self._descriptor = -1
-        self._size = 0
+        # The id of the process that opened the file.
+        self._pid = 0
+        self._file_bytes = 0
         self._opened_at = 0.0
-        self.mended_bytes = 0
+        self.repaired_bytes = 0
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return Path(self._template.replace("{pid}", str(os.getpid())))
 
     def open(self) -> None:
-        """Open the file and mend its end, unless it is open.
+        """Open the file and repair its end, unless it is open in this process.
 
         Raises:
             OSError: it cannot be opened or read, or another process has it open.
 
         """
-        if self._descriptor >= 0:
+        if self._descriptor >= 0 and self._pid == os.getpid():
             return
+        # In the child of a fork, closes the inherited descriptor; the lock stays with the parent.
+        self.close()
         descriptor = os.open(self.path, FLAGS, 0o666)
         try:
             _lock(descriptor, self.path)
@@ -78,19 +82,20 @@ class LineFile:
             whole = _end_of_last_line(descriptor, size)
             if whole < size:
                 os.ftruncate(descriptor, whole)
-                self.mended_bytes += size - whole
+                self.repaired_bytes += size - whole
         except BaseException:
             os.close(descriptor)
             raise
         self._descriptor = descriptor
-        self._size = whole
+        self._pid = os.getpid()
+        self._file_bytes = whole
         self._opened_at = time.monotonic()
 
     def append(self, lines: Sequence[bytes]) -> None:
         """Write lines, each without its line break.
 
         Raises:
-            OSError: not all of it could be written (a full disk, for one); then none of it is in the file.
+            OSError: the lines cannot be written, on a full disk for example; none of them is in the file.
 
         """
         if not lines:
@@ -102,38 +107,38 @@ class LineFile:
         self._write(data)
 
     def _is_full(self, more: int) -> bool:
-        if not self._size:
+        if not self._file_bytes:
             return False
-        too_large = self._max_bytes and self._size + more > self._max_bytes
-        too_old = self._max_age and time.monotonic() - self._opened_at >= self._max_age
-        return bool(too_large or too_old)
+        is_large = self._max_bytes is not None and self._file_bytes + more > self._max_bytes
+        is_old = self._max_age is not None and time.monotonic() - self._opened_at >= self._max_age
+        return is_large or is_old
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
         try:
             while rest:
-                # A disk that is nearly full takes a part and says so only in the number; the next call raises.
+                # A nearly full disk takes a part and reports it only in the returned number; the next call raises.
                 rest = rest[os.write(self._descriptor, rest) :]
             if self._fsync:
                 os.fsync(self._descriptor)
         except BaseException:
             self._undo()
             raise
-        self._size += len(data)
+        self._file_bytes += len(data)
 
     def _undo(self) -> None:
         """Cut a half-written batch off, so that the next try does not follow half a line."""
         try:
-            os.ftruncate(self._descriptor, self._size)
+            os.ftruncate(self._descriptor, self._file_bytes)
         except OSError:
-            # Then opening again mends it, but for whole lines of the batch: those will be there twice.
+            # The next opening cuts off half a line; whole lines of the batch stay, and will be there twice.
             self.close()
 
     def rotate(self) -> None:
-        """Rename the file to ``PATH.1``, those before to one number more, and begin a new one.
+        """Rename the file to ``PATH.1``, older ones to the next number, and start a new one.
 
         Raises:
-            OSError: a file cannot be renamed or opened; the next ``append`` opens what is there.
+            OSError: a file cannot be renamed or opened; the next ``append`` opens the file that is there.
 
         """
         self.close()
@@ -171,7 +176,7 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _end_of_last_line(descriptor: int, size: int) -> int:
-    """Return the offset behind the last line break of a file, 0 if it has none."""
+    """Return the offset after the last line break of a file, 0 if it has none."""
     end = size
     while end > 0:
         begin = max(end - SEARCHED_AT_ONCE, 0)

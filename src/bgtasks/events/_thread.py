@@ -1,4 +1,4 @@
-"""One thread of a publisher, for what would stop the loop: files, databases."""
+"""A thread for calls that would block the loop: files, databases."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["OwnThread"]
+from bgtasks._fork import follow_forks
+
+__all__ = ["WorkerThread"]
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
-class OwnThread:
-    """Runs functions one after another in a thread that starts with the first of them.
+class WorkerThread:
+    """Runs functions one after another in a thread, which starts at the first call.
 
-    It is a daemon: a disk that hangs must not keep the process from ending. At the interpreter's exit, when no thread
-    can start any more, functions run in the caller's.
+    The thread is a daemon: a disk that hangs must not keep the process from ending. At the interpreter's exit, when
+    threads can no longer be started, functions run in the calling thread.
 
     Args:
         name: the thread's name.
@@ -28,16 +30,21 @@ class OwnThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._after_fork()
+        follow_forks(self, WorkerThread._after_fork)
+
+    def _after_fork(self) -> None:
+        """Forget the thread: it does not exist in the child of a fork."""
         self._start_lock = threading.Lock()
-        self._jobs: SimpleQueue[Callable[[], None] | None] | None = None
+        self._calls: SimpleQueue[Callable[[], None] | None] | None = None
 
     def run(
         self, function: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> asyncio.Future[Result]:
-        """Run ``function(*args, **kwargs)`` in the thread, in a copy of this context.
+        """Run ``function(*args, **kwargs)`` in the thread, in a copy of the current context.
 
         Returns:
-            A future of the running loop with what the function returns or raises. Cancelling it does not stop the
+            A future of the running loop with the function's result or exception. Cancelling it does not stop the
             function.
 
         """
@@ -45,7 +52,7 @@ class OwnThread:
         context = copy_context()
         future: asyncio.Future[Result] = loop.create_future()
 
-        def work() -> None:
+        def call() -> None:
             result: Any = None
             error = None
             try:
@@ -53,53 +60,48 @@ class OwnThread:
             except BaseException as caught:
                 error = caught
             try:
-                loop.call_soon_threadsafe(_settle, future, result, error)
+                loop.call_soon_threadsafe(_set_outcome, future, result, error)
             except RuntimeError:
-                # The loop was closed, and whoever waited here with it.
+                # The loop was closed, and the coroutine that waited for the result is gone.
                 return
             finally:
-                # The thread's frame must not keep the error, nor the error this frame.
+                # The thread's frame must not keep the error alive, nor the error this frame.
                 del result, error
 
-        jobs = self._jobs or self._start()
-        if jobs is None:
-            work()
+        calls = self._calls or self._start()
+        if calls is None:
+            call()
         else:
-            jobs.put(work)
+            calls.put(call)
         return future
 
     def _start(self) -> SimpleQueue[Callable[[], None] | None] | None:
         with self._start_lock:
-            if self._jobs is not None:
-                return self._jobs
-            jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+            if self._calls is not None:
+                return self._calls
+            calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
             try:
-                threading.Thread(target=_work, args=(jobs,), name=self._name, daemon=True).start()
+                threading.Thread(target=_work, args=(calls,), name=self._name, daemon=True).start()
             except RuntimeError:
                 return None
-            self._jobs = jobs
-            return jobs
+            self._calls = calls
+            return calls
 
     def stop(self) -> None:
-        """End the thread after what it has to do; a later ``run`` starts another."""
+        """End the thread after its pending calls; a later ``run`` starts another."""
         with self._start_lock:
-            jobs, self._jobs = self._jobs, None
-        if jobs is not None:
-            jobs.put(None)
-
-    def forget(self) -> None:
-        """Let go of the thread without a word to it: in the child of a fork it does not exist."""
-        self._start_lock = threading.Lock()
-        self._jobs = None
+            calls, self._calls = self._calls, None
+        if calls is not None:
+            calls.put(None)
 
 
-def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job
+def _work(calls: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := calls.get()) is not None:
+        call()
+        del call
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+def _set_outcome(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
     if future.done():
         return
     if error is None:

@@ -1,23 +1,30 @@
-"""The dictionaries that a publisher hands out: typed and JSON-safe."""
+"""The dictionaries that publishers and spools return, typed and JSON-safe; and the types of their options."""
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import Literal, TypeAlias, TypedDict
 
-__all__ = ["FlushReport", "PublisherStats", "State"]
+__all__ = ["EventOverflow", "FlushReport", "PublisherState", "PublisherStats", "SpoolOverflow", "SpoolStats", "Sync"]
 
-State = Literal["ok", "retrying", "spooling", "dropping", "closed"]
+# The values of ``bgtasks.Overflow`` that publishers and spools accept.
+EventOverflow: TypeAlias = Literal["drop_newest", "drop_oldest", "block", "spool"]
+SpoolOverflow: TypeAlias = Literal["drop_oldest", "raise"]
+# What a file of SQLite survives once it is committed: the end of its process, or that of the machine.
+Sync: TypeAlias = Literal["normal", "full"]
+
+PublisherState: TypeAlias = Literal["ok", "retrying", "spooling", "dropping", "closed"]
 
 
 class FlushReport(TypedDict):
-    """What ``flush`` or ``close`` did.
+    """The result of ``flush`` or ``close``.
 
-    ``status`` is ``"flushed"`` (every event accepted before the call was delivered or dropped), or ``"deadline"``: the
-    time was up before. ``delivered`` and ``dropped`` count what happened during the call, ``queued`` and ``spooled``
-    what is left. ``last_error`` is the text of the sink's last error since the last batch it took, None if it is well.
+    ``status`` is ``"flushed"`` if every event accepted before the call was delivered or dropped, and ``"timeout"`` if
+    the time was up before. ``delivered`` and ``dropped`` count events during the call, ``queued`` and ``spooled`` the
+    events that are left. ``last_error`` is the text of the sink's last error since its last successful write, None if
+    there was none.
     """
 
-    status: Literal["flushed", "deadline"]
+    status: Literal["flushed", "timeout"]
     delivered: int
     dropped: int
     queued: int
@@ -29,14 +36,16 @@ class FlushReport(TypedDict):
 class PublisherStats(TypedDict):
     """Counters of one publisher since it was made; ``accepted == delivered + sum(dropped) + queue_events + spooled``.
 
-    ``refused`` events were never accepted; both it and ``dropped`` count by reason. ``accepted`` includes the
-    ``recovered`` events, which an earlier process left in the spool. ``retried`` counts batches, once for each further
-    try; ``spool_errors`` counts failures of the spool. ``queue_bytes`` is an estimate for what is not encoded yet.
-    ``oldest_age`` is in seconds, an upper bound, 0 when nothing is queued.
+    ``refused`` events were never accepted. ``refused`` and ``dropped`` count by reason: ``closed``, ``corrupt``,
+    ``encode``, ``expired``, ``feedback``, ``full``, ``rejected``, ``retries_exhausted``, ``spool_full``, ``timeout``,
+    ``too_large``. ``accepted`` includes the ``recovered`` events, which an earlier process left in the spool.
+    ``retried`` counts the further tries of batches, ``spool_errors`` the failures of the spool. ``queue_bytes``
+    is an estimate for events that are not encoded yet. ``oldest_age_seconds`` is an upper bound, 0 if no event is
+    queued.
     """
 
     name: str
-    state: State
+    state: PublisherState
     accepted: int
     recovered: int
     delivered: int
@@ -47,5 +56,21 @@ class PublisherStats(TypedDict):
     queue_bytes: int
     dropped: dict[str, int]
     refused: dict[str, int]
-    oldest_age: float
+    oldest_age_seconds: float
     last_error: str | None
+
+
+class SpoolStats(TypedDict):
+    """The contents and losses of a spool; counters count events unless their names say otherwise.
+
+    ``recovered`` events were left by earlier processes. ``dropped`` counts by reason: ``spool_full`` (dropped to make
+    room), ``expired`` (older than ``max_age``), ``corrupt`` (in a damaged row or file, as far as known).
+    ``corrupt_files`` counts the files that were set aside.
+    """
+
+    events: int
+    bytes: int
+    batches: int
+    recovered: int
+    dropped: dict[str, int]
+    corrupt_files: int

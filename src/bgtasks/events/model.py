@@ -1,26 +1,26 @@
-"""An event of agent programs, with the fields that agentflow's and 10xGraph's ``EventModel`` have."""
+"""An event of an agent program, with the fields of ``EventModel`` in agentflow and 10xGraph."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from bgtasks._fork import at_fork
 from bgtasks.errors import missing_extra
 
 try:
     import msgspec
-except ModuleNotFoundError as error:
-    raise missing_extra("events", "msgspec", "make events") from error
+except ModuleNotFoundError as _error:
+    raise missing_extra("events", "msgspec", "make events") from _error
 
 __all__ = ["EventModel"]
 
 
 class _Ids:
-    """Makes ids that are unique for all time at the price of a counter: a random prefix for the process, a number."""
+    """Makes globally unique ids at the cost of a counter: a random prefix per process, then a number."""
 
     numbers: Iterator[str]
 
@@ -28,7 +28,7 @@ class _Ids:
         self.begin()
 
     def begin(self) -> None:
-        """Take a new prefix; in the child of a fork, too."""
+        """Choose a new prefix; also called in the child of a fork."""
         self.numbers = map(f"{uuid.uuid4().hex}-{{}}".format, itertools.count())
 
     def next(self) -> str:
@@ -37,31 +37,30 @@ class _Ids:
 
 
 _ids = _Ids()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_ids.begin)
+at_fork(in_child=_ids.begin)
 
 
 class EventModel(msgspec.Struct, kw_only=True, gc=False):
     """One event of an agent program.
 
-    Each has its own time and its own id, by which a reader can tell duplicates. The garbage collector does not look
-    into it: its ``data`` must not refer back to it.
+    Each event has its own time and id; a reader can detect duplicates by the id. The garbage collector does not track
+    events: ``data`` must not refer back to its event.
 
     Args:
-        event: where it comes from: ``"graph_execution"``, ``"node_execution"``, ``"tool_execution"``, ``"streaming"``.
+        event: its source: ``"graph_execution"``, ``"node_execution"``, ``"tool_execution"``, ``"streaming"``.
         event_type: its phase: ``"start"``, ``"progress"``, ``"result"``, ``"end"``, ``"update"``, ``"error"``.
-        content: text that is streamed.
+        content: streamed text.
         content_blocks: structured content.
-        data: whatever else there is.
-        content_type: what the content means.
-        node_name: the node that made it.
-        run_id: the run that it belongs to.
-        thread_id: the thread (of a conversation) that it belongs to.
-        user_id: the user it was made for.
-        timestamp: when it was made, in seconds since 1970.
-        is_error: whether it tells of an error.
-        metadata: for the reader.
-        event_id: unique for all time.
+        data: further data.
+        content_type: the kinds of content.
+        node_name: the node that emitted it.
+        run_id: the run it belongs to.
+        thread_id: the conversation it belongs to.
+        user_id: the user it belongs to.
+        timestamp: its creation, in seconds since 1970.
+        is_error: whether it reports an error.
+        metadata: further data for its readers.
+        event_id: globally unique.
 
     Example:
         >>> EventModel(event="node_execution", event_type="start", thread_id="t1", node_name="plan").node_name

@@ -1,92 +1,98 @@
-"""The base of all publishers: whoever derives from it writes how a batch reaches the sink, the rest is here."""
+"""The publisher: queue, batches, retries, counters and spool of the events for one sink."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, final, get_args
 
+from bgtasks._checks import check_choice, check_count, check_seconds
+from bgtasks._fork import follow_forks
 from bgtasks.errors import InvalidOptionError, describe, text_of
-from bgtasks.events import _process
+from bgtasks.events._base import BasePublisher
+from bgtasks.events._batches import Batcher, BatchLimits
 from bgtasks.events._dead_letters import DeadLetters
 from bgtasks.events._delivery import Delivery
-from bgtasks.events._drops import DropReporter
-from bgtasks.events._flusher import BatchLimits, Flusher
-from bgtasks.events._store import Spool, Store
-from bgtasks.events._thread import OwnThread
-from bgtasks.events.encoding import Encoder, JsonEncoder
+from bgtasks.events._encoding import Encoder, JsonEncoder, NoEncoder
+from bgtasks.events._event_queue import EventQueue, QueueStats
+from bgtasks.events._exit import close_at_exit
+from bgtasks.events._flusher import Flusher
+from bgtasks.events._health import Health
+from bgtasks.events._linger import Linger
+from bgtasks.events._losses import LossReporter
+from bgtasks.events._pending import Pending
+from bgtasks.events._routes import InOrderRoute, ParallelRoute, Route, SpoolRoute
+from bgtasks.events._store import AnySpool, Store
 from bgtasks.events.errors import EncodeError
-from bgtasks.events.info import FlushReport, PublisherStats, State
-from bgtasks.events.ring import Books, Ring
+from bgtasks.events.info import EventOverflow, FlushReport, PublisherState, PublisherStats
+from bgtasks.events.sink import Sink
 
 if TYPE_CHECKING:
     from bgtasks.manager import BackgroundTaskManager
 
-__all__ = ["BasePublisher", "Overflow"]
+__all__ = ["Publisher"]
 
-Overflow = Literal["drop_newest", "drop_oldest", "block", "spool"]
-
-OVERFLOWS: Final = ("drop_newest", "drop_oldest", "block", "spool")
-# Of its time, close keeps so much for what comes after flushing: spooling the rest, closing the client.
+# Seconds for which sinks remember batch ids if retries are unlimited, perhaps after a restart.
+ENDLESS_WINDOW: Final = 3600.0
+# The share of its timeout that close reserves for spooling the rest and closing the sink, and its maximum in seconds.
 KEPT_SHARE: Final = 0.2
 MOST_KEPT: Final = 1.0
 
+# The publisher that each sink belongs to.
+_owners: weakref.WeakKeyDictionary[Sink, weakref.ref[Publisher]] = weakref.WeakKeyDictionary()
 
-class BasePublisher(ABC):
-    r"""Takes events from any thread, and has one task write them to a sink, in batches and in order.
 
-    Derive from it and write one method, ``write``; ``open`` and ``release`` are there for a client that has to be
-    connected. Everything is bounded, every event is accounted for: see ``stats``.
+@final
+class Publisher(BasePublisher):
+    """Accepts events from any thread; one task writes them to a sink, in batches and in order.
+
+    Everything is bounded, and every event is accounted for: see ``stats``.
 
     Args:
-        max_events: how many events the queue holds.
-        max_bytes: how many bytes it holds; what is not encoded yet counts with the mean size of what was.
-        max_event_bytes: the size of the largest event, in bytes, encoded.
-        batch: how many events go to the sink at once.
-        batch_bytes: how many bytes go at once.
-        linger: seconds an event waits for others before a batch goes that is not full.
-        inflight: how many batches are written at once. More than 1 gives up the order of events, holds so many batches
-            in memory beside the queue, and excludes a spool.
-        overflow: what a full queue does: ``"drop_newest"`` refuses the new event, ``"drop_oldest"`` gives up the
-            oldest, ``"block"`` has ``publish`` wait for room (``emit``, which cannot wait, refuses), ``"spool"`` writes
-            to the spool only what the sink does not take at once.
-        retry_for: seconds for which a batch is tried again before it is dropped. With a spool there is no such limit.
-        spool: a path, or a spool, to commit every batch to before it is sent; see ``bgtasks.events.spool``.
+        sink: the destination. It is closed with this publisher and must not belong to another one.
+        max_events: the capacity of the queue in events.
+        max_bytes: the capacity of the queue in bytes. Events that are not encoded yet count with the mean length.
+        max_event_bytes: the maximum length of an encoded event.
+        batch: the maximum number of events in a batch.
+        batch_bytes: the maximum number of bytes in a batch.
+        linger: seconds that an event waits for others before a batch is sent that is not full.
+        inflight: the maximum number of batches that are written at once. More than 1 gives up the order of events,
+            holds further batches in memory beside the queue, and excludes a spool.
+        overflow: what a full queue does: ``"drop_newest"`` refuses the new event, ``"drop_oldest"`` drops the oldest,
+            ``"block"`` has ``publish`` wait for capacity (``emit``, which cannot wait, refuses). ``"spool"`` writes to
+            the sink first, and commits only batches to the spool that the sink does not accept at once.
+        retry_for: seconds for which a batch is retried before it is dropped; None, and always with a spool, for no
+            limit.
+        spool: a path or a spool; every batch is committed to it before it is sent. See ``bgtasks.events.spool``.
         dead_letters: the path of a file for events that are given up.
         encode: ``"flush"`` encodes in the flusher, ``"now"`` in ``emit``, for events that are changed afterwards.
-        name: for log records and the task's name; that of the class by default.
+        name: the name in log records and of the task; by default that of the sink's class.
         manager: the manager that shows the flusher's task and closes the publisher in its ``shutdown``.
-        connect: have ``start`` and ``async with`` open the sink at once, and raise what that raises.
+        connect: open the sink in ``start`` and ``async with``, and raise its errors there.
 
     Raises:
-        InvalidOptionError: an argument is outside its values.
+        InvalidOptionError: an argument is outside its values, or the sink belongs to another publisher.
         MissingExtraError: msgspec is not installed.
 
     Example:
-        >>> class HttpPublisher(BasePublisher):
-        ...     async def open(self):
-        ...         self.client = httpx.AsyncClient()
-        ...
-        ...     async def write(self, batch, batch_id):
-        ...         headers = {"Idempotency-Key": batch_id}
-        ...         response = await self.client.post(URL, content=b"\\n".join(batch), headers=headers)
-        ...         response.raise_for_status()
-        ...
-        ...     async def release(self):
-        ...         await self.client.aclose()
+        >>> async def main():
+        ...     async with Publisher(JsonlSink("events.jsonl"), batch=100) as publisher:
+        ...         publisher.emit({"event": "order_paid", "order": 42})
+        ...     print(publisher.stats()["delivered"])
+        >>> asyncio.run(main())
+        1
 
     """
 
-    # How many calls of ``write`` may run at once, None for any number; 1 for a sink with one connection or one thread.
-    max_inflight: ClassVar[int | None] = None
-
+    # Long, but with few branches: this is the one place where the parts of a publisher meet.
     def __init__(
         self,
+        sink: Sink,
         *,
         max_events: int = 200_000,
         max_bytes: int = 64 << 20,
@@ -95,9 +101,9 @@ class BasePublisher(ABC):
         batch_bytes: int = 1 << 20,
         linger: float = 0.02,
         inflight: int = 1,
-        overflow: Overflow = "drop_newest",
-        retry_for: float = 60.0,
-        spool: str | os.PathLike[str] | Spool | None = None,
+        overflow: EventOverflow = "drop_newest",
+        retry_for: float | None = 60.0,
+        spool: str | os.PathLike[str] | AnySpool | None = None,
         dead_letters: str | os.PathLike[str] | None = None,
         encode: Literal["flush", "now"] = "flush",
         name: str | None = None,
@@ -112,207 +118,160 @@ class BasePublisher(ABC):
             batch_bytes=batch_bytes,
             inflight=inflight,
         )
-        _check_seconds(linger=linger, retry_for=retry_for)
-        if overflow not in OVERFLOWS:
-            raise InvalidOptionError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {describe(overflow)}")
-        if overflow == "spool" and spool is None:
-            raise InvalidOptionError("overflow='spool' needs spool=PATH")
-        if inflight > 1 and spool is not None:
-            raise InvalidOptionError(
-                "inflight must be 1 with a spool, which sends its batches one by one to keep their order; "
-                "leave out inflight, or spool"
-            )
-        if self.max_inflight is not None and inflight > self.max_inflight:
-            raise InvalidOptionError(
-                f"inflight must be at most {self.max_inflight} for {type(self).__name__}, whose write cannot run more "
-                f"often at once; got {inflight}"
-            )
-        if encode not in ("flush", "now"):
-            raise InvalidOptionError(f"encode must be 'flush' or 'now'; got {describe(encode)}")
-        self.name = type(self).__name__ if name is None else name
-        self._overflow = overflow
+        check_seconds("linger", linger)
+        if retry_for is not None:
+            check_seconds("retry_for", retry_for)
+        check_choice("overflow", overflow, get_args(EventOverflow))
+        check_choice("encode", encode, ("flush", "now"))
+        _check_together(sink, inflight, overflow, spool)
+        # With a spool, retries are unlimited.
+        retry_for = retry_for if spool is None else None
+        encoder: Encoder = JsonEncoder() if sink.takes_bytes else NoEncoder()
+        _claim(sink, self, retry_for)
+        self.name: str = type(sink).__name__ if name is None else name
+        self.sink: Sink = sink
+        self._blocks = overflow == "block"
         self._connect = connect
-        self._encoder = self._make_encoder()
-        self._thread = OwnThread(f"publisher {self.name}")
-        self._drops = DropReporter(self.name)
-        self._ring = Ring(
-            max_events, max_bytes, max_event_bytes, overflow == "drop_oldest", self._wake, self._drops.tell
+        self._encoder = encoder
+        self._health = Health()
+        self._queue = EventQueue(
+            max_events, max_bytes, max_event_bytes, overflow == "drop_oldest", self._on_due, self._on_loss
         )
-        self._drops.ring = self._ring
-        self._dead_letters = DeadLetters(dead_letters, self._thread, self.name)
-        self._delivery = Delivery(self, self.name, retry_for if spool is None else None, self._dead_letters)
-        # A queue smaller than a batch would be full before the flusher is woken.
+        self._losses = LossReporter(self.name, self._queue, self._health)
+        self._dead_letters = DeadLetters(dead_letters, self.name)
+        self._delivery = Delivery(sink, self.name, retry_for, self._dead_letters, self._health)
+        # A queue smaller than a batch would be full before the flusher is notified.
         limits = BatchLimits(
-            min(batch, max(max_events // 2, 1)),
-            min(batch_bytes, max(max_bytes // 2, 1)),
-            linger,
-            max_event_bytes,
-            inflight,
+            min(batch, max(max_events // 2, 1)), min(batch_bytes, max(max_bytes // 2, 1)), linger, max_event_bytes
         )
-        self._flusher = Flusher(
-            self.name,
-            self._ring,
-            self._encoder,
-            limits,
-            self._delivery,
-            self._dead_letters,
-            self._drops,
-            overflow == "spool",
-        )
+        batcher = Batcher(self._queue, encoder, limits, self._health, self._dead_letters)
+        self._pending = Pending(self._queue, batcher, inflight == 1)
+        self._store: Store | None = None
         if spool is not None:
             opened = _open_spool(spool) if isinstance(spool, (str, os.PathLike)) else spool
-            self._flusher.store = Store(
-                opened, self._thread, self._ring, self._delivery, self.name, self._flusher.on_progress
-            )
+            on_progress = self._pending.on_progress
+            self._store = Store(opened, self._queue, self._delivery, self.name, self._health, on_progress)
+        make_route = partial(self._make_route, inflight, overflow == "spool")
+        self._flusher = Flusher(self.name, self._queue, limits, self._pending, self._delivery, self._losses, make_route)
         self._flushes = 0
-        self._closed = False
+        self._is_closed = False
         self._closing: asyncio.Future[FlushReport] | None = None
         self._manager: BackgroundTaskManager | None = None
         if manager is not None:
             self.attach(manager)
         if encode == "now":
-            self.__dict__["emit"] = self._emit_encoded
-        elif type(self).emit is BasePublisher.emit:
-            # The compiled method itself: a Python one in between would cost more than it does.
-            self.__dict__["emit"] = self._ring.emit
-        _process.follow(self)
+            self.__dict__["emit"] = self.emit_encoded
+        else:
+            # The compiled method itself: a Python method around it would cost more than the method.
+            self.__dict__["emit"] = self._queue.emit
+        follow_forks(self, Publisher._after_fork)
+        close_at_exit(self, Publisher._close_at_exit)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} {self._state()}, {self._ring.books()['queue_events']} events>"
+        return f"<{type(self).__name__} {self.name!r} {self._state()}, {self._queue.counters()['queue_events']} events>"
 
-    # -- what a publisher's author writes -----------------------------------------------------------------------------
+    def _make_route(self, inflight: int, tries_sink: bool, linger: Linger, is_current: Callable[[], bool]) -> Route:
+        """Return the route of batches to the sink for one run of the flusher; called in its task."""
+        parts = (self.name, self._pending, self._delivery, self._dead_letters, linger, is_current)
+        if self._store is not None:
+            return SpoolRoute(*parts, self._store, tries_sink)
+        return InOrderRoute(*parts) if inflight == 1 else ParallelRoute(*parts, inflight)
 
-    async def open(self) -> None:  # noqa: B027  most sinks have nothing to open
-        """Connect to the sink, before the first ``write``; what it raises counts as a failed ``write``.
+    # -- filling --------------------------------------------------------------------------------------------------
 
-        It is called again after a fork, on another loop, and when a ``write`` failed other than by ``Retry`` or
-        ``Reject``; then not before the other calls of ``write`` have ended.
-        """
+    def emit(self, event: object) -> bool:
+        """Queue an event for the sink, from any thread; never wait, and never raise because of load.
 
-    @abstractmethod
-    async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
-        """Write a batch to the sink; return when it has it.
-
-        One call runs at a time, or up to ``inflight``. A batch that is written again has the same bytes and the same
-        id. Have every call end, by a timeout if need be: a client that broke is closed when no call uses it.
+        The event is encoded later: do not change it after this call, or set ``encode="now"``.
 
         Args:
-            batch: encoded events, at least one.
-            batch_id: unique for all time; for a sink that can tell duplicates by it.
-
-        Raises:
-            Retry: to be asked again.
-            Reject: some or all of the events will never be taken.
-            Exception: anything else: ``release``, and another try after ``open``.
-
-        """
-
-    async def release(self) -> None:  # noqa: B027  as above
-        """Close what ``open`` opened. It has a second; what it raises is logged."""
-
-    def _make_encoder(self) -> Encoder:
-        return JsonEncoder()
-
-    # -- filling ------------------------------------------------------------------------------------------------------
-
-    def emit(self, event: Any) -> bool:
-        """Queue an event for the sink; from any thread. Never waits and never raises because of load.
-
-        The event is encoded later: do not change it after this call, or have ``encode="now"``.
-
-        Args:
-            event: a ``msgspec.Struct``, a dataclass, a mapping, a pydantic model, or ``bytes`` that are ready.
+            event: a ``msgspec.Struct``, a dataclass, a mapping, a pydantic model, or encoded ``bytes``.
 
         Returns:
-            Whether the event was accepted. What is refused is counted with its reason.
+            Whether the event was accepted. Refused events are counted by reason.
 
         """
-        return self._ring.emit(event)
+        return self._queue.emit(event)
 
-    def _emit_encoded(self, event: Any) -> bool:
-        payload = self.encoded(event)
-        return payload is not None and self._ring.emit(payload)
+    def emit_encoded(self, event: object) -> bool:
+        """Encode an event now, and queue it as ``emit`` does: for an event that is changed afterwards."""
+        payload = self._encode(event)
+        return payload is not None and self._queue.emit(payload)
 
-    def encoded(self, event: Any) -> bytes | None:
-        """Return an event encoded as it is now, for ``emit``; None where that fails, which is counted as refused."""
+    def _encode(self, event: object) -> object:
+        """Return the encoded event; if it cannot be encoded, count it as refused and return None."""
         try:
             return self._encoder.encode(event)
         except EncodeError as error:
-            self._drops.last_error = self._delivery.last_error = text_of(error)
-            self._ring.refuse("encode")
+            self._health.sink_error = text_of(error)
+            self._queue.refuse("encode")
             return None
 
-    async def publish(self, event: Any, durable: bool = False) -> bool:
-        """Queue an event as ``emit`` does; with ``overflow="block"`` wait for room first.
+    async def publish(self, event: object, *, durable: bool = False) -> bool:
+        """Queue an event as ``emit`` does; with ``overflow="block"``, wait for capacity first.
 
         Args:
             event: as for ``emit``.
             durable: wait until the event is out of memory: committed to the spool or, without one, delivered.
 
         Returns:
-            Whether the event was accepted; with ``durable`` also whether nothing was dropped since.
+            Whether the event was accepted; with ``durable`` also whether no event was dropped meanwhile.
 
         """
         self._flusher.ensure_running()
-        if self._overflow == "block":
-            await self._flusher.room.wait_until(self._ring.has_room, None)
+        if self._blocks:
+            await self._pending.capacity.wait_until(self._queue.has_capacity, None)
         if not durable:
             return self.emit(event)
-        payload = self.encoded(event)
+        payload = self._encode(event)
         before = self._dropped()
-        if payload is None or not self._ring.emit(payload):
+        if payload is None or not self._queue.emit(payload):
             return False
-        place = self._ring.accepted - self._recovered()
-        await self._flusher.progress.wait_until(lambda: self._reached(self._ring.left, place), None)
+        position = self._queue.accepted - self._recovered()
+        await self._pending.progress.wait_until(lambda: self._has_reached(self._queue.left, position), None)
         return self._dropped() == before
 
-    def _reached(self, count: int, place: int) -> bool:
-        """Say whether the events up to a place are among ``count`` that left; if not, have the flusher go on."""
-        if self._flusher.in_order(count) - self._recovered() >= place:
+    def _has_reached(self, count: int, position: int) -> bool:
+        """Return whether all events up to a position are among ``count`` that left; if not, have the flusher run."""
+        if self._pending.in_order(count) - self._recovered() >= position:
             return True
         self._flusher.ensure_running()
         return False
 
     def _recovered(self) -> int:
-        """Count what the spool brought along. It stands before all else, so who waits for a place does not count it."""
-        return 0 if self._flusher.store is None else self._flusher.store.recovered
+        """Return the number of recovered events. They precede all others, and positions do not count them."""
+        return 0 if self._store is None else self._store.recovered
 
     def _dropped(self) -> int:
-        return sum(self._ring.books()["dropped"].values())
+        return sum(self._queue.counters()["dropped"].values())
 
-    def _wake(self) -> None:
-        self._flusher.wake()
+    def _on_due(self) -> None:
+        self._flusher.notify()
 
-    # -- starting and ending ------------------------------------------------------------------------------------------
+    def _on_loss(self) -> None:
+        self._losses.report()
 
-    def attach(self, manager: BackgroundTaskManager) -> None:
-        """Have a manager show the flusher's task, and flush and close the publisher in its ``shutdown``.
+    # -- starting and ending --------------------------------------------------------------------------------------
 
-        The first manager stays; without one the publisher is its own.
+    @property
+    def manager(self) -> BackgroundTaskManager | None:
+        """The manager that shows the flusher's task, None if there is none."""
+        return self._manager
+
+    def attached(self, manager: BackgroundTaskManager, /) -> None:
+        """Note a manager that flushes and closes this publisher; called by ``manager.attach``.
+
+        The first manager shows the flusher's task.
         """
-        manager.attach(self)
-
-    def attached(self, manager: BackgroundTaskManager) -> None:
-        """Take note of the manager that shows the flusher's task; the first one stays."""
         if self._manager is None:
             self._manager = manager
             self._flusher.manager = manager
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether a manager shows the flusher's task."""
-        return self._manager is not None
-
-    @property
-    def waits_for_room(self) -> bool:
-        """Whether ``publish`` waits for room in a full queue."""
-        return self._overflow == "block"
-
     async def start(self) -> Self:
-        """Start the flusher on the running loop instead of at the first event; with ``connect`` open the sink, too.
+        """Start the flusher on the running loop, before the first event; with ``connect``, open the sink as well.
 
         Raises:
-            Exception: what ``open`` raises, if asked to connect.
+            Exception: with ``connect``, an error of the sink's ``open``.
 
         """
         self._flusher.ensure_running()
@@ -320,171 +279,201 @@ class BasePublisher(ABC):
             await self._delivery.open()
         return self
 
-    async def flush(self, deadline: float = 5.0) -> FlushReport:
-        """Wait until every event accepted so far is delivered or dropped; batches that are not full go at once.
+    async def flush(self, timeout: float = 5.0) -> FlushReport:
+        """Wait until every event accepted so far is delivered or dropped; batches that are not full are sent at once.
 
         Args:
-            deadline: seconds to wait at most.
+            timeout: the maximum number of seconds to wait.
 
         """
+        check_seconds("timeout", timeout)
         begun = time.monotonic()
-        before = self._ring.books()
-        target = self._ring.accepted - self._recovered()
-        if self.has_left() and not self._closed:
+        before = self._queue.counters()
+        target = self._queue.accepted - self._recovered()
+        if self._has_rest() and not self._is_closed:
             self._flusher.ensure_running()
             self._hurry(1)
             try:
-                await self._flusher.progress.wait_until(lambda: self._reached(self._ring.finished, target), deadline)
+                progress = self._pending.progress
+                await progress.wait_until(lambda: self._has_reached(self._queue.finished, target), timeout)
             finally:
                 self._hurry(-1)
-        return self._report(begun, before["delivered"], sum(before["dropped"].values()))
+        return self._report(begun, before)
 
     def _hurry(self, step: int) -> None:
         self._flushes += step
         self._flusher.hurry(self._flushes > 0)
 
-    def _report(self, begun: float, delivered: int, dropped: int) -> FlushReport:
-        books = self._ring.books()
+    def _report(self, begun: float, before: QueueStats) -> FlushReport:
+        counters = self._queue.counters()
         return {
-            "status": "deadline" if books["queue_events"] or books["spooled"] else "flushed",
-            "delivered": books["delivered"] - delivered,
-            "dropped": sum(books["dropped"].values()) - dropped,
-            "queued": books["queue_events"],
-            "spooled": books["spooled"],
+            "status": "timeout" if counters["queue_events"] or counters["spooled"] else "flushed",
+            "delivered": counters["delivered"] - before["delivered"],
+            "dropped": sum(counters["dropped"].values()) - sum(before["dropped"].values()),
+            "queued": counters["queue_events"],
+            "spooled": counters["spooled"],
             "duration_seconds": time.monotonic() - begun,
-            "last_error": self._delivery.last_error,
+            "last_error": self._health.last_error,
         }
 
-    async def close(self, deadline: float = 5.0) -> FlushReport:
-        """Refuse further events, flush, spool or drop the rest, close the client. It returns by the deadline.
+    async def close(self, timeout: float = 5.0) -> FlushReport:
+        """Refuse further events, flush, spool or drop the rest, and close the sink, all within ``timeout`` seconds.
 
         A second call waits for the first one and returns its report.
 
         Args:
-            deadline: seconds for all of it.
+            timeout: seconds for all steps together.
 
         Returns:
-            What was done. Its status is ``"deadline"`` if events had to be spooled or dropped for lack of time.
+            A report, with the status ``"timeout"`` if events had to be spooled or dropped for lack of time.
 
         """
-        self._ring.close()
-        # Whoever waits for room is refused.
-        self._flusher.room.notify()
+        check_seconds("timeout", timeout)
+        self._queue.close()
+        # Events that wait for capacity are now refused.
+        self._pending.capacity.notify()
         here = asyncio.get_running_loop()
         loop = self._flusher.loop
         if loop is not None and loop is not here and loop.is_running():
-            there = asyncio.run_coroutine_threadsafe(self._close_once(deadline), loop)
+            there = asyncio.run_coroutine_threadsafe(self._close_once(timeout), loop)
             return await asyncio.wrap_future(there)
-        return await self._close_once(deadline)
+        return await self._close_once(timeout)
 
-    async def _close_once(self, deadline: float) -> FlushReport:
+    async def _close_once(self, timeout: float) -> FlushReport:
         if self._closing is None or self._closing.get_loop() is not asyncio.get_running_loop():
-            self._closing = asyncio.ensure_future(self._close(deadline, self._ring.books()))
-        # One caller that is cancelled must not keep the events of the others.
+            self._closing = asyncio.ensure_future(self._close(timeout, self._queue.counters()))
+        # Cancelling one caller must not lose the events of the others.
         return await asyncio.shield(self._closing)
 
-    async def _close(self, deadline: float, before: Books) -> FlushReport:
+    async def _close(self, timeout: float, before: QueueStats) -> FlushReport:
         begun = time.monotonic()
-        end = begun + deadline
-        kept = min(deadline * KEPT_SHARE, MOST_KEPT)
-        await self.flush(max(deadline - kept, 0))
-        self._closed = True
-        # Each step has a part of what is left: each may meet a sink or a disk that hangs.
-        await self._flusher.stop((end - time.monotonic()) / 3)
-        in_time = not self.has_left()
-        await self._flusher.clear((end - time.monotonic()) / 3)
-        # Begun before the rest: a spool that nobody had the time to close would stay locked.
-        store_closed = None if self._flusher.store is None else self._flusher.store.close()
+        end = begun + timeout
+        kept = min(timeout * KEPT_SHARE, MOST_KEPT)
+        await self.flush(max(timeout - kept, 0))
+        self._is_closed = True
+        # Each step gets a share of the remaining time: its sink or disk may hang.
+        await self._flusher.stop(max(end - time.monotonic(), 0) / 3)
+        in_time = not self._has_rest()
+        await self._save_rest(max(end - time.monotonic(), 0) / 3)
+        # Started before the sink is closed: a spool that is not closed for lack of time would stay locked.
+        store_closed = None if self._store is None else self._store.close()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + end - time.monotonic()):
-                await self._delivery.release()
+                await self._delivery.close()
                 await self._dead_letters.close()
                 if store_closed is not None:
                     await store_closed
-        self._thread.stop()
-        self._drops.stop()
+        self._losses.stop()
         if self._manager is not None:
             self._manager.detach(self)
-        report = self._report(begun, before["delivered"], sum(before["dropped"].values()))
-        report["status"] = "flushed" if in_time else "deadline"
+        _owners.pop(self.sink, None)
+        report = self._report(begun, before)
+        report["status"] = "flushed" if in_time else "timeout"
         return report
 
-    async def __aenter__(self) -> Self:
-        """Start; see ``start``."""
-        return await self.start()
+    async def _save_rest(self, timeout: float) -> None:
+        """Spool the remaining events, or drop them with the reason ``timeout``; after the flusher has stopped."""
+        if self._store is not None or self._dead_letters.is_kept:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    while self._pending.encode_rest():  # noqa: ASYNC110  lets other tasks run, waits for nothing
+                        await asyncio.sleep(0)
+                    if self._store is not None:
+                        await self._store.append(self._pending.batches)
+        for batch in self._pending.drop_rest():
+            for part_id, payloads in reversed(batch.parts):
+                self._dead_letters.add(payloads, part_id, "timeout", None)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close, with the default deadline."""
-        await self.close()
+    def _has_rest(self) -> bool:
+        """Return whether accepted events are neither delivered nor dropped."""
+        return self._queue.finished < self._queue.accepted
 
-    def has_left(self) -> bool:
-        """Say whether accepted events are neither delivered nor dropped."""
-        return self._ring.finished < self._ring.accepted
+    def _close_at_exit(self, timeout: float) -> Coroutine[Any, Any, object] | None:
+        return self.close(timeout) if self._has_rest() else None
 
-    def after_fork(self) -> None:
-        """Begin anew in the child of a fork: an empty queue, an id of its own, no client; the parent keeps its own."""
-        self._ring.reset()
-        self._thread.forget()
-        self._dead_letters.forget()
-        self._delivery.forget()
-        self._drops.forget()
-        self._flusher.forget()
-        if self._flusher.store is not None:
-            self._flusher.store.forget()
+    def _after_fork(self) -> None:
+        """Reset in the child of a fork: an empty queue, new ids, no client. The parent keeps its events."""
+        self._queue.reset()
+        self._dead_letters.after_fork()
+        self._delivery.forget_client()
+        self._losses.forget()
+        self._pending.after_fork()
+        self._flusher.after_fork()
+        if self._store is not None:
+            self._store.after_fork()
         self._flushes = 0
         self._closing = None
 
-    # -- looking at it ------------------------------------------------------------------------------------------------
+    # -- statistics -----------------------------------------------------------------------------------------------
 
     def stats(self) -> PublisherStats:
         """Return counters and health. Safe from any thread."""
-        books = self._ring.books()
-        store = self._flusher.store
-        since, loop = self._flusher.since, self._flusher.loop
-        age = 0.0 if since is None or loop is None or not books["queue_events"] else max(loop.time() - since, 0.0)
+        counters = self._queue.counters()
         return {
             "name": self.name,
             "state": self._state(),
-            "accepted": books["accepted"],
-            "recovered": books["recovered"],
-            "delivered": books["delivered"],
-            "spooled": books["spooled"],
+            "accepted": counters["accepted"],
+            "recovered": counters["recovered"],
+            "delivered": counters["delivered"],
+            "spooled": counters["spooled"],
             "retried": self._delivery.retried,
-            "spool_errors": 0 if store is None else store.errors,
-            "queue_events": books["queue_events"],
-            "queue_bytes": books["queue_bytes"],
-            "dropped": books["dropped"],
-            "refused": books["refused"],
-            "oldest_age": age,
-            "last_error": self._delivery.last_error or (None if store is None else store.last_error),
+            "spool_errors": 0 if self._store is None else self._store.errors,
+            "queue_events": counters["queue_events"],
+            "queue_bytes": counters["queue_bytes"],
+            "dropped": counters["dropped"],
+            "refused": counters["refused"],
+            "oldest_age_seconds": self._flusher.oldest_age() if counters["queue_events"] else 0.0,
+            "last_error": self._health.last_error,
         }
 
-    def _state(self) -> State:
-        if self._closed:
+    def _state(self) -> PublisherState:
+        if self._is_closed:
             return "closed"
-        if self._drops.is_losing:
+        if self._losses.is_losing:
             return "dropping"
-        if self._delivery.failing:
-            return "retrying" if self._flusher.store is None else "spooling"
+        if self._delivery.is_failing:
+            return "retrying" if self._store is None else "spooling"
         return "ok"
 
 
 def _check_counts(**counts: int) -> None:
-    for option, number in counts.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise InvalidOptionError(f"{option} must be a whole number, 1 or more; got {describe(number)}")
+    for option, count in counts.items():
+        check_count(option, count, 1)
 
 
-def _check_seconds(**lengths: float) -> None:
-    for option, seconds in lengths.items():
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
-            raise InvalidOptionError(f"{option} must be a number of seconds, 0 or more; got {describe(seconds)}")
+def _check_together(sink: Sink, inflight: int, overflow: str, spool: object) -> None:
+    """Refuse options that exclude each other."""
+    if not isinstance(sink, Sink):
+        raise InvalidOptionError(
+            f"a Publisher needs a Sink, such as JsonlSink('events.jsonl'); got {describe(sink)}. Wrap a publisher of "
+            "another package: PublishSink(publisher)"
+        )
+    if overflow == "spool" and spool is None:
+        raise InvalidOptionError("overflow='spool' needs spool=PATH")
+    if inflight > 1 and spool is not None:
+        raise InvalidOptionError(
+            "inflight must be 1 with a spool, which sends its batches one by one to keep their order; "
+            "leave out inflight, or spool"
+        )
+    if sink.max_inflight is not None and inflight > sink.max_inflight:
+        raise InvalidOptionError(
+            f"inflight must be at most {sink.max_inflight} for {type(sink).__name__}, whose write does not support "
+            f"more concurrent calls; got {inflight}"
+        )
 
 
-def _open_spool(path: str | os.PathLike[str]) -> Spool:
-    # Late: a publisher without a spool needs no SQLite.
-    from bgtasks.events.spool import Spool as SpoolOnDisk
+def _claim(sink: Sink, publisher: Publisher, retry_for: float | None) -> None:
+    """Assign a sink to a publisher, and set for how long it must remember batch ids."""
+    owner = _owners.get(sink)
+    if owner is not None and owner() is not None:
+        raise InvalidOptionError(f"{describe(sink)} belongs to {owner()!r}: make a sink for each publisher")
+    _owners[sink] = weakref.ref(publisher)
+    # Twice retry_for: that counts from the end of the first try, and the last try takes time as well.
+    sink.retry_window = ENDLESS_WINDOW if retry_for is None else 2 * retry_for
 
-    return SpoolOnDisk(path)
+
+def _open_spool(path: str | os.PathLike[str]) -> AnySpool:
+    # Imported on demand: a publisher without a spool needs no SQLite.
+    from bgtasks.events.spool import Spool
+
+    return Spool(path)

@@ -10,60 +10,61 @@ from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from types import CoroutineType, TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from bgtasks import errors
 from bgtasks._handover import Handovers
 from bgtasks._internals import ManagerInternals
 from bgtasks.executor import _refusals
 from bgtasks.executor._base import CANCEL_ON_EXIT, RERAISE_ON_EXIT, ExecutorBase
-from bgtasks.executor._submit import AsyncSubmit
+from bgtasks.executor._submit import AsyncSubmit, typed_async_submit
 from bgtasks.manager import BackgroundTaskManager
 from bgtasks.registry import Record
 
 __all__ = ["AsyncBackgroundExecutor"]
 
-Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
 class AsyncBackgroundExecutor(ExecutorBase):
     """Runs coroutine functions in the background of an ``async with`` block and waits for them at its end.
 
-    The block gets ``submit``. At its end what was submitted with ``__cancel_on_exit__`` is cancelled and all else
-    awaited, tasks started meanwhile included; then the first failure in the order of submission is raised, unless it
-    was submitted with ``__reraise_on_exit__=False`` or the block itself raised. If that wait is cancelled, every task
-    is cancelled and awaited, and the cancellation is raised. Tasks that swallow it are named in the log after the
-    manager's ``default_shutdown_timeout``, and left.
+    Entering the block returns ``submit``. Leaving it cancels the tasks submitted with ``__cancel_on_exit__`` and waits
+    for all others, those submitted meanwhile included. Then it raises the first failure in the order of submission,
+    unless the block itself raised; a failure with ``__reraise_on_exit__=False`` does not count. If the wait is
+    cancelled, every task is cancelled and awaited, and the cancellation is raised. Tasks that swallow it are named in
+    the log after the manager's ``default_shutdown_timeout``, and left.
 
     Args:
-        config: a mapping; its ``max_concurrency`` counts where the keyword is not given. A LangChain
-            ``RunnableConfig`` is one.
+        config: a mapping, such as a LangChain ``RunnableConfig``; its ``max_concurrency`` is used if the keyword is not
+            given.
         max_concurrency: how many coroutines may run at once; the others wait in order, not entered, shown as queued.
             None for no limit.
-        manager: the manager that keeps the tasks; one of its own by default.
+        manager: the manager that keeps the tasks; a new one by default.
 
     Raises:
-        InvalidOptionError: an argument is outside its values.
+        InvalidOptionError: an argument has an invalid value.
 
     Example:
         >>> async def main():
         ...     async with AsyncBackgroundExecutor(max_concurrency=10) as submit:
         ...         page = submit(fetch, "https://example.org", __name__="front page", __timeout__=5.0)
-        ...         print(await page)
+        ...     print(page.result())
+        >>> asyncio.run(main())
+        <h1>Example Domain</h1>
 
     """
 
     def __init__(
         self,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         *,
         max_concurrency: int | None = None,
         manager: BackgroundTaskManager | None = None,
     ) -> None:
         super().__init__()
         limit = _refusals.limit_of(config, max_concurrency, self._zero_is_no_limit)
-        self.manager = BackgroundTaskManager() if manager is None else manager
+        self.manager: BackgroundTaskManager = BackgroundTaskManager() if manager is None else manager
         self._internals = ManagerInternals(self.manager)
         self._task_set = self._internals.make_task_set(self._on_idle, self._accept_failure, limit)
         self._create_task = self._task_set.create_task
@@ -71,31 +72,33 @@ class AsyncBackgroundExecutor(ExecutorBase):
         self._is_open = False
         self._is_exiting = False
         self._is_ending_all = False
-        # Something was submitted with __cancel_on_exit__: to find it means to look at all tasks of the manager.
+        # A task has __cancel_on_exit__: only then are all tasks of the manager searched at the end of the block.
         self._has_to_cancel = False
         self._idle: asyncio.Future[None] | None = None
-        # What other threads submitted.
+        # The coroutines that other threads submitted.
         self._handovers = Handovers(lambda future, task: self._on_idle())
 
-    def submit(  # type: ignore[valid-type]  # see _submit
+    # Long, in one body: this is the hot path, and each further call costs measurable time.
+    @typed_async_submit
+    def submit(  # noqa: PLR0912
         self,
-        fn: Callable[Parameters, Awaitable[Result]],
+        fn: Callable[..., Awaitable[Result]],
         /,
-        *args: Parameters.args,
+        *args: Any,
         __name__: str | None = None,
         __cancel_on_exit__: bool = False,
         __reraise_on_exit__: bool = True,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
-        **kwargs: Parameters.kwargs,
-    ) -> asyncio.Task[Result]:
+        **kwargs: Any,
+    ) -> asyncio.Task[Result] | concurrent.futures.Future[Result]:
         """Start ``fn(*args, **kwargs)`` in the background.
 
-        The coroutine starts at once and runs up to its first suspension where the interpreter can (from Python 3.12
-        on; before, in the next iteration of the loop), in a copy of the submitter's context.
+        The coroutine runs in a copy of the submitter's context. From Python 3.12 on it starts at once and runs up to
+        its first suspension; before, it starts in the next iteration of the loop.
 
         Args:
-            fn: a coroutine function, or a function that returns another awaitable. It is called here and now.
+            fn: a coroutine function, or a function that returns another awaitable. It is called at once.
             args: its positional arguments.
             __name__: the name of the task; the qualified name of the coroutine by default.
             __cancel_on_exit__: cancel the task at the end of the block instead of waiting for it.
@@ -105,17 +108,17 @@ class AsyncBackgroundExecutor(ExecutorBase):
             kwargs: its keyword arguments.
 
         Returns:
-            The task; from a thread other than that of the loop a ``concurrent.futures.Future``.
+            The task; outside the thread of the loop, a ``concurrent.futures.Future``.
 
         Raises:
             ExecutorClosedError: the block has not begun or has ended.
-            InvalidFunctionError: ``fn`` cannot be called, or returned what cannot be awaited.
+            InvalidFunctionError: ``fn`` is not callable, or its result is not awaitable.
             InvalidOptionError: an unknown option.
-            InvalidTimeoutError: ``__timeout__`` is no finite number greater than 0.
+            InvalidTimeoutError: ``__timeout__`` is not a finite number greater than 0.
             ManagerClosedError: the manager was shut down.
             TaskRejectedError: the manager is at its cap.
             NoRunningLoopError: the executor's loop was closed.
-            BaseException: what calling ``fn`` raised.
+            BaseException: an error of the call of ``fn``.
 
         """
         if not self._is_open:
@@ -134,7 +137,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
             flags |= CANCEL_ON_EXIT
             self._has_to_cancel = True
         if _get_running_loop() is not self._loop:
-            return self._hand_over(coro, __name__, __timeout__, flags)  # type: ignore[return-value]
+            return self._hand_over(coro, __name__, __timeout__, flags)
         task = self._create_task(coro, __name__, __timeout__, not __next_tick__, None, flags)
         try:
             if self._is_exiting:
@@ -145,7 +148,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
             del task
 
     def _cancel_late(self, task: asyncio.Task[Any], flags: int) -> None:
-        """Cancel a task that was submitted at the end of the block, too late to be left running."""
+        """Cancel a task that was submitted during the exit, if such tasks are cancelled at the exit."""
         if self._is_ending_all or flags & CANCEL_ON_EXIT:
             task.cancel()
 
@@ -154,7 +157,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
     def _hand_over(
         self, coro: Coroutine[Any, Any, Any], name: str, timeout: float | None, flags: int
     ) -> concurrent.futures.Future[Any]:
-        """Have a coroutine started in the loop's thread."""
+        """Hand a coroutine over to the thread of the loop."""
         assert self._loop is not None, "the executor is open"
         try:
             _refusals.check_timeout(timeout)
@@ -178,7 +181,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
         """Start a coroutine that another thread handed over; runs on the loop."""
         if self._is_ending_all:
             raise asyncio.CancelledError
-        # The future is re-raised in place of the task: it is what the submitter holds.
+        # The future's failure is raised in place of the task's: the submitter holds the future.
         task = self._create_task(coro, *arguments, flags & ~RERAISE_ON_EXIT)
         if flags & RERAISE_ON_EXIT:
             task.add_done_callback(partial(self._keep_handed_over, self.manager.get_task_id(task) or 0, future))
@@ -187,11 +190,11 @@ class AsyncBackgroundExecutor(ExecutorBase):
         return task
 
     def _keep_handed_over(self, order: int, future: concurrent.futures.Future[Any], task: asyncio.Task[Any]) -> None:
-        # A future that its holder cancelled has no failure to raise, whatever the task did about it.
+        # A future that its holder cancelled has no failure to raise, even if its task failed.
         if not task.cancelled() and task.exception() is not None and not future.cancelled():
             self._failures.keep(order, future)
 
-    # -- what the manager and the registry call -------------------------------------------------------------------
+    # -- called by the manager and the registry -------------------------------------------------------------------
 
     def _accept_failure(self, record: Record, error: BaseException) -> bool:
         """Keep a failed task for the end of the block; return whether the manager reports it."""
@@ -200,7 +203,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
         return super()._accept_failure(record, error)
 
     def _on_idle(self) -> None:
-        """Take note that no task may be left."""
+        """Wake the exit, because no task may be left."""
         if self._idle is not None and not self._idle.done() and not self._idle.get_loop().is_closed():
             self._idle.set_result(None)
 
@@ -212,12 +215,12 @@ class AsyncBackgroundExecutor(ExecutorBase):
             raise _refusals.closed(self, True)
         self._loop = asyncio.get_running_loop()
         self._is_open = True
-        return self.submit  # type: ignore[return-value]
+        return self.submit
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Cancel what asked for it, wait for the rest, raise the first failure unless the block raised."""
+        """End the block as the class says: cancel, wait, raise the first failure."""
         self._is_exiting = True
         try:
             if self._has_to_cancel:
@@ -261,7 +264,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
         return [record for record in self._internals.live_records() if record.task_set is self._task_set]
 
     def _cancel(self, flags: int) -> None:
-        """Cancel the tasks that have these flags."""
+        """Cancel the tasks with these flags."""
         for record in self._records():
             if record.flags & flags == flags:
                 record.cancel()
@@ -284,7 +287,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
 
 
 def _coroutine_of(fn: Callable[..., Any], value: Any) -> Any:
-    """Return the coroutine of what a function returned; refuse what cannot be awaited."""
+    """Return a coroutine for the result of a function; refuse a result that is not awaitable."""
     if asyncio.iscoroutine(value):
         return value
     if inspect.isawaitable(value):
@@ -294,7 +297,7 @@ def _coroutine_of(fn: Callable[..., Any], value: Any) -> Any:
     if inspect.isasyncgen(value):
         raise _refusals.async_generator(fn)
     raise errors.InvalidFunctionError(
-        f"{errors.describe(fn)} is no coroutine function: it ran at once and returned {errors.describe(value)}. "
+        f"{errors.describe(fn)} is not a coroutine function: it ran at once and returned {errors.describe(value)}. "
         "AsyncBackgroundExecutor runs coroutine functions; BackgroundExecutor runs this one, in a thread"
     )
 

@@ -1,4 +1,4 @@
-"""What both executors do with failures, and what an executor that takes the place of another one may change."""
+"""The base of both executors: their failures, and the rules that a derived executor may change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bgtasks.registry import Record
 
 __all__ = ["CANCEL_ON_EXIT", "RERAISE_ON_EXIT", "AnyFuture", "ExecutorBase"]
 
-# The flags of a record: what its executor is to do with the task at the end of the block.
+# The flags of a record: how its executor treats the task at the end of the block.
 CANCEL_ON_EXIT: Final = 1
 RERAISE_ON_EXIT: Final = 2
 
@@ -21,7 +21,7 @@ class Failures(dict[int, AnyFuture]):
     """The futures that failed and may be re-raised at the end of the block, by the order of their submission.
 
     Args:
-        decides_late: keep every failure; else only the one submitted first, so that many of them cost no memory.
+        decides_late: True to keep every failure; otherwise only the one submitted first is kept, which saves memory.
 
     """
 
@@ -45,8 +45,8 @@ class Failures(dict[int, AnyFuture]):
 class ExecutorBase:
     """The base of the executors."""
 
-    # For an executor that takes the place of one with other rules: 0 means no limit; and whether a failure is raised is
-    # decided at the end of the block, so that all of them are kept until then.
+    # Rules that a derived executor may change: whether a limit of 0 means no limit; and whether the failure to raise is
+    # chosen only at the end of the block, so that all failures are kept until then.
     _zero_is_no_limit: ClassVar[bool] = False
     _decides_late: ClassVar[bool] = False
 
@@ -54,7 +54,7 @@ class ExecutorBase:
         self._failures = Failures(self._decides_late)
 
     def _accept_failure(self, record: Record, error: BaseException) -> bool:
-        """Take note of a failure; return whether the manager reports it."""
+        """Handle a failure; return whether the manager reports it."""
         return self._reports(error)
 
     def _reports(self, error: BaseException) -> bool:
@@ -62,7 +62,7 @@ class ExecutorBase:
         return True
 
     def _reraises(self, future: AnyFuture) -> bool:
-        """Return, at the end of the block, whether the failure of this future is raised."""
+        """Return whether the failure of this future is raised; called at the end of the block."""
         return True
 
     def _end_block(self, kind: type[BaseException] | None) -> None:
@@ -78,6 +78,6 @@ class ExecutorBase:
                     assert failure is not None, "it failed"
                     raise failure
         finally:
-            # The traceback of what is raised keeps this frame: the frame must not keep what failed.
+            # The traceback of the raised failure keeps this frame, which must not keep the futures.
             failures.clear()
             future = failure = None  # type: ignore[assignment]

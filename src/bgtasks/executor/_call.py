@@ -1,4 +1,4 @@
-"""One function handed to ``BackgroundExecutor``, the future that its submitter holds, and what runs it."""
+"""A function submitted to ``BackgroundExecutor``, its future, and the interface of its runner."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Runner(Protocol):
         """Stop the function that runs, if that is possible; called from another thread."""
 
     def close(self) -> None:
-        """Release what the runner holds; no call runs."""
+        """Release the resources of the runner; no call runs."""
 
 
 class Call:
-    """A function with its arguments, from its submission to its end; stands where a task's record has its coroutine.
+    """A submitted function with its arguments, until its end; its record holds it in the place of a coroutine.
 
-    Its record says, under the executor's lock, whether it waits, runs or has ended.
+    The record says whether it waits, runs or has ended.
     """
 
     __slots__ = (
@@ -52,7 +52,7 @@ class Call:
 
     record: Record
     future: CallFuture
-    # What runs it, once it runs.
+    # Set when it runs: its thread and its runner.
     worker: threading.Thread
     runner: Runner
 
@@ -91,14 +91,14 @@ class Call:
 
 
 def _closed() -> None:
-    """Stand where the function of a closed call was."""
+    """Replace the function of a closed call."""
 
 
-# What CallFuture makes late, and whether this Python's futures hold that and what CallFuture knows, nothing else: then
-# and only then it does without their constructor. They have been like this from Python 3.2 on.
+# The fields that CallFuture makes late. If a future of this Python has these fields and those that CallFuture sets, and
+# no others, as it has since Python 3.2, CallFuture skips the constructor of its base class.
 _MADE_LATE: Final = {"_condition", "_done_callbacks", "_waiters"}
 _IS_KNOWN: Final = vars(concurrent.futures.Future()).keys() == _MADE_LATE | {"_state", "_result", "_exception"}
-# Re-entrant: what is collected while a field is made may ask for one, too.
+# Re-entrant: a finaliser that runs while a field is made may use another future.
 _making = threading.RLock()
 
 
@@ -111,7 +111,7 @@ at_fork(in_child=_renew_lock)
 
 
 class _MadeLate:
-    """A field of a ``CallFuture`` that is made when somebody asks for it, and stays."""
+    """A field of a ``CallFuture`` that is made at its first use, and stays."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
@@ -131,14 +131,15 @@ class _MadeLate:
 class CallFuture(concurrent.futures.Future[Any]):
     """A ``concurrent.futures.Future`` that its executor can cancel although the function runs.
 
-    The base class is never told that the function runs: it would then refuse every cancellation, and has no documented
-    way to take that back. So ``running`` and ``cancel`` are answered here.
+    The state of the base class is never set to running: the base class would then refuse every cancellation, and has no
+    documented way to undo that. So this class defines ``running`` and ``cancel``.
 
-    What the base class keeps for those who wait, a lock and two lists, is made when somebody asks for it: it is two
-    thirds of a future's size and of the time to make one, and most futures have their outcome before anybody looks.
+    The base class has a lock and two lists for waiting threads and for callbacks. They take two thirds of a future's
+    size and of the time to make one, and most futures have their outcome before any use. So they are made at their
+    first use.
     """
 
-    # Somebody asked: from then on the base class's own methods set the outcome.
+    # A field was used: from then on the base class's own methods set the outcome.
     is_watched = False
     if _IS_KNOWN:
         _state = PENDING
@@ -170,11 +171,11 @@ class CallFuture(concurrent.futures.Future[Any]):
         return call is not None and call.is_running and not self.done()
 
     def set_outcome(self, result: Any, error: BaseException | None) -> None:
-        """Set the outcome; called once, by whoever finished the record."""
-        # The call goes last: until the outcome is set, the record tells a canceller that it is too late.
+        """Set the outcome; called once, by the thread that finished the record."""
+        # ``_call`` is cleared last: until the outcome is set, cancel() asks the record, which is finished.
         with _making:
             if not self.is_watched:
-                # Nobody waits: to wait is to ask for the lock first.
+                # No thread waits: a wait uses the lock first.
                 self._result = result
                 self._exception = error
                 self._state = FINISHED
@@ -189,10 +190,10 @@ class CallFuture(concurrent.futures.Future[Any]):
             self._call = None
 
     def set_cancelled(self) -> None:
-        """Become cancelled and wake whoever waits; called once, by whoever finished the record."""
+        """Become cancelled and wake the waiting threads; called once, by the thread that finished the record."""
         try:
             super().cancel()
         finally:
-            # A callback may have raised what is no Exception: whoever waits is woken all the same.
+            # A callback may have raised a BaseException: the waiting threads are woken all the same.
             self.set_running_or_notify_cancel()
             self._call = None

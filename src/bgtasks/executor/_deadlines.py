@@ -1,4 +1,4 @@
-"""Timeouts of functions: one thread for all of an executor, started with the first."""
+"""Timeouts of functions: one thread per executor, started with its first timeout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bgtasks.executor._call import Call
 
 
 class Deadlines:
-    """Calls ``expire(call)`` for each call that still runs when its timeout is over."""
+    """Calls ``expire(call)`` for each call that still runs when its timeout expires."""
 
     def __init__(self, expire: Callable[[Call], None]) -> None:
         self._expire = expire
@@ -24,10 +24,10 @@ class Deadlines:
         self._is_stopped = False
 
     def add(self, call: Call, timeout: float) -> None:
-        """Watch a call that starts now.
+        """Start the timeout of a call that starts now.
 
         Raises:
-            RuntimeError: there could be no further thread.
+            RuntimeError: the thread could not be started.
 
         """
         with self._changed:
@@ -40,7 +40,7 @@ class Deadlines:
                 self._changed.notify()
 
     def discard(self) -> None:
-        """Hear that one of the calls ended before its time; forget those when they are the greater part."""
+        """Count a call that ended before its timeout; remove such calls when they are the majority."""
         with self._changed:
             self._stale += 1
             if self._stale > 64 and 2 * self._stale > len(self._heap):

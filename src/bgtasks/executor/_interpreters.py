@@ -1,4 +1,4 @@
-"""Interpreters with a GIL of their own, where Python has them (3.14)."""
+"""Runs functions in interpreters with their own GIL (Python 3.14)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bgtasks import errors
 from bgtasks.executor._call import Call
 from bgtasks.executor._pickled import answer_to, packed, payload_of, unpacked
 
-# What of a program an interpreter has to know; the rest, the working directory for one, belongs to the whole process.
+# The preparations that an interpreter needs; others, such as the working directory, apply to the whole process.
 PREPARATIONS: Final = ("sys_path", "sys_argv", "init_main_from_name", "init_main_from_path")
 
 # True in an interpreter that is being prepared: it runs the program's file then, without its main part.
@@ -22,7 +22,7 @@ _is_preparing = False
 class InterpreterRunner:
     """Runs functions in one interpreter, which ``InterpreterPoolExecutor`` keeps.
 
-    The interpreter finds what the program's modules define, and its main module, as a spawned process does.
+    The interpreter finds the program's modules, the main module included, as a spawned process does.
     """
 
     def __init__(self, pool: concurrent.futures.Executor) -> None:
@@ -53,7 +53,7 @@ def _preparations() -> dict[str, Any]:
 
 
 def _prepare(preparations: dict[str, Any]) -> None:
-    """Run in the interpreter: make the program's modules known, the main one included."""
+    """Make the program's modules known, the main one included; runs in the interpreter."""
     global _is_preparing
     _is_preparing = True
     try:
@@ -63,18 +63,18 @@ def _prepare(preparations: dict[str, Any]) -> None:
 
 
 def interpreter_runner() -> Callable[[], InterpreterRunner]:
-    """Return what makes the runners; refuse where there are no such interpreters."""
+    """Return the factory of the runners; refuse a Python without such interpreters."""
     pool: Callable[..., concurrent.futures.Executor] | None = getattr(
         concurrent.futures, "InterpreterPoolExecutor", None
     )
     if pool is None:
         raise errors.InvalidOptionError(
             f"kind='interpreters' needs Python 3.14 or later, this is {sys.version.partition(' ')[0]}: "
-            "take 'processes' for functions that compute, or 'threads'"
+            "use 'processes' for functions that compute, or 'threads'"
         )
     if _is_preparing:
         raise errors.InvalidProgramError(
-            "the program starts interpreters while its file is imported, which each of them does: "
-            'put what starts the program under if __name__ == "__main__":'
+            "the program starts interpreters while its file is imported, and each interpreter imports that file: "
+            'put the code that starts the program under if __name__ == "__main__":'
         )
     return lambda: InterpreterRunner(pool(max_workers=1))

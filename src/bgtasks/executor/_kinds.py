@@ -1,4 +1,4 @@
-"""The kinds of runners: the worker thread itself, or a process or an interpreter that it keeps for that."""
+"""The kinds of runners: the worker thread itself, or a process or an interpreter of that thread."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import os
 import time
 from collections.abc import Callable
 from types import CoroutineType
-from typing import Any, Final, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from bgtasks._checks import check_choice
 from bgtasks.executor._call import Call, Runner
 from bgtasks.executor._refusals import wants_loop
 
-__all__ = ["Kind", "default_concurrency", "runners_of"]
+__all__ = ["ExecutorKind", "default_concurrency", "runners_of"]
 
-Kind = Literal["threads", "processes", "interpreters"]
-KINDS: Final = ("threads", "processes", "interpreters")
+ExecutorKind: TypeAlias = Literal["threads", "processes", "interpreters"]
 
 
 class ThreadRunner:
@@ -37,23 +36,23 @@ class ThreadRunner:
         """Do nothing: a thread cannot be interrupted."""
 
     def close(self) -> None:
-        """Do nothing: nothing is held."""
+        """Do nothing: there is nothing to release."""
 
 
-def default_concurrency(kind: Kind) -> int:
+def default_concurrency(kind: ExecutorKind) -> int:
     """Return how many functions run at once by default: as many as in the executors of ``concurrent.futures``."""
     processors = (getattr(os, "process_cpu_count", None) or os.cpu_count)() or 1
     return min(32, processors + 4) if kind == "threads" else processors
 
 
-def runners_of(kind: Kind) -> Callable[[], Runner]:
-    """Return what makes the runners of this kind.
+def runners_of(kind: ExecutorKind) -> Callable[[], Runner]:
+    """Return the factory of the runners of this kind.
 
     Raises:
         InvalidOptionError: there is no such kind, or not in this Python.
 
     """
-    check_choice("kind", kind, KINDS)
+    check_choice("kind", kind, get_args(ExecutorKind))
     if kind == "processes":
         from bgtasks.executor._processes import ProcessRunner
 

@@ -22,12 +22,12 @@ def packed(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         raise errors.NotPicklableError(
             f"{errors.describe(fn)} or one of its arguments cannot be pickled ({errors.text_of(error)}), so it cannot "
             "go to another process or interpreter: define the function at the top of a module and pass plain values, "
-            "or take kind='threads'"
+            "or use kind='threads'"
         ) from error
 
 
 def answer_to(payload: bytes) -> bytes:
-    """Run a packed function, here and now, and return its outcome as bytes."""
+    """Run a packed function and return its outcome as bytes."""
     try:
         fn, args, kwargs = pickle.loads(payload)
         result = fn(*args, **kwargs)
@@ -44,14 +44,14 @@ def _traceback_of(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error)).rstrip()
     except Exception as failure:
-        # Where warnings are errors, looking for the lines of a main module that was imported again may be one.
+        # With warnings as errors, reading the source of a main module that was imported again may raise.
         return f"no traceback: {errors.text_of(failure)}"
 
 
 def _packed_outcome(result: Any, error: BaseException | None) -> bytes:
     try:
         outcome = pickle.dumps((result, error))
-        # Errors with a constructor of their own often go out and do not come back.
+        # An error with its own constructor can often be pickled but not unpickled.
         pickle.loads(outcome)
     except Exception as failure:
         what = f"returned {errors.describe(result)}" if error is None else f"raised {errors.text_of(error)}"

@@ -1,4 +1,4 @@
-"""A process for each worker thread: for functions that compute, and to be able to stop them."""
+"""Runs functions in a process per worker thread: for functions that compute or have to be stopped."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from bgtasks import errors
 from bgtasks.executor._call import Call
 from bgtasks.executor._pickled import answer_to, payload_of, unpacked
 
-# What says that no more functions come.
+# The message that no more functions follow.
 END = b""
 
 
 class ProcessRunner:
-    """Runs functions in a process of its own, started with the first one, and again after it was stopped.
+    """Runs functions in its own process, started with the first one, and again after it died.
 
-    ``concurrent.futures.ProcessPoolExecutor`` cannot stop a function that runs, and has the interpreter wait for it at
-    its exit; a process that belongs to one thread can be ended for one function.
+    ``concurrent.futures.ProcessPoolExecutor`` cannot stop a running function, and makes the interpreter wait for it at
+    exit. A process that belongs to one thread can be ended for one function.
     """
 
     def __init__(self) -> None:
@@ -48,34 +48,34 @@ class ProcessRunner:
         return unpacked(outcome)
 
     def interrupt(self) -> None:
-        """End the process, and with it the function that runs; there will be no other."""
+        """End the process, and with it the function that runs; start no other process."""
         with self._lock:
             self._is_interrupted = True
             if self._process is not None:
                 self._process.terminate()
 
     def close(self) -> None:
-        """Tell the process to end and wait for that."""
+        """Ask the process to end, and wait until it has."""
         if self._pipe is not None:
             with contextlib.suppress(OSError):
                 self._pipe.send_bytes(END)
             self._stop()
 
     def _start(self) -> Connection:
-        # Not forked: this process has threads, and what they lock would stay locked in the child.
+        # Not forked: this process has threads, and their locks would stay locked in the child.
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), name="bgtasks-worker", daemon=True)
+        pipe, child_end = context.Pipe()
+        process = context.Process(target=_serve, args=(child_end,), name="bgtasks-worker", daemon=True)
         try:
             process.start()
         except BaseException:
-            ours.close()
+            pipe.close()
             raise
         finally:
-            theirs.close()
+            child_end.close()
         self._process = process
-        self._pipe = ours
-        return ours
+        self._pipe = pipe
+        return pipe
 
     def _stop(self) -> int | None:
         """Wait for the end of the process; return its exit code."""
@@ -92,8 +92,8 @@ class ProcessRunner:
 
 
 def _serve(pipe: Connection) -> None:
-    """Run in the process: answer one packed function after another."""
-    # Ctrl-C goes to the whole group of processes; the parent decides what ends here.
+    """Answer one packed function after another; runs in the process."""
+    # Ctrl-C goes to the whole process group; the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:

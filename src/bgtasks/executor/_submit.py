@@ -1,7 +1,8 @@
-"""The types of what the executors' blocks get: ``submit``, checked as far as the typing rules allow.
+"""The types of the executors' ``submit``, which check calls as far as the typing rules allow.
 
-They allow no keyword between ``*args`` and ``**kwargs`` of a ``ParamSpec``. So a call without options is checked
-against the function; one with options, of which each overload below wants one, has its options and its result checked.
+The rules allow no keyword between ``*args`` and ``**kwargs`` of a ``ParamSpec``. So a call without options is checked
+against the function. A call with options matches an overload that requires one of them: its options and its result are
+checked.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import concurrent.futures
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
+__all__ = ["AsyncSubmit", "Submit", "typed_async_submit", "typed_submit"]
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
 class AsyncSubmit(Protocol):
-    """``AsyncBackgroundExecutor.submit``."""
+    """``AsyncBackgroundExecutor.submit``, called in the thread of its loop.
+
+    From another thread the same call returns a ``concurrent.futures.Future``. No type can depend on the thread.
+    """
 
     @overload
     def __call__(
@@ -141,3 +147,13 @@ class Submit(Protocol):
     def __call__(
         self, fn: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> concurrent.futures.Future[Result]: ...
+
+
+def typed_async_submit(method: Callable[..., Any]) -> AsyncSubmit:
+    """Give a method the type of ``AsyncSubmit``: its own signature cannot express the overloads."""
+    return method
+
+
+def typed_submit(method: Callable[..., Any]) -> Submit:
+    """Give a method the type of ``Submit``."""
+    return method

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from bgtasks import errors
 from bgtasks._internals import ManagerInternals
@@ -19,15 +19,14 @@ from bgtasks.executor import _refusals
 from bgtasks.executor._base import CANCEL_ON_EXIT, RERAISE_ON_EXIT, ExecutorBase
 from bgtasks.executor._call import Call, CallFuture, Runner
 from bgtasks.executor._deadlines import Deadlines
-from bgtasks.executor._kinds import Kind, default_concurrency, runners_of
-from bgtasks.executor._submit import Submit
+from bgtasks.executor._kinds import ExecutorKind, default_concurrency, runners_of
+from bgtasks.executor._submit import Submit, typed_submit
 from bgtasks.executor._threads_loop import ThreadsLoop
 from bgtasks.manager import BackgroundTaskManager
 from bgtasks.registry import LoopRecords
 
 logger = logging.getLogger("bgtasks")
 
-Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _ASYNC_FUNCTION = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -36,45 +35,47 @@ _ASYNC_FUNCTION = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 class BackgroundExecutor(ExecutorBase):
     """Runs functions in the background of a ``with`` block, in threads, and waits for them at its end.
 
-    The block gets ``submit``. At its end what was submitted with ``__cancel_on_exit__`` is cancelled and all else
-    awaited, functions submitted meanwhile included; then the first failure in the order of submission is raised, unless
-    it was submitted with ``__reraise_on_exit__=False`` or the block itself raised. If that wait is interrupted
-    (``KeyboardInterrupt``), what has not started is cancelled, what runs is abandoned, and the interrupt is raised.
+    Entering the block returns ``submit``. Leaving it cancels the functions submitted with ``__cancel_on_exit__`` and
+    waits for all others, those submitted meanwhile included. Then it raises the first failure in the order of
+    submission, unless the block itself raised; a failure with ``__reraise_on_exit__=False`` does not count. If the wait
+    is interrupted (``KeyboardInterrupt``), waiting functions are cancelled, running ones are abandoned, and the
+    interrupt is raised.
 
-    A function that runs in a thread cannot be interrupted. One that is to be cancelled, or whose timeout is over, is
-    abandoned: its future has its outcome at once, nothing waits for its thread, neither the block nor the interpreter,
-    its result is discarded and its error logged. Its thread does not count in ``max_concurrency`` from then on.
+    A function that runs in a thread cannot be interrupted. If it is cancelled at the end of the block, or its timeout
+    expires, it is abandoned: its future gets its outcome at once, its result is discarded and its error logged. Neither
+    the block nor the interpreter waits for its thread, which no longer counts in ``max_concurrency``.
 
     Args:
-        config: a mapping; its ``max_concurrency`` counts where the keyword is not given. A LangChain
-            ``RunnableConfig`` is one.
-        max_concurrency: how many threads there may be, started as they are needed; what waits for one is shown as
-            queued. None for what ``ThreadPoolExecutor`` takes: the number of processors and 4, 32 at most; for
-            processes and interpreters the number of processors.
-        manager: the manager that keeps the functions; one of its own by default.
-        abandon_running: False to wait at the end of the block for functions that run although they are to be cancelled.
+        config: a mapping, such as a LangChain ``RunnableConfig``; its ``max_concurrency`` is used if the keyword is not
+            given.
+        max_concurrency: the maximum number of threads, which are started as needed; a function that waits for one is
+            shown as queued. None for the default of ``ThreadPoolExecutor``: the number of processors plus 4, at most
+            32; for processes and interpreters the number of processors.
+        manager: the manager that keeps the functions; a new one by default.
+        abandon_running: False to wait for running functions that are cancelled at the end of the block.
         kind: ``"threads"``; or ``"processes"`` or ``"interpreters"`` (Python 3.14) for functions that compute. For
-            those two, functions, arguments and results are pickled, and context variables stay behind. A process is
-            ended when its function is abandoned.
+            these two, functions, arguments and results are pickled, and context variables are not passed. The process
+            of an abandoned function is ended.
 
     Raises:
-        InvalidOptionError: an argument is outside its values, or this Python has no such interpreters.
+        InvalidOptionError: an argument has an invalid value, or this Python has no such interpreters.
 
     Example:
         >>> with BackgroundExecutor(max_concurrency=4) as submit:
-        ...     size = submit(os.path.getsize, "README.md", __name__="size", __timeout__=5.0)
-        ...     print(size.result())
+        ...     power = submit(pow, 2, 10, __name__="power", __timeout__=5.0)
+        >>> power.result()
+        1024
 
     """
 
     def __init__(
         self,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         *,
         max_concurrency: int | None = None,
         manager: BackgroundTaskManager | None = None,
         abandon_running: bool = True,
-        kind: Kind = "threads",
+        kind: ExecutorKind = "threads",
     ) -> None:
         super().__init__()
         self._make_runner = runners_of(kind)
@@ -82,7 +83,7 @@ class BackgroundExecutor(ExecutorBase):
         limit = _refusals.limit_of(config, max_concurrency, self._zero_is_no_limit)
         self._limit = default_concurrency(kind) if limit is None else limit
         self._abandon_running = abandon_running
-        self.manager = BackgroundTaskManager() if manager is None else manager
+        self.manager: BackgroundTaskManager = BackgroundTaskManager() if manager is None else manager
         self._internals = ManagerInternals(self.manager)
         # The end of the block waits until the futures have their outcomes, not only until the last record is gone.
         self._task_set = self._internals.make_task_set(lambda: None, self._accept_failure)
@@ -92,27 +93,29 @@ class BackgroundExecutor(ExecutorBase):
         self._is_open = False
         self._is_exiting = False
         # Calls that have not ended, and those that run. Submitters and workers change them without a lock, by one
-        # operation each, and look at them afterwards: of two that race at least one sees what the other did.
+        # operation each, and read them afterwards: of two racing threads, at least one sees the other's change.
         self._live: dict[Call, None] = {}
         self._running: dict[Call, None] = {}
         self._idle = threading.Event()
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        # Guards what is rare: starting and leaving threads, and failures. Re-entrant, for a finaliser may submit.
+        # Guards rare operations: starting and leaving threads, and failures. Re-entrant: a finaliser may submit.
         self._lock = threading.RLock()
         self._threads: set[threading.Thread] = set()
         self._deadlines = Deadlines(self._expire)
 
-    def submit(  # type: ignore[valid-type]  # see _submit
+    # Long, in one body: this is the hot path, and each further call costs measurable time.
+    @typed_submit
+    def submit(  # noqa: PLR0912
         self,
-        fn: Callable[Parameters, Result],
+        fn: Callable[..., Result],
         /,
-        *args: Parameters.args,
+        *args: Any,
         __name__: str | None = None,
         __cancel_on_exit__: bool = False,
         __reraise_on_exit__: bool = True,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
-        **kwargs: Parameters.kwargs,
+        **kwargs: Any,
     ) -> concurrent.futures.Future[Result]:
         """Run ``fn(*args, **kwargs)`` in a thread, in a copy of the submitter's context. Safe from any thread.
 
@@ -132,13 +135,13 @@ class BackgroundExecutor(ExecutorBase):
 
         Raises:
             ExecutorClosedError: the block has not begun or has ended.
-            InvalidFunctionError: ``fn`` cannot be called, or is a coroutine function.
+            InvalidFunctionError: ``fn`` is not callable, or is a coroutine function.
             InvalidOptionError: an unknown option.
-            InvalidTimeoutError: ``__timeout__`` is no finite number greater than 0.
+            InvalidTimeoutError: ``__timeout__`` is not a finite number greater than 0.
             NotPicklableError: ``fn`` or an argument cannot go to another process or interpreter.
             ManagerClosedError: the manager was shut down.
             TaskRejectedError: the manager is at its cap.
-            RuntimeError: no thread could be started, and the executor has none.
+            RuntimeError: no thread could be started, and the executor has no other.
 
         """
         if not self._is_open:
@@ -169,7 +172,7 @@ class BackgroundExecutor(ExecutorBase):
             try:
                 self._add_worker()
             except RuntimeError:
-                # Unless a thread that another submitter started was faster, it will not run.
+                # Without a thread it will not run, unless another submitter started one meanwhile.
                 if self._cancel_call(call):
                     raise
         if self._is_exiting and __cancel_on_exit__:
@@ -179,10 +182,10 @@ class BackgroundExecutor(ExecutorBase):
     # -- threads --------------------------------------------------------------------------------------------------
 
     def _add_worker(self) -> None:
-        """Start a thread if more calls wait than threads are idle, and there may be another.
+        """Start a thread if more calls wait than threads are idle, and the limit allows another.
 
         Raises:
-            RuntimeError: there could be none, and no other serves the executor.
+            RuntimeError: it could not be started, and the executor has no other.
 
         """
         with self._lock:
@@ -201,7 +204,7 @@ class BackgroundExecutor(ExecutorBase):
             logger.warning("No further thread could be started; %d serve the executor", count)
 
     def _work(self) -> None:
-        """Serve the queue until its end is reached or the function that ran was abandoned."""
+        """Run queued calls until the end of the queue, or until the running call was abandoned."""
         runner = self._make_runner()
         worker = threading.current_thread()
         next_call, running = self._queue.get, self._running
@@ -210,26 +213,26 @@ class BackgroundExecutor(ExecutorBase):
                 call.worker = worker
                 call.runner = runner
                 running[call] = None
-                is_ours = True
+                is_serving = True
                 if call.record.begin_call():
                     if self._queue.qsize() > len(self._threads) - len(running) and len(self._threads) < self._limit:
-                        # Submitted between taking this call and marking it as running, when this thread looked idle.
+                        # A call was submitted before this one was marked as running, while this thread looked idle.
                         self._add_worker()
                     try:
-                        is_ours = self._run(call, runner)
+                        is_serving = self._run(call, runner)
                     except BaseException:
                         self._log_escaped(call)
-                        is_ours = worker in self._threads
+                        is_serving = worker in self._threads
                 running.pop(call, None)
-                # The next one may be long in coming: nothing may keep this one until then.
+                # The next call may come late: nothing may keep this one until then.
                 del call
-                if not is_ours:
+                if not is_serving:
                     return
         finally:
             runner.close()
 
     def _run(self, call: Call, runner: Runner) -> bool:
-        """Run a function and finish its call; return False if it was abandoned meanwhile, and its thread with it."""
+        """Run a function and finish its call; return False if the call and this thread were abandoned meanwhile."""
         call.is_running = True
         result, error = self._outcome_of(call, runner)
         is_first = call.record.finish_call("completed" if error is None else "failed", error)
@@ -259,13 +262,13 @@ class BackgroundExecutor(ExecutorBase):
             return None, error
 
     def _log_escaped(self, call: Call) -> None:
-        """Log what a done callback or a hook raised that is no Exception: above these threads nobody catches it."""
+        """Log a BaseException of a done callback or a hook: nothing above these threads catches it."""
         logger.error("A done callback or hook of background task '%s' raised", call.record.name, exc_info=True)
 
     # -- outcomes -------------------------------------------------------------------------------------------------
 
     def _finish(self, call: Call, result: Any, error: BaseException | None) -> None:
-        """Report a call whose record is finished, and give its outcome to its future."""
+        """Report a call whose record is finished, and set the outcome of its future."""
         record, future = call.record, call.future
         if error is not None and record.flags & RERAISE_ON_EXIT:
             with self._lock:
@@ -279,14 +282,14 @@ class BackgroundExecutor(ExecutorBase):
                 self._leave(call)
 
     def _cancel_call(self, call: Call, abandon: bool = False) -> bool:
-        """Cancel a call that waits; abandon one that runs if that is wanted. Return whether its future is cancelled."""
+        """Cancel a waiting call, and with ``abandon`` abandon a running one; return whether its future is cancelled."""
         record, future = call.record, call.future
         if record.finish_call("cancelled", if_queued=True):
             call.close()
         elif abandon and record.finish_call("abandoned"):
             self._abandon(call)
         else:
-            # Whoever was first may not have come to the future yet.
+            # The thread that finished the record may not have set the outcome of the future yet.
             return record.outcome in ("cancelled", "abandoned")
         try:
             record.report_call()
@@ -298,7 +301,7 @@ class BackgroundExecutor(ExecutorBase):
         return True
 
     def _expire(self, call: Call) -> None:
-        """Have a call that still runs fail with TimeoutError, and abandon its function."""
+        """Fail a call that still runs with TimeoutError, and abandon its function."""
         if not call.record.finish_call("timed_out"):
             return
         self._abandon(call)
@@ -311,7 +314,7 @@ class BackgroundExecutor(ExecutorBase):
             self._log_escaped(call)
 
     def _abandon(self, call: Call) -> None:
-        """Leave a thread to the function it runs, and start another if one is wanted."""
+        """Give up the thread of a running function, and start another if one is needed."""
         with self._lock:
             self._threads.discard(call.worker)
             self._running.pop(call, None)
@@ -334,12 +337,12 @@ class BackgroundExecutor(ExecutorBase):
         self._was_entered = True
         self._records = self._internals.add_loop(self._loop)
         self._is_open = True
-        return self.submit  # type: ignore[return-value]
+        return self.submit
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Cancel what asked for it, wait for the rest, raise the first failure unless the block raised."""
+        """End the block as the class says: cancel, wait, raise the first failure."""
         self._is_exiting = True
         try:
             self._cancel_live(CANCEL_ON_EXIT, self._abandon_running)
@@ -353,7 +356,7 @@ class BackgroundExecutor(ExecutorBase):
         self._end_block(kind)
 
     def _cancel_live(self, flags: int, abandon: bool) -> None:
-        """Cancel the calls that have these flags: first those that wait, so that none takes the place of another."""
+        """Cancel the calls with these flags: first the waiting ones, so that none starts in the place of another."""
         calls = [call for call in list(self._live) if call.record.flags & flags == flags]
         for call in calls:
             self._cancel_call(call)
@@ -375,7 +378,7 @@ class BackgroundExecutor(ExecutorBase):
             self._is_open = True
 
     def _end_threads(self) -> None:
-        """End the threads, but not those left to abandoned functions."""
+        """End the threads, except those of abandoned functions."""
         self._loop.close()
         self._deadlines.stop()
         with self._lock:
@@ -388,7 +391,7 @@ class BackgroundExecutor(ExecutorBase):
 
 
 def _check_function(fn: Callable[..., Any]) -> None:
-    """Refuse what is no plain function."""
+    """Refuse an object that is not a plain function."""
     if not callable(fn):
         raise _refusals.not_callable(fn)
     code = getattr(fn, "__code__", None)

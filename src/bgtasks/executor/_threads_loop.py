@@ -1,4 +1,4 @@
-"""What stands for an event loop where an executor runs functions in threads."""
+"""The stand-in for an event loop of an executor that runs functions in threads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ logger = logging.getLogger("bgtasks")
 
 
 class ThreadsLoop:
-    """Answers the registry and the manager for the functions of one executor, as a loop does for its tasks.
+    """Stands for an event loop in registry and manager, for the functions of one executor.
 
     The registry keeps its records by loop, asks the loop for the time and whether it still runs, and releases its
-    records when it is closed. With that much of a loop, functions in threads are in the manager's info, statistics and
-    history, are cancelled by id or name, and are waited for by ``shutdown``, without code of their own for each.
+    records when it is closed. With these methods alone, functions in threads are in the manager's info, statistics and
+    history, ``cancel`` reaches them by id or name, and ``shutdown`` waits for them.
     """
 
     time = staticmethod(time.monotonic)
@@ -27,7 +27,7 @@ class ThreadsLoop:
         self._is_closed = False
 
     def close(self) -> None:
-        """Have the registry release the records: the executor has ended."""
+        """Mark the executor as ended; the registry then releases its records."""
         self._is_closed = True
 
     def is_closed(self) -> bool:
@@ -43,5 +43,5 @@ class ThreadsLoop:
         callback(*args)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Log an error that nobody else handles."""
+        """Log an error that nothing else handles."""
         logger.error("%s", context["message"], exc_info=context["exception"])

@@ -1,4 +1,4 @@
-"""The manager that takes the place of agentflow's and 10xGraph's: ours, with their defaults, names and texts."""
+"""The manager that replaces agentflow's and 10xGraph's, with their defaults, names and texts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ class FrameworkLog(TaskLog):
     """Writes the framework's texts into the framework's logger.
 
     Args:
-        framework: the module whose manager is replaced. Its logger is looked up at each use: tests put another one in
-            its place.
+        framework: the module whose manager is replaced. Its logger is looked up at each use, because tests replace it.
 
     """
 
@@ -45,7 +44,7 @@ class FrameworkLog(TaskLog):
         return logger
 
     def muted_levels(self) -> dict[int, bool]:
-        """Return a dict that ``is_debug`` fills, so that a logger put in the place of the framework's is heeded."""
+        """Return a dict that ``is_debug`` fills, so that a replaced logger of the framework counts."""
         return self._levels
 
     def is_debug(self) -> bool:
@@ -54,7 +53,7 @@ class FrameworkLog(TaskLog):
         return debug
 
     def ended(self, record: Record) -> None:
-        """Log a task that ended otherwise than by a failure."""
+        """Log the end of a task that did not fail."""
         outcome = record.outcome
         if outcome == "abandoned":
             super().ended(record)
@@ -90,7 +89,7 @@ class FrameworkManager(BackgroundTaskManager):
 
     Args:
         default_shutdown_timeout: seconds that ``shutdown`` takes at most, >= 0.
-        max_pending_tasks: how many tasks may be in flight; a new one is then dropped. 0 for no limit.
+        max_pending_tasks: how many tasks may be in flight; further ones are dropped. 0 for no limit.
 
     """
 
@@ -100,7 +99,7 @@ class FrameworkManager(BackgroundTaskManager):
     _drains: ClassVar[float]
     _log: FrameworkLog
 
-    # InjectQ takes every annotated parameter for one that it may fill in: there are these two and no more.
+    # No further parameters: InjectQ tries to fill in every annotated one.
     def __init__(self, default_shutdown_timeout: float = 30.0, max_pending_tasks: int = 1000) -> None:
         super().__init__(
             default_shutdown_timeout,
@@ -128,7 +127,7 @@ class FrameworkManager(BackgroundTaskManager):
     ) -> asyncio.Task[Result]:
         """Do as ``BackgroundTaskManager.create_task``, but return None for a task that is dropped at the limit.
 
-        A timeout of 0 is none, and a manager that was shut down accepts work.
+        A timeout of 0 means no timeout, and a manager that was shut down still accepts work.
         """
         debug = self._log.is_debug()
         try:
@@ -142,11 +141,11 @@ class FrameworkManager(BackgroundTaskManager):
             )
         except errors.TaskRejectedError:
             self._count_drop(name)
-            # What the framework's programs expect, against the type that they inherit.
+            # The framework's programs expect None, although the inherited type excludes it.
             return None  # type: ignore[return-value]
         trace = task._source_traceback  # type: ignore[attr-defined]  # noqa: SLF001  asyncio's debug mode
         if trace and trace[-1].filename == __file__:
-            # In debug mode a task tells where it was created: not here.
+            # In debug mode a task shows where it was created; this frame is not the place.
             del trace[-1]
         if debug:
             self._log.logger.debug(
@@ -161,7 +160,7 @@ class FrameworkManager(BackgroundTaskManager):
             await super().cancel_all()
 
     async def wait_for_all(self, timeout: float | None = None, return_exceptions: bool = False) -> None:
-        """Do as ``BackgroundTaskManager.wait_for_all``, and log it; a timeout of 0 is none."""
+        """Do as ``BackgroundTaskManager.wait_for_all``, and log it; a timeout of 0 means no limit."""
         if not self._owned():
             return
         self._log.logger.info("Waiting for %d background tasks to finish...", self._owned())
@@ -210,16 +209,16 @@ class FrameworkManager(BackgroundTaskManager):
             stats = again
         return stats
 
-    # -- what tests and programs of the framework read of its own manager -----------------------------------------
+    # -- read by tests and programs of the framework --------------------------------------------------------------
 
     @property
     def _tasks(self) -> set[asyncio.Task[Any]]:
-        """A set of the live tasks, made for the caller."""
+        """A new set of the live tasks."""
         return {record.task for record in self._live_records() if record.task is not None}
 
     @property
     def _task_metadata(self) -> dict[asyncio.Task[Any], Any]:
-        """A dict with the framework's own ``TaskMetadata`` for each live task, made for the caller."""
+        """A new dict with the framework's own ``TaskMetadata`` for each live task."""
         now = time.time()
         return {
             record.task: self._framework.TaskMetadata(
@@ -229,7 +228,7 @@ class FrameworkManager(BackgroundTaskManager):
             if record.task is not None
         }
 
-    # -- the manager's choices ------------------------------------------------------------------------------------
+    # -- admission ------------------------------------------------------------------------------------------------
 
     def _accepts_work(self) -> bool:
         # A default value of a function may hold the manager of a graph that is long closed.

@@ -24,10 +24,9 @@ SUMS: Final[dict[str, tuple[str, ...]]] = {
 
 
 class Totals:
-    """What all managers of one framework counted, those that are gone included.
+    """The sums of the counters of all managers of one framework, collected managers included.
 
-    The framework's counters of these names are made to read from here; nothing is incremented when a task starts or
-    ends.
+    The framework's counters of these names read the sums; nothing is incremented when a task starts or ends.
 
     Args:
         metrics: the framework's metrics module.
@@ -36,18 +35,18 @@ class Totals:
 
     def __init__(self, metrics: ModuleType) -> None:
         self._metrics = metrics
-        # Reentrant: a manager may be collected, and retire, while its thread reads.
+        # Re-entrant: a manager may be collected, and retire, while its thread reads.
         self._lock = threading.RLock()
         self._managers: dict[int, weakref.ref[BackgroundTaskManager]] = {}
         self._retired: Counter[str] = Counter()
 
     def add(self, manager: BackgroundTaskManager) -> None:
-        """Count what this manager counts, from now on."""
+        """Include the counters of a manager from now on."""
         with self._lock:
             self._managers[id(manager)] = weakref.ref(manager)
 
     def retire(self, manager: BackgroundTaskManager) -> None:
-        """Keep the counters of a manager that is about to go; do nothing for one that was never added."""
+        """Keep the counters of a manager that is about to be collected; do nothing for one that was never added."""
         with self._lock:
             if self._managers.pop(id(manager), None) is not None:
                 self._retired.update(_counters(manager))
@@ -63,11 +62,11 @@ class Totals:
         return total
 
     def count(self, name: str) -> None:
-        """Count what happens once in the life of a manager, as the framework does."""
+        """Increment a counter of waits or shutdowns, as the framework does."""
         self._metrics.counter(PREFIX + name).inc()
 
     def attach(self) -> None:
-        """Have the framework's counters read from here, beside what the framework itself counts."""
+        """Have the framework's counters add the sums to their own values."""
         for name, summands in SUMS.items():
             counter = self._metrics.counter(PREFIX + name)
             own = self._metrics.Counter(counter.name, counter.value)
@@ -84,7 +83,7 @@ class Totals:
 
 
 def _reading(totals: Totals, own: Any, summands: tuple[str, ...]) -> type:
-    """Return a class of counters that count in ``own`` and show that with what the managers counted."""
+    """Return a class of counters that count in ``own`` and show its value plus the sums of the managers."""
 
     def counted() -> int:
         read = totals.read()

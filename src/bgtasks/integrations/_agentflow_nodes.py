@@ -1,6 +1,6 @@
 """Managers for the parameters of graph nodes that ask for one."""
 
-# ruff: noqa: SLF001  what is replaced is private in the frameworks
+# ruff: noqa: SLF001  the replaced methods are private in the frameworks
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import injectq
 
 
 def give_manager(node: Any, manager: object, kinds: tuple[type, ...]) -> None:
-    """Have a node called with its graph's manager for each parameter that is annotated as one or has it as default.
+    """Have a node called with its graph's manager for each parameter that asks for one, by annotation or default.
 
     Args:
-        node: a node of the framework; one that runs no function, or asks for no manager, stays as it is.
-        manager: what to hand in.
+        node: a node of the framework; one without a function, or without such a parameter, is not changed.
+        manager: the manager.
         kinds: the classes that count as a manager.
 
     """
@@ -27,7 +27,7 @@ def give_manager(node: Any, manager: object, kinds: tuple[type, ...]) -> None:
     if not names:
         return
     given = dict.fromkeys(names, manager)
-    # With them filled in, the framework sees a function that asks for the rest.
+    # With these arguments filled in, the framework sees a function with the other parameters only.
     rest = SimpleNamespace(func=functools.partial(node.func, **given), _get_cached_signature=inspect.signature)
     for handler in (node.invoke_handler, node.stream_handler):
         handler._prepare_input_data = functools.partial(_prepare, type(handler)._prepare_input_data, rest, given)
@@ -46,7 +46,7 @@ def _names_of_parameters(function: Any, kinds: tuple[type, ...]) -> list[str]:
     try:
         hints = typing.get_type_hints(function)
     except Exception:
-        # A name that exists for the type checker only, or no function: the annotations as they stand have to do.
+        # A name that exists only for type checkers, or not a function: use the annotations as they are.
         hints = {}
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [

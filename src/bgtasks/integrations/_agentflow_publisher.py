@@ -1,4 +1,4 @@
-"""A publisher of ours in the place of agentflow's and 10xGraph's, and a ``publish_event`` that needs no task for it."""
+"""Publishers that pass the events of agentflow and 10xGraph on, and a ``publish_event`` that needs no task for them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import importlib
 import time
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from bgtasks.errors import InvalidOptionError, describe
-
-if TYPE_CHECKING:
-    from bgtasks.events import BasePublisher
+from bgtasks.events import BasePublisher, EncodeError, Publisher
+from bgtasks.events._encoding import JsonEncoder
 
 __all__ = ["FrameworkPublisher", "publisher_of", "straight"]
 
-# Closings that sync_close began on a running loop, which itself holds only weak references.
+# Tasks that sync_close started: a running loop itself holds only weak references.
 _closing: set[asyncio.Task[object]] = set()
 
 
@@ -25,69 +24,71 @@ class FrameworkPublisher:
     """Passes a framework's events on; ``publisher_of`` derives a class from it and from the framework's base.
 
     Args:
-        ours: where the events go; closed with this one.
+        target: the publisher that gets the events; closed with this one.
 
     """
 
-    # The framework's events, and the time that each of them carries which was given none.
+    # The framework's class of events, and the default time of its events.
     _events: ClassVar[type]
     _import_time: ClassVar[float | None]
 
-    def __init__(self, ours: BasePublisher) -> None:
+    def __init__(self, target: BasePublisher) -> None:
         super().__init__({})  # type: ignore[call-arg]  # the framework's base takes its configuration
-        self.ours = ours
+        self.ours = target
+        self._encoder = JsonEncoder()
         self._is_closed = False
 
     def emit(self, event: Any) -> bool:
-        """Queue an event as it is now; from any thread. See ``BasePublisher.emit``."""
-        payload = self._payload(event)
-        return payload is not None and self.ours.emit(payload)
+        """Queue an event as it is now; from any thread. See ``Publisher.emit_encoded``."""
+        return self.ours.emit_encoded(self._dated(event))
 
     async def publish(self, event: Any) -> bool:
-        """Queue an event as it is now; where ours waits for room, wait."""
-        payload = self._payload(event)
-        return payload is not None and await self.ours.publish(payload)
+        """Queue an event as it is now; wait for capacity if the publisher does."""
+        event = self._dated(event)
+        try:
+            event = self._encoder.encode(event)
+        except EncodeError:
+            # emit_encoded() counts the event as refused.
+            return self.ours.emit_encoded(event)
+        return await self.ours.publish(event)
 
     async def close(self) -> None:
-        """Close ours. Again does nothing."""
+        """Close the publisher that gets the events, too; a second call does nothing."""
         self._is_closed = True
         await self.ours.close()
 
     def sync_close(self) -> None:
-        """Close ours, and wait for that; where a loop runs in this thread, begin to, and leave the rest to the loop."""
+        """Do as ``close`` and wait for it; if a loop runs in this thread, only start it on that loop."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             asyncio.run(self.close())
             return
-        task = loop.create_task(self.close(), name=f"close {self.ours.name}")
+        task = loop.create_task(self.close(), name=f"close {self.ours!r}")
         _closing.add(task)
         task.add_done_callback(_closing.discard)
 
-    def _payload(self, event: Any) -> bytes | None:
-        # At once: the frameworks make one event a run and change it from one call to the next.
+    def _dated(self, event: Any) -> Any:
+        """Return an event with a time of its own."""
         if isinstance(event, self._events) and event.timestamp == self._import_time:  # type: ignore[attr-defined]
-            # In a copy: the next time that it passes it is to have another.
+            # A copy: the frameworks make one event per run and change it from one call to the next.
             event = event.model_copy(update={"timestamp": time.time()})  # type: ignore[attr-defined]
-        return self.ours.encoded(event)
+        return event
 
 
-def publisher_of(framework: str, ours: object) -> FrameworkPublisher:
-    """Return a publisher of a framework around one of ours.
+def publisher_of(framework: str, target: object) -> FrameworkPublisher:
+    """Return a publisher of a framework that passes events on to ``target``.
 
     Raises:
-        InvalidOptionError: it is none of ours, or one that needs the events themselves.
+        InvalidOptionError: ``target`` is not a publisher of ``bgtasks.events``, or its sink takes events unencoded.
 
     """
-    from bgtasks.events import BasePublisher
-    from bgtasks.events.workers import WorkerPublisher
-
-    if not isinstance(ours, BasePublisher) or isinstance(ours, WorkerPublisher):
+    if not isinstance(target, BasePublisher) or (isinstance(target, Publisher) and not target.sink.takes_bytes):
         raise InvalidOptionError(
-            "publisher() takes a publisher of bgtasks.events that takes bytes, RedisPublisher for one; "
-            f"got {describe(ours)}. A publisher of the framework goes to StateGraph as it is"
+            "publisher() takes a publisher of bgtasks.events whose sink takes bytes, such as "
+            f"Publisher(RedisSink(...)); got {describe(target)}. Pass a publisher of the framework to StateGraph itself"
         )
-    return _class_for(framework)(ours)
+    return _class_for(framework)(target)
 
 
 @functools.cache
@@ -104,18 +105,18 @@ def _class_for(framework: str) -> type[FrameworkPublisher]:
 
 
 def _import_time(events: Any) -> float | None:
-    """Return the time that the framework gives every event: its default is the method of one ``datetime``."""
+    """Return the default time of the framework's events: it comes from a method of one ``datetime``."""
     default = events.model_fields["timestamp"].default_factory
     bound = getattr(default, "__self__", None)
     return bound.timestamp() if isinstance(bound, datetime) else None
 
 
 def straight(by_task: Callable[..., None], fresh: Callable[[Any], Any]) -> Callable[..., None]:
-    """Return a ``publish_event`` for a framework that starts no task where the publisher is ours.
+    """Return a ``publish_event`` for a framework, which starts no task for a ``FrameworkPublisher``.
 
     Args:
         by_task: the framework's own, for other publishers.
-        fresh: the framework's function that finds what an ``Inject`` default stands for.
+        fresh: the framework's function that resolves an ``Inject`` default.
 
     """
 
@@ -127,6 +128,6 @@ def straight(by_task: Callable[..., None], fresh: Callable[[Any], Any]) -> Calla
         else:
             by_task(event, publisher, task_manager)
 
-    # The very same objects: install() and uninstall() change what they stand for.
+    # The same objects: install() and uninstall() change what they resolve to.
     publish_event.__defaults__ = by_task.__defaults__  # type: ignore[attr-defined]
     return publish_event

@@ -1,4 +1,4 @@
-"""What an integration says where its framework is not installed."""
+"""The error of an integration whose framework is not installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def extra(name: str, framework: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        # Only the framework itself: one that misses a package of its own says so better than we.
+        # Only for the framework itself: if it misses a package of its own, its own error is better.
         if error.name is None or error.name.partition(".")[0] != name:
             raise
         raise errors.missing_extra(name, framework, f"use bgtasks.integrations.{name}") from error

@@ -1,4 +1,4 @@
-"""What the pytest plugin does once a test asks for it: it finds tasks that are left, and failures nobody looked at."""
+"""The checks of the pytest plugin: they find tasks that a test leaves, and failures that nobody retrieved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["LeakChecker"]
 
 
 class Failure(NamedTuple):
-    """A background task that failed, and what tells whether somebody looked at its exception."""
+    """A background task that failed, and its exception as it was when the task failed."""
 
     text: str
     task: asyncio.Task[Any] | None
@@ -30,7 +30,7 @@ class Failure(NamedTuple):
     traceback: Any
 
     def was_seen(self) -> bool:
-        """Say whether the exception was retrieved from the task, or raised anew by ``wait_for_all``."""
+        """Return whether the exception was retrieved from the task, or raised again by ``wait_for_all``."""
         is_retrieved = self.task is not None and not self.task._log_traceback  # noqa: SLF001  asyncio's own mark
         return is_retrieved or self.error.__traceback__ is not self.traceback
 
@@ -40,7 +40,7 @@ class Failure(NamedTuple):
 
 
 class CheckedTest:
-    """What was found out about the background tasks of one test."""
+    """The findings about the background tasks of one test."""
 
     def __init__(self, item: pytest.Item, mode: str) -> None:
         self.item = item
@@ -51,7 +51,7 @@ class CheckedTest:
         self._failures: list[Failure] = []
 
     def add_leak(self, text: str) -> None:
-        """Add a task that is left."""
+        """Add a task that the test left."""
         self._leaks.append(text)
 
     def add_failure(self, failure: Failure) -> None:
@@ -59,7 +59,7 @@ class CheckedTest:
         self._failures.append(failure)
 
     def take_report(self) -> str:
-        """Return what is to be reported, empty if nothing is, and forget it."""
+        """Return the findings as text, empty if there are none, and forget them."""
         failures = [failure for failure in self._failures if not failure.was_seen()]
         for failure in failures:
             if failure.task is not None:
@@ -82,7 +82,7 @@ class CheckedTest:
 
     @contextlib.contextmanager
     def beside_errors(self, when: str) -> Iterator[None]:
-        """Add what was found to the report of a test that fails for another reason."""
+        """Add the findings to the report of a test that fails for another reason."""
         try:
             yield
         except BaseException:
@@ -93,7 +93,7 @@ class CheckedTest:
 
 
 class LeakChecker(Observer):
-    """The hooks of the plugin that cost something; registered when the first test asks for them."""
+    """The costly hooks of the plugin; registered when the first test needs them."""
 
     def __init__(self, config: pytest.Config, mode_of: Callable[[pytest.Item], str]) -> None:
         self._mode_of = mode_of
@@ -105,7 +105,7 @@ class LeakChecker(Observer):
         self._follow_runners(config)
 
     def _follow_runners(self, config: pytest.Config) -> None:
-        """Look at the tasks when a runner closes: the last moment to see what a test leaves, the runner cancels all."""
+        """Look for leaked tasks when a runner closes, before the runner cancels them all."""
         close = asyncio.Runner.close
 
         def look_and_close(runner: asyncio.Runner) -> None:
@@ -157,7 +157,7 @@ class LeakChecker(Observer):
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Fail a test for what it left itself or what failed; not for what it started and its fixtures end."""
+        """Fail a test for failures and for tasks of closed loops; its fixtures may still end its other tasks."""
         test = self._test
         if test is None:
             return (yield)
@@ -172,7 +172,7 @@ class LeakChecker(Observer):
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Fail the teardown for what the end of the test's loop, or of its fixtures, brought to light."""
+        """Fail the teardown for tasks that the test left and its fixtures did not end, and for later failures."""
         test = self._test
         if test is None:
             return (yield)
@@ -188,7 +188,7 @@ class LeakChecker(Observer):
             test.judge()
         return result
 
-    # -- what happens meanwhile -----------------------------------------------------------------------------------
+    # -- events during a test -------------------------------------------------------------------------------------
 
     def task_failed(self, record: Record, error: BaseException) -> None:
         """Add a failure to the test that runs."""
@@ -196,7 +196,7 @@ class LeakChecker(Observer):
         if test is None:
             return
         if record.task_set is not None:
-            # An executor's: the failure belongs to the future that it gave out.
+            # A task of an executor: the failure belongs to the future that the executor returned.
             return
         text = _describe(record)
         task = record.task
@@ -205,12 +205,12 @@ class LeakChecker(Observer):
             test.item.warn(pytest.PytestWarning(f"{text}, left by {culprit}, failed: {type(error).__name__}: {error}"))
             return
         if task is not None:
-            # The registry marks failures as retrieved when they are logged; here it matters whether the test does.
+            # The registry marks a logged failure as retrieved; here only the test's own retrieval counts.
             task.remove_done_callback(retrieve_failure)
         test.add_failure(Failure(text, task, error, error.__traceback__))
 
     def tasks_abandoned(self, names: dict[str, int]) -> None:
-        """Add what a closed loop left behind."""
+        """Add the tasks that a closed loop left behind."""
         if self._test is not None:
             for name, count in names.items():
                 self._test.add_leak(f"Background task '{name}' ({count} times), abandoned with its closed loop")
@@ -234,7 +234,7 @@ def _in_flight() -> Iterator[Record]:
     """Yield the record of every task that a manager owns and that has not ended."""
     for manager in all_managers():
         internals = ManagerInternals(manager)
-        # What a closed loop left behind is reported as such: see tasks_abandoned.
+        # The tasks of closed loops are reported by tasks_abandoned.
         internals.release_closed_loops()
         yield from internals.owned_records()
 

@@ -30,16 +30,16 @@ TASK_MANAGER: Final = web.AppKey("task_manager", BackgroundTaskManager)
 def cleanup_context(**options: Unpack[ManagerOptions]) -> Callable[[web.Application], AsyncIterator[None]]:
     """Return a cleanup context that gives the application a manager, in ``app[TASK_MANAGER]``.
 
-    aiohttp ends cleanup contexts in the reverse order: append this one last, then its tasks end before the others close
-    what they use. It begins to end after the last request: it refuses new work, drains, cancels, and names in the log
-    what did not finish.
+    aiohttp ends cleanup contexts in the reverse order: append this one last, so that its tasks end before the others
+    close their resources. After the last request the manager refuses new work, drains, cancels, and names unfinished
+    tasks in the log.
 
     Args:
         options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
             ``default_shutdown_timeout`` 5.
 
     Raises:
-        InvalidOptionError: an option is outside its values.
+        InvalidOptionError: an option has an invalid value.
 
     """
     check_options(options)
@@ -53,10 +53,10 @@ def cleanup_context(**options: Unpack[ManagerOptions]) -> Callable[[web.Applicat
 
 
 def task_manager(request: web.Request) -> BackgroundTaskManager:
-    """Return the manager of the application that serves a request, or of the one that it is a part of.
+    """Return the manager of the application that serves a request, or of its parent application.
 
     Raises:
-        NoManagerError: none of them has a ``cleanup_context()``, or it was not started.
+        NoManagerError: neither has a ``cleanup_context()``, or the application was not started.
 
     """
     manager = request.config_dict.get(TASK_MANAGER)

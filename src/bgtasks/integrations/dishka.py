@@ -16,27 +16,27 @@ from bgtasks.manager import BackgroundTaskManager
 from bgtasks.program._draining import running
 
 with extra("dishka", "dishka"):
-    from dishka import Provider, Scope, provide
+    from dishka import BaseScope, Provider, Scope, provide
 
 __all__ = ["TaskManagerProvider"]
 
 
 class TaskManagerProvider(Provider):
-    """Provides one ``BackgroundTaskManager`` for the scope APP, and ends it when the container is closed.
+    """Provides one ``BackgroundTaskManager`` for the scope APP, and shuts it down when the container is closed.
 
-    dishka closes what it made in the reverse order: ask the container for the manager after what its tasks use. At the
-    end the manager refuses new work, drains, cancels, and names in the log what did not finish.
+    dishka closes its objects in the reverse order of their creation: request the manager after the objects that its
+    tasks use. At the end the manager refuses new work, drains, cancels, and names unfinished tasks in the log.
 
     Args:
         options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
             ``default_shutdown_timeout`` 5.
 
     Raises:
-        InvalidOptionError: an option is outside its values.
+        InvalidOptionError: an option has an invalid value.
 
     """
 
-    scope = Scope.APP
+    scope: BaseScope | None = Scope.APP
 
     def __init__(self, **options: Unpack[ManagerOptions]) -> None:
         super().__init__()
@@ -45,6 +45,6 @@ class TaskManagerProvider(Provider):
 
     @provide
     async def task_manager(self) -> AsyncIterable[BackgroundTaskManager]:
-        """Give the manager."""
+        """Provide the manager."""
         async with running(self._options) as manager:
             yield manager

@@ -1,4 +1,4 @@
-"""A task manager for a FastAPI application, handed to the path operations that ask for it.
+"""A task manager for a FastAPI application, passed to the path operations that ask for it.
 
 ::
 

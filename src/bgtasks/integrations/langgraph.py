@@ -1,15 +1,15 @@
-"""The executors in the place of LangGraph's own.
+"""Runs the graphs of LangGraph on the executors of bgtasks.
 
 ::
 
     from bgtasks.integrations import langgraph
 
     langgraph.install()      # graphs that start from now on run on bgtasks
-    langgraph.uninstall()    # and from now on on LangGraph's own executors again
+    langgraph.uninstall()    # graphs that start from now on run on LangGraph's own executors again
 
-LangGraph makes an executor for each run of a graph. Its loop imported the two classes by name, so that a new value in
-the module that defines them would change nothing: ``install`` looks for them in every module of LangGraph. What a run
-asks of an executor is more than its signature says; the classes below say what they add for it.
+LangGraph makes an executor for each run of a graph. Its loop imported the two classes by name, so replacing them only
+in the module that defines them would change nothing: ``install`` replaces them in every module of LangGraph. A run
+needs more from an executor than its signature says; the classes below list these rules.
 
 Importing this module needs no LangGraph; using it does.
 """
@@ -24,19 +24,22 @@ import sys
 import threading
 from collections.abc import Callable, Container, Mapping
 from types import ModuleType
-from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias, TypeVar
 
 from bgtasks import errors, executor
 from bgtasks._internals import ManagerInternals
+from bgtasks.executor._submit import typed_submit
 from bgtasks.manager import BackgroundTaskManager
 
 __all__ = ["AsyncBackgroundExecutor", "BackgroundExecutor", "install", "uninstall"]
+
+Result = TypeVar("Result")
 
 AnyFuture: TypeAlias = "asyncio.Future[Any] | concurrent.futures.Future[Any]"
 
 
 class _LangGraph(NamedTuple):
-    """What is LangGraph's own: objects that it compares with, so that copies would not do."""
+    """Objects of LangGraph that it compares by identity, so that copies would not do."""
 
     originals: tuple[type, type]
     bubble_up: type[BaseException]
@@ -64,13 +67,13 @@ def _load() -> _LangGraph:
         raise errors.missing_extra("langgraph", "a release of langgraph from 1.0 on", "know its executors") from error
 
 
-# The manager given to install(), and what makes two calls from two threads one after the other.
+# The manager given to install(), and the lock for calls from several threads.
 _manager: BackgroundTaskManager | None = None
 _lock: Final = threading.Lock()
 
 
 class _Rules:
-    """What a run of a graph asks of its executor beyond what ours do by themselves."""
+    """The rules of a graph's run that the executors of bgtasks do not have by themselves."""
 
     _zero_is_no_limit: ClassVar[bool] = True
     _decides_late: ClassVar[bool] = True
@@ -78,21 +81,21 @@ class _Rules:
     _was_given_manager: bool
 
     def _chosen(self, manager: BackgroundTaskManager | None) -> BackgroundTaskManager | None:
-        """Return the manager that the run gets: the one given, or else that of ``install``, which may be none."""
+        """Return the manager for the run: the given one, or else that of ``install``, which may be None."""
         _load()
         manager = _manager if manager is None else manager
         self._was_given_manager = manager is not None
         return manager
 
     def _reports(self, error: BaseException) -> bool:
-        """Report nothing by ourselves: the run hands its failures to its caller, to a handler, or to a waiting node.
+        """Report failures only to a given manager: the run passes them to its caller, a handler or a waiting node.
 
-        A manager that the program gave reports them as it does for any task; an interrupt is no failure anywhere.
+        A given manager reports them as it does for any task. An interrupt is never a failure.
         """
         return self._was_given_manager and not isinstance(error, _load().bubble_up)
 
     def _reraises(self, future: AnyFuture) -> bool:
-        """Raise no interrupt, and nothing that the run has taken care of by the time of the exit."""
+        """Raise no interrupt, and no failure that the run has handled by the time of the exit."""
         langgraph = _load()
         return not isinstance(future.exception(), langgraph.bubble_up) and future not in langgraph.skipped
 
@@ -100,55 +103,74 @@ class _Rules:
 class BackgroundExecutor(_Rules, executor.BackgroundExecutor):
     """Runs the functions of one run of a graph in threads, as LangGraph's class of this name does.
 
-    On exit it waits for every function that runs, those with ``__cancel_on_exit__`` included, as LangGraph's does: a
-    node that outlived its run would write to a checkpointer that the program has closed.
+    On exit it waits for every running function, those with ``__cancel_on_exit__`` included, as LangGraph's does: a node
+    that outlived its run would write to a checkpointer that the program has closed.
 
-    What it adds to ``bgtasks.BackgroundExecutor``: ``max_concurrency`` 0 is no limit, as None is; a ``GraphBubbleUp``,
-    by which a node interrupts its graph, is not raised on exit, and neither is the exception of a future in LangGraph's
-    ``SKIP_RERAISE_SET``, whenever it was put there. Failures are logged only by a manager that was given.
+    It differs from ``bgtasks.BackgroundExecutor`` in some rules. A ``max_concurrency`` of 0 means no limit, as None
+    does. A ``GraphBubbleUp``, with which a node interrupts its graph, is not raised on exit, nor is the exception of a
+    future in LangGraph's ``SKIP_RERAISE_SET``, whenever it was put there. Failures are logged only by a given manager.
 
     Args:
-        config: a ``RunnableConfig``; of its keys ``max_concurrency`` counts.
-        manager: keeps the tasks; None for the one given to ``install``, or else one of its own.
+        config: a ``RunnableConfig``; of its keys only ``max_concurrency`` is used.
+        manager: the manager that keeps the tasks; None for that of ``install``, or else a new one.
 
     Raises:
-        InvalidOptionError: ``max_concurrency`` is no whole number, or negative.
+        InvalidOptionError: ``max_concurrency`` is not a whole number, or is negative.
         MissingExtraError: LangGraph is not installed.
 
     """
 
-    def __init__(self, config: Mapping[str, Any], *, manager: BackgroundTaskManager | None = None) -> None:
+    def __init__(self, config: Mapping[str, object], *, manager: BackgroundTaskManager | None = None) -> None:
         super().__init__(config, manager=self._chosen(manager), abandon_running=False)
 
+    @typed_submit
     def submit(
-        self, fn: Callable[..., Any], /, *args: Any, __name__: str | None = None, **options: Any
-    ) -> concurrent.futures.Future[Any]:
+        self,
+        fn: Callable[..., Result],
+        /,
+        *args: Any,
+        __name__: str | None = None,
+        __cancel_on_exit__: bool = False,
+        __reraise_on_exit__: bool = True,
+        __next_tick__: bool = False,
+        __timeout__: float | None = None,
+        **kwargs: Any,
+    ) -> concurrent.futures.Future[Result]:
         """Run a function in a thread, as ``bgtasks.BackgroundExecutor.submit`` does.
 
-        LangGraph names a node only where it hands in a coroutine: here a node gets its name, too.
+        LangGraph names a node only if it submits a coroutine; this method names a node of a function, too.
         """
         if __name__ is None and fn is _load().run_node:
             __name__ = args[0].name
-        return super().submit(fn, *args, __name__=__name__, **options)
+        return super().submit(
+            fn,
+            *args,
+            __name__=__name__,
+            __cancel_on_exit__=__cancel_on_exit__,
+            __reraise_on_exit__=__reraise_on_exit__,
+            __next_tick__=__next_tick__,
+            __timeout__=__timeout__,
+            **kwargs,
+        )
 
 
 class AsyncBackgroundExecutor(_Rules, executor.AsyncBackgroundExecutor):
     """Runs the coroutines of one run of a graph as tasks, as LangGraph's class of this name does.
 
-    What it adds to ``bgtasks.AsyncBackgroundExecutor`` is what ``BackgroundExecutor`` adds to its base. An exit that
-    is cancelled settles its tasks first, where LangGraph's leaves them running.
+    It differs from ``bgtasks.AsyncBackgroundExecutor`` as ``BackgroundExecutor`` does from its base. A cancelled exit
+    waits for its cancelled tasks first; LangGraph's leaves them running.
 
     Args:
-        config: a ``RunnableConfig``; of its keys ``max_concurrency`` counts.
-        manager: keeps the tasks; None for the one given to ``install``, or else one of its own.
+        config: a ``RunnableConfig``; of its keys only ``max_concurrency`` is used.
+        manager: the manager that keeps the tasks; None for that of ``install``, or else a new one.
 
     Raises:
-        InvalidOptionError: ``max_concurrency`` is no whole number, or negative.
+        InvalidOptionError: ``max_concurrency`` is not a whole number, or is negative.
         MissingExtraError: LangGraph is not installed.
 
     """
 
-    def __init__(self, config: Mapping[str, Any], *, manager: BackgroundTaskManager | None = None) -> None:
+    def __init__(self, config: Mapping[str, object], *, manager: BackgroundTaskManager | None = None) -> None:
         super().__init__(config, manager=self._chosen(manager))
 
 
@@ -158,21 +180,22 @@ OURS: Final[tuple[type, type]] = (BackgroundExecutor, AsyncBackgroundExecutor)
 def install(*, manager: BackgroundTaskManager | None = None) -> None:
     """Have every graph that starts from now on run on bgtasks, until ``uninstall``.
 
-    It may be called before LangGraph is imported, which it does then, or after, and from any thread. A second call
-    changes nothing but the manager.
+    It may be called from any thread, before or after LangGraph is imported; it imports LangGraph itself. A second call
+    changes only the manager.
 
     Args:
-        manager: keeps the tasks of all graphs, and shows them; None for one a run.
+        manager: the manager that keeps and shows the tasks of all graphs; None for a new one per run.
 
     Raises:
-        InvalidOptionError: ``manager`` is no manager.
-        MissingExtraError: LangGraph is not installed, or in a release that has its executors elsewhere.
+        InvalidOptionError: ``manager`` is not a manager.
+        MissingExtraError: LangGraph is not installed, or its release has its executors elsewhere.
 
     Example:
         >>> manager = BackgroundTaskManager()
         >>> install(manager=manager)
-        >>> await graph.ainvoke({"question": "..."})
-        >>> manager.stats()["names"]
+        >>> answer = graph.invoke({"question": "how many?"})
+        >>> sorted(manager.stats()["names"])
+        ['ask', 'search']
 
     """
     global _manager
@@ -186,7 +209,7 @@ def install(*, manager: BackgroundTaskManager | None = None) -> None:
 def uninstall() -> None:
     """Put LangGraph's own executors back; without ``install`` before, do nothing.
 
-    Runs that have begun end on the executors they began with.
+    Runs that have begun keep their executors.
     """
     global _manager
     with _lock:
@@ -196,7 +219,7 @@ def uninstall() -> None:
 
 
 def _replace(old: tuple[type, type], new: tuple[type, type]) -> None:
-    """Put new classes in the place of old ones wherever a loaded module of LangGraph has them as a global."""
+    """Replace classes in the globals of every loaded module of LangGraph."""
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] != "langgraph" or not isinstance(module, ModuleType):
             continue

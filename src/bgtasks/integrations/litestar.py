@@ -36,15 +36,15 @@ __all__ = ["lifespan", "task_manager"]
 def lifespan(**options: Unpack[ManagerOptions]) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     """Return a lifespan that gives the application a manager, in ``app.state.task_manager``.
 
-    Litestar ends lifespans in the reverse order: put this one last, then its tasks end before the others close what
-    they use. At the end it refuses new work, drains, cancels, and names in the log what did not finish.
+    Litestar ends lifespans in the reverse order: put this one last, so that its tasks end before the others close their
+    resources. At the end the manager refuses new work, drains, cancels, and names unfinished tasks in the log.
 
     Args:
         options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
             ``default_shutdown_timeout`` 5.
 
     Raises:
-        InvalidOptionError: an option is outside its values.
+        InvalidOptionError: an option has an invalid value.
 
     """
     check_options(options)
@@ -59,7 +59,7 @@ def lifespan(**options: Unpack[ManagerOptions]) -> Callable[[Litestar], Abstract
 
 
 def task_manager(state: State) -> BackgroundTaskManager:
-    """Return the application's manager: a dependency.
+    """Return the application's manager, as a dependency.
 
     Raises:
         NoManagerError: the application was made without ``lifespan()``, or not started.
@@ -69,6 +69,6 @@ def task_manager(state: State) -> BackgroundTaskManager:
     if manager is None:
         raise errors.NoManagerError(
             "this application has no task manager: make it with lifespan=[..., lifespan()], and start it; in tests, "
-            "'with TestClient(app) as client' does"
+            "'with TestClient(app) as client' starts it"
         )
     return manager

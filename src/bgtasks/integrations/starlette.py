@@ -1,4 +1,4 @@
-"""A task manager for a Starlette application: it ends after the last request, before what the application holds open.
+"""A task manager for a Starlette application: it ends after the last request, before the application's resources.
 
 ::
 
@@ -35,12 +35,12 @@ def lifespan(
     inner: Callable[[App], AbstractAsyncContextManager[Mapping[str, Any] | None]] | None = None,
     **options: Unpack[ManagerOptions],
 ) -> Callable[[App], AbstractAsyncContextManager[Mapping[str, Any]]]:
-    """Return a lifespan that gives the application a manager and has ``inner`` around the manager's end.
+    """Return a lifespan that gives the application a manager, which ends before ``inner`` does.
 
-    The manager stands in ``app.state.task_manager`` when ``inner`` begins, and in ``request.state.task_manager`` also
-    for mounted applications. At the end it refuses new work, drains, cancels, and names in the log what did not finish;
-    only then ``inner`` closes what it has opened. If ``inner`` raises, the manager is shut down all the same. Each
-    start of the application has a manager of its own.
+    The manager is in ``app.state.task_manager`` when ``inner`` begins, and in ``request.state.task_manager``, also for
+    mounted applications. At the end it refuses new work, drains, cancels, and names unfinished tasks in the log; only
+    then does ``inner`` close its resources. If ``inner`` raises, the manager is shut down all the same. Each start of
+    the application makes a new manager.
 
     Args:
         inner: the application's own lifespan: a function that takes the application and returns an async context
@@ -49,7 +49,7 @@ def lifespan(
             ``default_shutdown_timeout`` 5.
 
     Raises:
-        InvalidOptionError: ``inner`` is no such function, or an option is outside its values.
+        InvalidOptionError: ``inner`` is not such a function, or an option has an invalid value.
 
     """
     if inner is not None and (not callable(inner) or inspect.isasyncgenfunction(inner)):
@@ -83,6 +83,6 @@ def task_manager(connection: HTTPConnection) -> BackgroundTaskManager:
     if manager is None:
         raise errors.NoManagerError(
             "this application has no task manager: make it with lifespan=lifespan(), and start it; in tests, "
-            "'with TestClient(app) as client' does"
+            "'with TestClient(app) as client' starts it"
         )
     return manager

@@ -1,4 +1,4 @@
-"""Managers that live as long as a server or a program: made with a drain time, shut down with names in the log."""
+"""Managers with the lifetime of a server or a program: they drain, and name the tasks that did not end in the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A program on the fastest loop that is installed, with a manager that ends before the loop does."""
+"""Runs a program on the fastest installed loop, with a manager that ends before the loop does."""
 
 from __future__ import annotations
 
@@ -35,35 +35,37 @@ def run(
 
     When ``main`` returns, new work is refused; tasks get 20 s to finish, and then 5 s to end after their cancellation.
     After an exception in ``main`` they are cancelled at once. On SIGINT or SIGTERM the tasks end first, in the same
-    way, while ``main`` goes on; only then ``main`` is cancelled, so what it holds open is there for them. A second
-    signal ends the draining, a third one has its usual effect at once. A task that swallows its cancellation does not
-    hold the end up.
+    way, while ``main`` goes on; only then is ``main`` cancelled, so they can use its open resources. A second signal
+    ends the draining, a third one has its usual effect at once. A task that swallows its cancellation does not delay
+    the end.
 
-    After SIGINT, KeyboardInterrupt is raised, as by ``asyncio.run``; after SIGTERM, SystemExit with status 143, by
-    which shells and containers recognise a process that SIGTERM ended, so that ``finally`` blocks and ``atexit``
-    functions run. A handler that the program itself has set before is called instead, and ``main`` is not cancelled. If
-    ``main`` fails with ``ManagerClosedError`` after a signal, the program ends as by the signal, with a warning in the
-    log.
+    After SIGINT, KeyboardInterrupt is raised, as by ``asyncio.run``. After SIGTERM, SystemExit is raised with status
+    143, which shells and containers expect of a process that SIGTERM ended; so ``finally`` blocks and ``atexit``
+    functions run. A handler that the program has set before is called instead, and ``main`` is not cancelled. If
+    ``main`` fails with ``ManagerClosedError`` after a signal, the program ends as after the signal, with a warning in
+    the log.
 
     Args:
         main: a coroutine function that takes the manager.
         debug: the loop's debug mode; None for asyncio's own choice.
-        loop_factory: makes the loop; None for uvloop's where that is installed, else asyncio's.
+        loop_factory: makes the loop; None for uvloop's if uvloop is installed, otherwise asyncio's.
         options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
             ``default_shutdown_timeout`` 5.
 
     Returns:
-        What ``main`` returns.
+        The result of ``main``.
 
     Raises:
-        InvalidProgramError: ``main`` is no coroutine function; if it is a coroutine, it is closed.
-        InvalidOptionError: an option is outside its values.
+        InvalidProgramError: ``main`` is not a coroutine function; if it is a coroutine, it is closed.
+        InvalidOptionError: an option has an invalid value.
         RunningLoopError: an event loop runs in this thread.
 
     Example:
         >>> async def main(manager):
         ...     manager.create_task(send("hello"), name="greeting")
+        ...     return "started"
         >>> bgtasks.run(main)
+        'started'
 
     """
     if asyncio.iscoroutine(main):
@@ -77,7 +79,7 @@ def run(
         )
     if _get_running_loop() is not None:
         raise errors.RunningLoopError(
-            "run() starts an event loop, and one runs in this thread already: there, await main(manager) inside "
+            "run() starts an event loop, but one already runs in this thread: await main(manager) inside "
             "'async with BackgroundTaskManager() as manager' and 'async with drain_on_signals(manager)'"
         )
     program = _Program(main, new_manager(options))
@@ -127,13 +129,11 @@ class _Program:
                 )
             result = await coro
         except BaseException as error:
-            # A signal passed on at the end of the shutdown cancels this task: what main raised takes precedence.
+            # A signal passed on at the end of the shutdown cancels this task: the error of main takes precedence.
             with contextlib.suppress(asyncio.CancelledError):
                 await signals.close(drain=0.0)
             if signals.held and isinstance(error, errors.ManagerClosedError):
-                logger.warning(
-                    "The program wanted to start a background task after the signal that ended it: %s", error
-                )
+                logger.warning("The program tried to start a background task after the signal that ended it: %s", error)
                 raise asyncio.CancelledError from error
             raise
         await signals.close()
@@ -146,7 +146,7 @@ class _Program:
         self._task.cancel()
 
     def _leave_stragglers(self) -> None:
-        """Hide the tasks that outlast the shutdown from the loop's owner, which would wait for them without a limit."""
+        """Hide the tasks that outlast the shutdown from asyncio.Runner, which would wait for them without a limit."""
         for record in self.internals.owned_records():
             if record.task is not None:
                 asyncio._unregister_task(record.task)  # noqa: SLF001  asyncio has no other way

@@ -23,14 +23,14 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.asynccontextmanager
 async def drain_on_signals(manager: BackgroundTaskManager) -> AsyncIterator[bool]:
-    """Inside this context a SIGINT or SIGTERM takes effect when the manager has shut down, not before.
+    """Hold SIGINT and SIGTERM back, inside this context, until the manager has shut down.
 
     The first signal calls ``manager.shutdown()``: new work is refused, tasks get the manager's ``drain_timeout`` to
     finish and its ``default_shutdown_timeout`` to end after their cancellation. Then the signal is passed on: an
     earlier handler is called, ``asyncio.run`` raises its KeyboardInterrupt, and the default action ends the process.
-    The second signal ends the draining, the third one is not held back any more. Handlers on the loop
+    The second signal ends the draining, the third one is not held back. Handlers on the loop
     (``loop.add_signal_handler``) are not replaced and run at once. When the context ends, the earlier handlers are
-    back; one that was set inside the context stays. An ignored signal stays ignored.
+    restored; a handler that was set inside the context stays. An ignored signal stays ignored.
 
     The body of the context is not cancelled; it goes on while the manager drains. The context does not end before the
     shutdown that a signal began. Without a signal it does not touch the manager.
@@ -47,6 +47,7 @@ async def drain_on_signals(manager: BackgroundTaskManager) -> AsyncIterator[bool
         ...     async with BackgroundTaskManager(drain_timeout=20.0) as manager:
         ...         async with drain_on_signals(manager):
         ...             await serve(manager)
+        >>> asyncio.run(main())
 
     """
     holder = SignalHolder(manager, asyncio.get_running_loop(), default=signal.raise_signal)
@@ -82,7 +83,7 @@ class SignalHolder:
 
     @property
     def is_active(self) -> bool:
-        """True if there is a signal that would be held back."""
+        """True if a signal would be held back."""
         return bool(self._previous)
 
     def __enter__(self) -> None:
@@ -102,20 +103,20 @@ class SignalHolder:
                 signal.signal(number, self._on_signal)
 
     def __exit__(self, *_: object) -> None:
-        """Restore the handlers, and pass on what was held."""
+        """Restore the handlers, and pass the held signals on."""
         self._restore()
         self._pass_held_on()
         self._is_over = True
 
     async def close(self, *, drain: float | None = None) -> None:
-        """Shut the manager down, now or as a signal began it, and wait for the end."""
+        """Shut the manager down, unless a signal has begun to, and wait for the end."""
         self._begin(drain)
         assert self._closing is not None, "it was just begun"
-        # Not awaited itself: whoever cancels this wait does not cancel the shutdown.
+        # Not awaited directly: a cancellation of this wait must not cancel the shutdown.
         await asyncio.wait((self._closing,))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Called between any two instructions: only what is safe there. It wakes the loop, too.
+        # Called between any two instructions, where few calls are safe. call_soon_threadsafe() also wakes the loop.
         if self._is_over or self._loop.is_closed():
             self._pass_on(number, frame)
         else:
@@ -144,7 +145,7 @@ class SignalHolder:
     def _begin(self, drain: float | None) -> None:
         if self._closing is None:
             self._closing = self._loop.create_task(self._shut_down(drain), name="bgtasks shutdown")
-            # In a callback of the loop a handler may raise SystemExit or KeyboardInterrupt, and no task is to blame.
+            # In a callback of the loop: a SystemExit or KeyboardInterrupt of a handler then belongs to no task.
             self._closing.add_done_callback(lambda _: self._pass_held_on())
 
     async def _shut_down(self, drain: float | None) -> None:
@@ -171,7 +172,7 @@ class SignalHolder:
 
     def _restore(self) -> None:
         for number, previous in self._previous.items():
-            # A handler installed after ours saved ours as its predecessor; leave it, and let ours forward.
+            # A handler that was set later may have saved this one as its predecessor: leave it; this one passes on.
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, previous)
 

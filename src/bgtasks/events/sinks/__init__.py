@@ -1,1 +1,1 @@
-"""Publishers for real sinks, one file each; import the one you need, its client comes as an extra."""
+"""The sinks, one module each; import the one you need. An extra installs the client of its server."""

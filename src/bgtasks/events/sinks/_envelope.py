@@ -1,4 +1,4 @@
-"""Envelopes: the events of a batch as JSON lines in few messages, for brokers whose price is a message."""
+"""Envelopes: the events of a batch as JSON lines in few messages, for brokers whose cost is per message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CONTENT_TYPE: Final = "application/x-ndjson"
 
 
 class Envelope(NamedTuple):
-    """One message: its number in the batch, the events as lines, the last one ended as well."""
+    """One message: its number in the batch, and the events as lines, each with its line break."""
 
     number: int
     body: bytes
@@ -24,7 +24,7 @@ def fill_envelopes(batch: Sequence[bytes], limit: int) -> tuple[list[Envelope], 
 
     Args:
         batch: encoded events.
-        limit: how long an envelope may be, in bytes.
+        limit: the maximum length of an envelope, in bytes.
 
     """
     body = b"\n".join(batch) + b"\n"
@@ -34,15 +34,15 @@ def fill_envelopes(batch: Sequence[bytes], limit: int) -> tuple[list[Envelope], 
     skipped = set(unfit)
     bodies: list[bytes] = []
     lines: list[bytes] = []
-    room = limit
+    left = limit
     for index, event in enumerate(batch):
         if index in skipped:
             continue
-        if len(event) + 1 > room:
+        if len(event) + 1 > left:
             bodies.append(b"\n".join(lines) + b"\n")
-            lines, room = [], limit
+            lines, left = [], limit
         lines.append(event)
-        room -= len(event) + 1
+        left -= len(event) + 1
     if lines:
         bodies.append(b"\n".join(lines) + b"\n")
     return [Envelope(number, body) for number, body in enumerate(bodies)], unfit

@@ -1,4 +1,4 @@
-"""Clients that a process had before it forked: the child must neither use nor close them."""
+"""Clients from before a fork: the child must neither use nor close them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["keep_inherited"]
 def keep_inherited(client: object) -> None:
     """Keep a client that the parent of a fork made, or that belongs to a closed loop, from ever being collected.
 
-    Collecting it would close its sockets. A TLS connection says goodbye then, on the parent's session; a transport
-    leaves the epoll set of its loop, which a forked process shares with its parent; librdkafka waits for threads that
-    do not exist in the child. A list of ours would be emptied at the interpreter's exit, so the reference is leaked.
+    Collecting it would close its sockets: a TLS connection would then end the parent's session, a transport would leave
+    the epoll set of its loop, which a forked process shares with its parent, and librdkafka would wait for threads that
+    do not exist in the child. A list would be emptied at the interpreter's exit, so the reference is leaked.
     """
     if client is not None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(client))

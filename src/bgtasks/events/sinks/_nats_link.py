@@ -1,4 +1,4 @@
-"""One connection to NATS, without reconnection: what is in flight when it breaks is sent again by the flusher."""
+"""One connection to NATS, without reconnection: if it breaks, the flusher sends the batch again."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from bgtasks.events.errors import SinkError
 
 __all__ = ["NatsLink"]
 
-MESSAGE_TOO_LONG: Final = 10054  # JetStream's error code: longer than the stream takes
+MESSAGE_TOO_LONG: Final = 10054  # JetStream's error code: longer than the stream allows
+# Seconds.
 CLOSES_WITHIN: Final = 0.5
 
 
 class Message(Protocol):
-    """What nats-py hands to a subscriber."""
+    """A message that nats-py passes to a subscriber."""
 
     subject: str
     data: bytes
@@ -26,7 +27,7 @@ class Message(Protocol):
 
 
 class NatsLink:
-    """A connection, and the answers to what was published on it last.
+    """A connection, and the answers to the batch published last.
 
     Args:
         timeout: seconds to wait for a connection, and for the answers to a batch.
@@ -48,14 +49,14 @@ class NatsLink:
 
     @property
     def longest_message(self) -> int:
-        """The longest message that the server takes, headers included, in bytes."""
+        """The maximum length of a message, headers included, in bytes."""
         return int(self._client.max_payload)
 
-    async def connect(self, servers: Sequence[str], options: Mapping[str, Any]) -> None:
+    async def connect(self, servers: Sequence[str], options: Mapping[str, object]) -> None:
         """Connect to the first server that answers.
 
         Raises:
-            SinkError: none does; the text says why.
+            SinkError: no server answers; the message says why.
 
         """
         settings = {
@@ -71,7 +72,7 @@ class NatsLink:
             await self._client.connect(list(servers), **settings)
 
     async def close(self) -> None:
-        """Close the connection; a server that reads no more is not waited for."""
+        """Close the connection, without waiting for a server that no longer reads."""
         client = self._client
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CLOSES_WITHIN):
@@ -81,7 +82,7 @@ class NatsLink:
         """Return the configuration of the stream that listens on a subject; None if this user may not ask for it.
 
         Raises:
-            SinkError: there is none.
+            SinkError: no stream listens on the subject.
 
         """
         from nats.js.errors import NotFoundError
@@ -111,7 +112,7 @@ class NatsLink:
                 await publish(subject, body, headers=headers)
             await self._client.flush(self._timeout)
         if self._last_error is not None:
-            # A subject that this user may not publish to; the connection stays.
+            # The user may not publish to the subject; the connection is not affected.
             raise SinkError(f"NATS: {text_of(self._last_error)}") from self._last_error
 
     async def publish_acknowledged(
@@ -120,7 +121,7 @@ class NatsLink:
         """Publish messages, each with its id, and wait until JetStream has acknowledged each.
 
         Returns:
-            Which messages are longer than the stream takes.
+            The numbers of the messages that are longer than the stream allows.
 
         Raises:
             SinkError: the connection broke, no answer came in time, or some messages were not stored.
@@ -137,7 +138,9 @@ class NatsLink:
             await self._all_answered
         if self._failures:
             text = self._failures[0]
-            raise SinkError(f"NATS: {len(self._failures)} of {len(messages)} messages were not stored, one as {text}")
+            raise SinkError(
+                f"NATS: {len(self._failures)} of {len(messages)} messages were not stored, the first: {text}"
+            )
         return self._too_long
 
     async def _subscribe(self) -> str:
@@ -147,7 +150,7 @@ class NatsLink:
         return inbox
 
     async def _take_answer(self, message: Message) -> None:
-        # Nothing else in an acknowledgement has these characters: a name is followed by a comma or a brace.
+        # No other part of an acknowledgement has these characters: a name is followed by a comma or a brace.
         if b'"error":' in message.data or not message.data:
             self._take_failure(message)
         self._missing -= 1
@@ -168,7 +171,7 @@ class NatsLink:
 
     @contextlib.asynccontextmanager
     async def _answers_in_time(self, doing: str) -> AsyncIterator[None]:
-        """End a block when its time is up or the connection closes, with one kind of error for all that can happen."""
+        """End a block when its time is up or the connection closes, and raise every failure as a ``SinkError``."""
         from nats.errors import Error
 
         try:
@@ -196,5 +199,5 @@ class NatsLink:
 
 
 def _places(servers: Sequence[str]) -> str:
-    """Return addresses without what is secret in them."""
+    """Return addresses without their credentials."""
     return ", ".join(server.rpartition("@")[2].rpartition("//")[2] for server in servers)

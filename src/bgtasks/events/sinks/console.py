@@ -1,42 +1,42 @@
-"""A publisher into a stream of text, for a person who watches."""
+"""A sink that prints events for people to read."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import ClassVar, TextIO
 
-from bgtasks.events.publisher import BasePublisher
+from bgtasks.events._thread import WorkerThread
+from bgtasks.events.sink import Sink
 
-__all__ = ["ConsolePublisher"]
+__all__ = ["ConsoleSink"]
 
 
-class ConsolePublisher(BasePublisher):
-    """Writes one event a line to standard output or another stream, in a thread: a terminal may be slow.
+class ConsoleSink(Sink):
+    """Writes one event per line to standard output or another stream, in a thread: a terminal may be slow.
 
     Args:
-        stream: where to; None for ``sys.stdout`` as it is at the time of writing.
-        options: the keywords of ``BasePublisher``.
+        stream: a text stream; None for ``sys.stdout`` as it is at each write.
 
     Example:
-        >>> publisher = ConsolePublisher()
-        >>> publisher.emit({"event": "started"})
-        True
-        >>> await publisher.close()
-        {"event":"started"}
+        >>> publisher = Publisher(ConsoleSink())
 
     """
 
     # One thread.
-    max_inflight = 1
+    max_inflight: ClassVar[int | None] = 1
 
-    def __init__(self, stream: TextIO | None = None, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
+        self._thread = WorkerThread("console sink")
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
         """Write a batch."""
         await self._thread.run(self._print, batch)
+
+    async def close(self) -> None:
+        """End the thread."""
+        self._thread.stop()
 
     def _print(self, batch: Sequence[bytes]) -> None:
         stream = sys.stdout if self._stream is None else self._stream

@@ -1,4 +1,4 @@
-"""A publisher into files of JSON lines: no server, nothing to install, fast enough for most programs."""
+"""A sink for files of JSON lines: no server, no client to install, fast enough for most programs."""
 
 from __future__ import annotations
 
@@ -6,74 +6,73 @@ import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from bgtasks.errors import InvalidOptionError, describe
+from bgtasks._checks import check_count, check_limit, check_optional_seconds
 from bgtasks.events._line_file import LineFile
+from bgtasks.events._thread import WorkerThread
 from bgtasks.events.errors import Reject
-from bgtasks.events.publisher import BasePublisher
+from bgtasks.events.sink import Sink
 
-__all__ = ["JsonlPublisher"]
+__all__ = ["JsonlSink"]
 
 
-class JsonlPublisher(BasePublisher):
-    """Appends one JSON object a line to a file, one system call a batch, in a thread of its own.
+class JsonlSink(Sink):
+    """Appends one JSON object per line to a file, one system call per batch, in a thread.
 
-    The file is opened at the first batch; a half line that a crash left at its end is cut off then. While it is open it
-    is locked: give each process its own with ``{pid}`` in the path. A disk that is full or fails is tried again like
-    any other sink; no half batch stays in the file. Duplicates come only from a process that died within a write.
+    The file is opened at the first batch, and half a line that a crash left at its end is cut off. An open file is
+    locked: give each process its own with ``{pid}`` in the path. Writes to a full or failing disk are retried as with
+    any sink; no half batch stays in the file. Duplicates arise only if a process dies within a write.
 
     Args:
-        path: the file; its folder must exist. ``{pid}`` stands for the id of the process.
-        rotate_bytes: rename the file to ``PATH.1`` before it would grow beyond this; 0 for never.
-        rotate_age: rename it when it has been open for so many seconds; 0 for never.
-        keep: how many renamed files to keep.
-        fsync: have each batch on the disk before it counts as delivered, against power cuts.
-        options: the keywords of ``BasePublisher``.
+        path: the file, in an existing directory. ``{pid}`` stands for the id of the process.
+        rotate_bytes: rename the file to ``PATH.1`` before it would grow beyond this size; None for never.
+        rotate_age: rename the file when it has been open for this number of seconds; None for never.
+        keep: the number of renamed files to keep.
+        fsync: sync each batch to the disk before it counts as delivered, against power cuts.
 
     Raises:
         InvalidOptionError: an argument is outside its values.
 
     Example:
-        >>> publisher = JsonlPublisher("events.jsonl", rotate_bytes=256 << 20)
-        >>> publisher.emit({"event": "started"})
-        True
-        >>> await publisher.close()
+        >>> publisher = Publisher(JsonlSink("events.jsonl", rotate_bytes=256 << 20))
 
     """
 
-    # One thread; and only the id of the last batch is known, for one that is written again.
-    max_inflight = 1
+    # One thread; and a batch that is written again is recognized only if it was the last one.
+    max_inflight: ClassVar[int | None] = 1
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        rotate_bytes: int = 0,
-        rotate_age: float = 0.0,
+        rotate_bytes: int | None = None,
+        rotate_age: float | None = None,
         keep: int = 5,
         fsync: bool = False,
-        **options: Any,
     ) -> None:
-        for name, value in (("rotate_bytes", rotate_bytes), ("rotate_age", rotate_age), ("keep", keep)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise InvalidOptionError(f"{name} must be a number, 0 or more; got {describe(value)}")
-        super().__init__(**options)
-        self._file = LineFile(path, max_bytes=rotate_bytes, max_age=rotate_age, backups=int(keep), fsync=fsync)
+        self._file = LineFile(
+            path,
+            max_bytes=check_limit("rotate_bytes", rotate_bytes),
+            max_age=check_optional_seconds("rotate_age", rotate_age, none="for never"),
+            backups=check_count("keep", keep),
+            fsync=fsync,
+        )
+        self._thread = WorkerThread("JSON lines sink")
         self._last_id: str | None = None
 
     @property
     def path(self) -> Path:
-        """The file that is being written."""
+        """The path of the current file."""
         return self._file.path
 
     @property
-    def mended_bytes(self) -> int:
-        """How many bytes of half lines were cut off at opening."""
-        return self._file.mended_bytes
+    def repaired_bytes(self) -> int:
+        """The number of bytes of half lines that were cut off when the file was opened."""
+        return self._file.repaired_bytes
 
     async def open(self) -> None:
-        """Open the file and mend its end."""
+        """Open the file and repair its end."""
         await self._thread.run(self._file.open)
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
@@ -82,7 +81,7 @@ class JsonlPublisher(BasePublisher):
         try:
             await asyncio.shield(future)
         except asyncio.CancelledError:
-            # The thread goes on; its outcome is found again by the batch's id.
+            # The thread goes on; the next try recognizes the batch by its id.
             await asyncio.wait((future,))
             future.exception()
             raise
@@ -96,14 +95,12 @@ class JsonlPublisher(BasePublisher):
         if broken:
             raise Reject(broken, "it holds a line break, which would make two lines of it")
 
-    async def release(self) -> None:
-        """Close the file."""
-        await self._thread.run(self._file.close)
-
-    def after_fork(self) -> None:
-        """Let go of the parent's file."""
-        super().after_fork()
-        self._file.close()
+    async def close(self) -> None:
+        """Close the file and end the thread."""
+        try:
+            await self._thread.run(self._file.close)
+        finally:
+            self._thread.stop()
 
 
 def _is_clean(batch: Sequence[bytes]) -> bool:

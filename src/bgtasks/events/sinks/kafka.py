@@ -1,4 +1,4 @@
-"""Events into Kafka, by librdkafka's idempotent producer on a thread of its own."""
+"""A sink for Kafka: librdkafka's idempotent producer, in a thread."""
 
 from __future__ import annotations
 
@@ -6,52 +6,48 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
+from bgtasks._checks import check_seconds
 from bgtasks.errors import InvalidOptionError, missing_extra
-from bgtasks.events._thread import OwnThread
+from bgtasks.events._thread import WorkerThread
 from bgtasks.events.errors import Reject, Retry, SinkError
-from bgtasks.events.publisher import BasePublisher
+from bgtasks.events.sink import Sink
 from bgtasks.events.sinks._inherited import keep_inherited
-from bgtasks.events.sinks._options import check_seconds
 
-__all__ = ["KafkaPublisher"]
+__all__ = ["KafkaSink"]
 
-# How long the thread waits in librdkafka before it looks whether it is still wanted.
+# Seconds that the thread waits in librdkafka before it checks whether its result is still wanted.
 SLICE: Final = 0.1
 
 
-class KafkaPublisher(BasePublisher):
-    """Publishes into a topic of Kafka, one message an event.
+class KafkaSink(Sink):
+    """Writes to a topic of Kafka, one message per event.
 
     A batch counts as delivered when all in-sync replicas have it (``acks=all``). librdkafka numbers its messages, so
-    what it sends again itself is not stored twice; it does so for ``message.timeout.ms``, five minutes unless set. A
-    try that takes longer than ``timeout`` counts as failed, and the next one waits for the same messages instead of
-    sending others. Only after ``message.timeout.ms`` are they sent anew, as they are after a restart of the process:
-    then an event may be stored twice. Events of one publisher keep their order within a partition.
+    its own retries store no message twice; it retries for ``message.timeout.ms``, by default five minutes. A try that
+    takes longer than ``timeout`` counts as failed, and the next try waits for the same messages instead of sending new
+    ones. Only after ``message.timeout.ms``, and after a restart of the process, are messages sent anew: then an event
+    may be stored twice. Events of one publisher keep their order within a partition.
 
     Args:
-        servers: ``host:port``, several with commas.
-        topic: where messages go.
-        key: the key of every message, which chooses its partition; None spreads them over the partitions.
+        servers: ``host:port``, several separated by commas.
+        topic: the topic of the messages.
+        key: the key of every message, which determines its partition; None spreads messages over the partitions.
         timeout: seconds without an answer after which a try counts as failed.
-        config: more settings of librdkafka, such as ``security.protocol`` or ``compression.type``.
-        **options: those of ``BasePublisher``.
+        config: further settings of librdkafka, such as ``security.protocol`` or ``compression.type``.
 
     Raises:
-        InvalidOptionError: librdkafka does not know a setting, or not its value.
+        InvalidOptionError: librdkafka does not know a setting, or refuses its value.
         MissingExtraError: confluent-kafka is not installed.
 
     Example:
-        >>> publisher = KafkaPublisher("localhost:9092", topic="orders", config={"compression.type": "lz4"})
-        >>> publisher.emit({"event": "order_paid", "order": 42})
-        True
-        >>> await publisher.close()
+        >>> publisher = Publisher(KafkaSink("localhost:9092", topic="orders", config={"compression.type": "lz4"}))
 
     """
 
-    # The producer's thread sends one batch after another, and knows what is unsent of the last one.
-    max_inflight = 1
+    # The thread sends one batch after another, and knows the unsent messages of the last one.
+    max_inflight: ClassVar[int | None] = 1
 
     def __init__(
         self,
@@ -60,53 +56,50 @@ class KafkaPublisher(BasePublisher):
         topic: str = "bgtasks.events",
         key: str | bytes | None = None,
         timeout: float = 10.0,
-        config: Mapping[str, Any] | None = None,
-        **options: Any,
+        config: Mapping[str, object] | None = None,
     ) -> None:
         try:
             import confluent_kafka
         except ModuleNotFoundError as error:
             raise missing_extra("kafka", "confluent-kafka", "publish into Kafka") from error
-        settings = {
+        settings: dict[str, object] = {
             "bootstrap.servers": servers,
             "client.id": "bgtasks",
             "enable.idempotence": True,
             "acks": "all",
             "linger.ms": 0,  # a batch is complete when it comes
-            "log_level": 2,  # errors are told of by the publisher; librdkafka would write them to stderr as well
+            "log_level": 2,  # the publisher logs errors; librdkafka would write them to stderr as well
             **(config or {}),
         }
         try:
             confluent_kafka.Producer(settings)
         except (confluent_kafka.KafkaException, TypeError, ValueError) as error:
             raise InvalidOptionError(f"config: {_text(error)}") from error
-        check_seconds("timeout", timeout)
-        super().__init__(**options)
+        check_seconds("timeout", timeout, positive=True)
         self._settings = settings
         self._topic = topic
         self._key = key
         self._timeout = timeout
-        self._producer_thread = OwnThread(f"{self.name}-kafka")
+        self._producer_thread = WorkerThread("Kafka sink")
         self._sending: _Sending | None = None
         self._pid = 0
 
     async def open(self) -> None:
-        """Make a producer and have it find the topic."""
+        """Make a producer, and have it find the topic."""
         if self._sending is not None and self._pid != os.getpid():
             keep_inherited(self._sending)
             self._sending = None
-            self._producer_thread.forget()
-        await self.release()
+        await self.close()
         self._pid = os.getpid()
         self._sending = _Sending(self._settings, self._topic, self._key)
         try:
             await self._producer_thread.run(self._sending.find_topic, self._timeout)
         except BaseException:
-            await self.release()
+            await self.close()
             raise
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
-        """Have Kafka store a batch."""
+        """Write a batch; return when Kafka has stored it."""
         sending = self._sending
         assert sending is not None
         sending.wanted.set()
@@ -115,8 +108,8 @@ class KafkaPublisher(BasePublisher):
         finally:
             sending.wanted.clear()
 
-    async def release(self) -> None:
-        """Close the producer; what it has not delivered goes with it."""
+    async def close(self) -> None:
+        """Close the producer, and discard its undelivered messages."""
         sending, self._sending = self._sending, None
         if sending is not None:
             await self._producer_thread.run(sending.close)
@@ -124,15 +117,15 @@ class KafkaPublisher(BasePublisher):
 
 
 def _text(error: Exception) -> str:
-    """Return what is wrong without the clothes of librdkafka's exception."""
+    """Return the bare message of a librdkafka exception."""
     cause = error.args[0] if error.args else error
     return str(cause.str()) if hasattr(cause, "str") else str(cause)
 
 
 class _Sending:
-    """A producer and the batch it has; all methods but the switch ``wanted`` belong to the thread."""
+    """A producer and its current batch. All methods run in the thread; ``wanted`` is for other threads."""
 
-    def __init__(self, settings: Mapping[str, Any], topic: str, key: str | bytes | None) -> None:
+    def __init__(self, settings: Mapping[str, object], topic: str, key: str | bytes | None) -> None:
         from confluent_kafka import KafkaError, KafkaException, Producer
 
         # A report for each message that was stored would cost as much as sending it.
@@ -162,18 +155,18 @@ class _Sending:
         try:
             topic = self._producer.list_topics(self._topic, timeout=timeout).topics[self._topic]
         except self._exception as error:
-            self._producer.poll(0)  # has the error callback called, which knows more
+            self._producer.poll(0)  # runs the error callback, which has the details
             raise SinkError(f"{self._name}: {self._last_error or error.args[0].str()}") from error
         if topic.error is not None and not topic.error.retriable():
             raise SinkError(f"{self._name}, topic {self._topic!r}: {topic.error.str()}")
 
     def send(self, batch: Sequence[bytes], batch_id: str, timeout: float) -> None:
-        """Send what is not sent yet of a batch, and wait for all of it.
+        """Send the unsent messages of a batch, and wait until all are stored.
 
         Raises:
-            Reject: some events are refused for what they are; all others are stored.
-            Retry: not all is stored yet. The producer goes on with what it has.
-            SinkError: the producer is of no more use.
+            Reject: Kafka will never accept some events; all others are stored.
+            Retry: some messages are not stored yet; the producer goes on with those it has.
+            SinkError: the producer can no longer be used.
 
         """
         if batch_id != self._batch_id:
@@ -191,7 +184,7 @@ class _Sending:
             raise Reject(self._bad, self._last_error)
 
     def close(self) -> None:
-        """Forget what is not delivered, and end the producer's threads."""
+        """Discard undelivered messages, and end the producer's threads."""
         self._producer.purge()
         self._producer.flush(SLICE)
         self._producer = None
@@ -219,7 +212,7 @@ class _Sending:
                 self._sort(index, message["_error"])
 
     def _sort_reported(self, batch: Sequence[bytes]) -> None:
-        """Find the events that were reported; of equal ones any will do."""
+        """Find the events that were reported; equal events are interchangeable."""
         if not self._reported:
             return
         reported, self._reported = self._reported, []

@@ -1,32 +1,31 @@
-"""A publisher into a list: the double for tests of what publishes."""
+"""A sink in memory, for tests of programs that publish."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from bgtasks.events.publisher import BasePublisher
+from bgtasks.events.sink import Sink
 
-__all__ = ["MemoryPublisher"]
+__all__ = ["MemorySink"]
 
 
-class MemoryPublisher(BasePublisher):
+class MemorySink(Sink):
     """Keeps every event, encoded, in ``events``, in the order of arrival; ``batches`` holds (id, number of events).
 
-    Takes the keywords of ``BasePublisher``. Nothing bounds the lists: it is for tests.
+    The lists are unbounded: use it in tests only.
 
     Example:
-        >>> publisher = MemoryPublisher()
-        >>> publisher.emit({"event": "started"})
-        True
-        >>> await publisher.close()
-        >>> publisher.events
+        >>> async def main():
+        ...     sink = MemorySink()
+        ...     async with Publisher(sink) as publisher:
+        ...         publisher.emit({"event": "started"})
+        ...     print(sink.events)
+        >>> asyncio.run(main())
         [b'{"event":"started"}']
 
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self) -> None:
         self.events: list[bytes] = []
         self.batches: list[tuple[str, int]] = []
 

@@ -1,62 +1,58 @@
-"""Events into NATS: subjects of core NATS, or a JetStream that acknowledges each message and knows its id."""
+"""A sink for NATS: subjects of core NATS, or JetStream, which acknowledges each message and detects duplicates."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import ClassVar, Final
 
+from bgtasks._checks import check_seconds
 from bgtasks.errors import InvalidOptionError, missing_extra
 from bgtasks.events.errors import Reject
-from bgtasks.events.publisher import BasePublisher
+from bgtasks.events.sink import Sink
 from bgtasks.events.sinks._envelope import CONTENT_TYPE, fill_envelopes
 from bgtasks.events.sinks._inherited import keep_inherited
 from bgtasks.events.sinks._nats_link import NatsLink
-from bgtasks.events.sinks._options import check_seconds, longest_retry
 
-__all__ = ["NatsPublisher"]
+__all__ = ["NatsSink"]
 
-logger = logging.getLogger("bgtasks.events")
+logger: Final = logging.getLogger("bgtasks.events")
 
-# What the headers may take of the longest message that is allowed.
+# Bytes of the longest message that are reserved for headers.
 HEADER_ROOM: Final = 256
 
 
-class NatsPublisher(BasePublisher):
-    """Publishes into NATS.
+class NatsSink(Sink):
+    """Writes to a subject of NATS.
 
-    With JetStream every message has the header ``Nats-Msg-Id``, made from the id of its batch, and a batch counts as
-    delivered when the server has acknowledged all of its messages. Those that it knows from an earlier try it
-    acknowledges without storing them again, within the stream's ``duplicate_window`` (two minutes unless set). The
-    stream has to exist. With core NATS a batch counts as delivered when the server has processed it: who does not
-    listen then never sees it, and a try whose answer was lost reaches listeners twice.
+    With JetStream, every message has the header ``Nats-Msg-Id``, made from the id of its batch, and a batch counts as
+    delivered when the server has acknowledged all of its messages. Messages of an earlier try are acknowledged without
+    being stored again, within the stream's ``duplicate_window`` (by default two minutes). The stream must exist. With
+    core NATS, a batch counts as delivered when the server has processed it: later subscribers never see it, and a try
+    whose answer was lost reaches subscribers twice.
 
-    An acknowledgement a message costs most of the time. An envelope carries a batch in one message, as JSON lines, at
-    more than five times the speed; its readers have to split it.
+    An acknowledgement per message takes most of the time. An envelope carries a batch in one message, as JSON lines, at
+    more than five times the speed; its readers must split it.
 
     Args:
         servers: one URL or several: ``nats://[[user:]password@]host[:port]``, ``tls://`` for TLS.
-        subject: where messages go.
+        subject: the subject of the messages.
         jetstream: have the stream that takes the subject acknowledge each message.
-        envelope: send a batch as one message, or as few as fit the longest that is allowed.
-        timeout: seconds for a connection, and for the answers to a batch; then a new connection is made.
-        connect_options: more keywords for ``nats.connect``, ``user_credentials`` or ``tls`` for example.
-        **options: those of ``BasePublisher``.
+        envelope: send a batch as one message, or as few as the maximum length of messages allows.
+        timeout: seconds for a connection, and for the answers to a batch; after that a new connection is made.
+        connect_options: further keywords for ``nats.connect``, ``user_credentials`` or ``tls`` for example.
 
     Raises:
         InvalidOptionError: an option is outside its values.
         MissingExtraError: nats-py is not installed.
 
     Example:
-        >>> publisher = NatsPublisher("nats://localhost:4222", subject="orders.paid")
-        >>> publisher.emit({"event": "order_paid", "order": 42})
-        True
-        >>> await publisher.close()
+        >>> publisher = Publisher(NatsSink("nats://localhost:4222", subject="orders.paid"))
 
     """
 
-    # One connection, which knows the answers to one batch.
-    max_inflight = 1
+    # One connection, which collects the answers to one batch at a time.
+    max_inflight: ClassVar[int | None] = 1
 
     def __init__(
         self,
@@ -66,8 +62,7 @@ class NatsPublisher(BasePublisher):
         jetstream: bool = True,
         envelope: bool = False,
         timeout: float = 5.0,
-        connect_options: Mapping[str, Any] | None = None,
-        **options: Any,
+        connect_options: Mapping[str, object] | None = None,
     ) -> None:
         try:
             import nats.errors  # noqa: F401  part of nats-py, unlike the namespace above it
@@ -76,20 +71,18 @@ class NatsPublisher(BasePublisher):
         self._servers = [servers] if isinstance(servers, str) else list(servers)
         if not self._servers:
             raise InvalidOptionError("servers must name at least one server")
-        check_seconds("timeout", timeout)
-        super().__init__(**options)
+        check_seconds("timeout", timeout, positive=True)
         self._subject = subject
         self._jetstream = jetstream
         self._envelope = envelope
         self._headers = {"Content-Type": CONTENT_TYPE} if envelope else None
         self._timeout = timeout
         self._connect_options = dict(connect_options or {})
-        self._longest_retry = longest_retry(options)
         self._link: NatsLink | None = None
         self._longest = 0
 
     async def open(self) -> None:
-        """Connect, and ask the stream what it takes."""
+        """Connect, and ask for the limits of the stream."""
         keep_inherited(self._link)
         self._link = None
         link = NatsLink(self._timeout)
@@ -115,12 +108,12 @@ class NatsPublisher(BasePublisher):
             await link.publish(self._subject, [body for _, body in messages], self._headers)
         reason = f"NATS, or the stream that takes {self._subject!r}, allows no message of this size"
         if refused and self._envelope:
-            # Which of its lines made a message too long cannot be told; halves may fit.
+            # It is unknown which line made a message too long; halves may fit.
             raise Reject(reason=reason)
         if unfit or refused:
             raise Reject([*unfit, *(self._index(messages[number][0]) for number in refused)], reason)
 
-    async def release(self) -> None:
+    async def close(self) -> None:
         """Disconnect."""
         link, self._link = self._link, None
         if link is not None:
@@ -130,7 +123,7 @@ class NatsPublisher(BasePublisher):
         """Return the messages of a batch with their ids, and the indexes of the events that fit in none."""
         longest = self._longest
         if self._envelope:
-            # "e": an event of the same number, sent before envelopes were switched on, has another id.
+            # "e": distinguishes envelopes from single events that were sent before envelopes were switched on.
             envelopes, unfit = fill_envelopes(batch, longest)
             return [(f"{batch_id}:e{number}", body) for number, body in envelopes], unfit
         messages = [(f"{batch_id}:{index}", event) for index, event in enumerate(batch)]
@@ -151,9 +144,9 @@ class NatsPublisher(BasePublisher):
         if self._envelope and (config.max_msg_size or 0) > 0:
             self._longest = min(self._longest, config.max_msg_size - HEADER_ROOM)
         window = config.duplicate_window or 0
-        if window < self._longest_retry:
+        if window < self.retry_window:
             logger.warning(
-                "Publisher %r: the stream %r forgets ids after %g seconds, but tries of one batch may be %g seconds "
-                "apart and then be stored twice; raise its duplicate_window",
-                *(self.name, config.name, window, self._longest_retry),
+                "NATS sink %r: the stream %r forgets ids after %g seconds, but tries of one batch may be %g seconds "
+                "apart, so events may be stored twice; raise the stream's duplicate_window",
+                *(self._subject, config.name, window, self.retry_window),
             )

@@ -1,4 +1,4 @@
-"""Events into OpenTelemetry: a log record each, handed to a log exporter of its SDK."""
+"""A sink for OpenTelemetry: a log record per event, passed to a log exporter of its SDK."""
 
 from __future__ import annotations
 
@@ -7,51 +7,58 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Protocol
 
+from bgtasks._checks import check_seconds
 from bgtasks.errors import missing_extra
-from bgtasks.events._thread import OwnThread
+from bgtasks.events._thread import WorkerThread
 from bgtasks.events.errors import SinkError
-from bgtasks.events.publisher import BasePublisher
+from bgtasks.events.sink import Sink
 from bgtasks.events.sinks._inherited import keep_inherited
-from bgtasks.events.sinks._options import check_seconds
 
-__all__ = ["OtlpPublisher"]
+__all__ = ["LogExporter", "OtlpSink"]
 
 NANOSECONDS: Final = 1_000_000_000
 SCOPE: Final = "bgtasks.events"
 
 
-class OtlpPublisher(BasePublisher):
-    """Hands events to a log exporter of the OpenTelemetry SDK, by default the one for OTLP over HTTP.
+class LogExporter(Protocol):
+    """What the sink uses of a ``LogRecordExporter``."""
 
-    An event becomes a log record: its ``event`` is the event's name, its ``timestamp`` (seconds since 1970) the time,
-    and all of it the body; an event that is no JSON object is the body as text. A batch counts as delivered when the
-    exporter says so. Queue, batches and retries are ours, so no processor of the SDK stands in between. The exporter
-    runs in a thread. OTLP knows no ids for batches: one whose answer was lost arrives twice.
+    # Any: the record's class is named differently from one release of the SDK to the next.
+    def export(self, batch: Sequence[Any], /) -> object:
+        """Export a batch of log records; return a ``LogRecordExportResult``."""
+
+    def shutdown(self) -> object:
+        """Release what the exporter holds."""
+
+
+class OtlpSink(Sink):
+    """Passes events to a log exporter of the OpenTelemetry SDK, by default the one for OTLP over HTTP.
+
+    An event becomes a log record: its ``event`` is the event name, its ``timestamp`` (seconds since 1970) the time, and
+    the whole event the body; an event that is no JSON object becomes a body of text. A batch counts as delivered when
+    the exporter reports success. The publisher does queueing, batching and retries: no processor of the SDK is needed.
+    The exporter runs in a thread. OTLP has no ids for batches: a batch whose answer was lost arrives twice.
 
     Args:
-        endpoint: where a collector listens, ``http://localhost:4318/v1/logs`` for one; None to follow the environment
+        endpoint: the URL of a collector, such as ``http://localhost:4318/v1/logs``; None to follow the environment
             (``OTEL_EXPORTER_OTLP_ENDPOINT``).
-        headers: for each request.
-        timeout: seconds for each export; the exporter tries again by itself within them.
-        resource: who speaks, as attributes: ``{"service.name": "shop"}``; None for the SDK's own detection.
-        exporter: a ``LogRecordExporter`` to use instead of ``endpoint``; whoever made it shuts it down.
-        **options: those of ``BasePublisher``.
+        headers: the headers of each request.
+        timeout: seconds for each export, the exporter's own retries included.
+        resource: the source, as attributes: ``{"service.name": "shop"}``; None for the SDK's own detection.
+        exporter: a ``LogRecordExporter`` to use instead of ``endpoint``; the caller shuts it down.
 
     Raises:
         MissingExtraError: the OpenTelemetry SDK or its exporter is not installed.
 
     Example:
-        >>> publisher = OtlpPublisher("http://localhost:4318/v1/logs", resource={"service.name": "shop"})
-        >>> publisher.emit({"event": "order_paid", "order": 42})
-        True
-        >>> await publisher.close()
+        >>> publisher = Publisher(OtlpSink("http://localhost:4318/v1/logs", resource={"service.name": "shop"}))
 
     """
 
     # One thread.
-    max_inflight = 1
+    max_inflight: ClassVar[int | None] = 1
 
     def __init__(
         self,
@@ -59,9 +66,8 @@ class OtlpPublisher(BasePublisher):
         *,
         headers: Mapping[str, str] | None = None,
         timeout: float = 10.0,
-        resource: Mapping[str, Any] | None = None,
-        exporter: Any = None,
-        **options: Any,
+        resource: Mapping[str, object] | None = None,
+        exporter: LogExporter | None = None,
     ) -> None:
         try:
             from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
@@ -69,15 +75,14 @@ class OtlpPublisher(BasePublisher):
             from opentelemetry.sdk.util.instrumentation import InstrumentationScope
         except ModuleNotFoundError as error:
             raise missing_extra("otlp", "the OpenTelemetry SDK with its OTLP exporter", "publish over OTLP") from error
-        check_seconds("timeout", timeout)
-        super().__init__(**options)
+        check_seconds("timeout", timeout, positive=True)
         self._given = exporter
         self._make_exporter = OTLPLogExporter
         self._arguments: dict[str, Any] = {"endpoint": endpoint, "headers": dict(headers or {}), "timeout": timeout}
         self._server = "OTLP exporter" if exporter is not None else f"OTLP at {endpoint or 'the default endpoint'}"
         self._resource = Resource.create(resource)
         self._scope = InstrumentationScope(SCOPE)
-        self._exporter_thread = OwnThread(f"{self.name}-otlp")
+        self._exporter_thread = WorkerThread("OTLP sink")
         self._exporter: Any = None
         self._pid = 0
 
@@ -86,8 +91,7 @@ class OtlpPublisher(BasePublisher):
         if self._exporter is not None and self._pid != os.getpid():
             keep_inherited(self._exporter)
             self._exporter = None
-            self._exporter_thread.forget()
-        await self.release()
+        await self.close()
         self._pid = os.getpid()
         self._exporter = self._given or self._make_exporter(**self._arguments)
 
@@ -99,17 +103,17 @@ class OtlpPublisher(BasePublisher):
         if result is not LogRecordExportResult.SUCCESS:
             raise SinkError(f"{self._server}: the export failed; the exporter's log says why")
 
-    async def release(self) -> None:
-        """Shut our exporter down; one that waits to try again stops waiting."""
+    async def close(self) -> None:
+        """Shut the exporter down, unless the caller made it; this ends its wait between retries."""
         exporter, self._exporter = self._exporter, None
         if exporter is not None and exporter is not self._given:
             exporter.shutdown()
         self._exporter_thread.stop()
 
-    def _export(self, exporter: Any, batch: Sequence[bytes]) -> Any:
+    def _export(self, exporter: LogExporter, batch: Sequence[bytes]) -> object:
         from opentelemetry import context
 
-        # Traces of the exporter's own requests would be events of the next batch, and so on.
+        # Traces of the exporter's own requests would become events of the next batch, without end.
         key = context._SUPPRESS_INSTRUMENTATION_KEY  # noqa: SLF001  the key has no public name
         token = context.attach(context.set_value(key, True))
         try:

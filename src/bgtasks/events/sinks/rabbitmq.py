@@ -1,4 +1,4 @@
-"""Events into RabbitMQ: persistent messages that the broker confirms."""
+"""A sink for RabbitMQ: persistent messages that the broker confirms."""
 
 from __future__ import annotations
 
@@ -6,51 +6,47 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from bgtasks._checks import check_seconds
 from bgtasks.errors import InvalidOptionError, missing_extra, text_of
 from bgtasks.events.errors import Reject, SinkError
-from bgtasks.events.publisher import BasePublisher
+from bgtasks.events.sink import Sink
 from bgtasks.events.sinks._envelope import CONTENT_TYPE, fill_envelopes
 from bgtasks.events.sinks._inherited import keep_inherited
-from bgtasks.events.sinks._options import check_seconds
 
-__all__ = ["RabbitMQPublisher"]
+__all__ = ["RabbitMQSink"]
 
-# RabbitMQ takes 16 MiB from version 4 on and more before; a batch is smaller unless somebody asks for it.
+# Bytes. RabbitMQ takes 16 MiB since version 4, and more before; by default a batch is smaller.
 ENVELOPE_LIMIT: Final = 8 << 20
-# Of so many batches on their way it is remembered which messages were confirmed; those that were given up make room.
+# The number of batches whose confirmed messages are remembered; batches that were given up make room.
 REMEMBERED: Final = 64
 
 
-class RabbitMQPublisher(BasePublisher):
-    """Publishes into an exchange of RabbitMQ.
+class RabbitMQSink(Sink):
+    """Writes to an exchange of RabbitMQ.
 
-    A batch counts as delivered when the broker has confirmed each of its messages: it is in all queues it was routed
-    to, on disk where these are durable. A message that no queue takes counts as a failure, and is tried again, without
-    those of its batch that were confirmed. One whose confirmation was lost is there twice, for the broker does not know
-    duplicates; ``message_id``, the same for each try, lets a consumer tell them.
+    A batch counts as delivered when the broker has confirmed each of its messages: the message is in all queues it was
+    routed to, on disk if these are durable. A message that no queue takes counts as a failure and is tried again,
+    without the confirmed messages of its batch. A message whose confirmation was lost is stored twice: the broker does
+    not detect duplicates. Consumers can, by the ``message_id``, which is the same for each try.
 
-    Each message costs the loop its own time. An envelope carries a batch in one message, as JSON lines, which is many
-    times as fast; its readers have to split it.
+    Each message takes time of the loop. An envelope carries a batch in one message, as JSON lines, and is many times as
+    fast; its readers must split it.
 
     Args:
         url: ``amqp://[user:password@]host[:port]/[vhost]``, ``amqps://`` for TLS.
-        exchange: the name of an exchange that exists, "" for the default one, which routes to the queue named by the
+        exchange: the name of an existing exchange; "" for the default one, which routes to the queue named by the
             routing key.
         routing_key: the routing key of every message.
         envelope: send a batch as one message.
-        timeout: seconds for a connection, and for the confirmation of a batch; then a new connection is made.
-        connect_options: more keywords for ``aio_pika.connect``, ``ssl_context`` for example.
-        **options: those of ``BasePublisher``.
+        timeout: seconds for a connection, and for the confirmation of a batch; after that a new connection is made.
+        connect_options: further keywords for ``aio_pika.connect``, ``ssl_context`` for example.
 
     Raises:
-        InvalidOptionError: the URL is none of RabbitMQ's.
+        InvalidOptionError: the URL does not begin with ``amqp://`` or ``amqps://``.
         MissingExtraError: aio-pika is not installed.
 
     Example:
-        >>> publisher = RabbitMQPublisher("amqp://guest:guest@localhost/", routing_key="orders", envelope=True)
-        >>> publisher.emit({"event": "order_paid", "order": 42})
-        True
-        >>> await publisher.close()
+        >>> publisher = Publisher(RabbitMQSink("amqp://guest:guest@localhost/", routing_key="orders", envelope=True))
 
     """
 
@@ -62,8 +58,7 @@ class RabbitMQPublisher(BasePublisher):
         routing_key: str = "bgtasks.events",
         envelope: bool = False,
         timeout: float = 10.0,
-        connect_options: Mapping[str, Any] | None = None,
-        **options: Any,
+        connect_options: Mapping[str, object] | None = None,
     ) -> None:
         try:
             import aio_pika
@@ -73,8 +68,7 @@ class RabbitMQPublisher(BasePublisher):
             raise InvalidOptionError(
                 "url must begin with amqp:// or amqps://, for example amqp://guest:guest@localhost/"
             )
-        check_seconds("timeout", timeout)
-        super().__init__(**options)
+        check_seconds("timeout", timeout, positive=True)
         self._url = url
         self._exchange_name = exchange
         self._routing_key = routing_key
@@ -99,7 +93,7 @@ class RabbitMQPublisher(BasePublisher):
         connection = None
         try:
             async with asyncio.timeout(self._timeout):
-                # Not the robust kind: it would send again by itself, and without our knowledge.
+                # Not connect_robust: it would send messages again by itself, unnoticed here.
                 connection = await aio_pika.connect(self._url, timeout=self._timeout, **self._connect_options)
                 channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
                 if self._exchange_name:
@@ -139,7 +133,7 @@ class RabbitMQPublisher(BasePublisher):
         if unfit:
             raise Reject(unfit, "an event with a line feed, or too long for an envelope")
 
-    async def release(self) -> None:
+    async def close(self) -> None:
         """Disconnect."""
         connection, self._connection = self._connection, None
         self._exchange = None

@@ -1,4 +1,4 @@
-"""Events into Redis: a stream, a channel or a list; one scripted command a batch, written once however often sent."""
+"""A sink for Redis: a stream, a channel or a list; one script per batch, which writes a batch once if sent twice."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
-from bgtasks.errors import InvalidOptionError, missing_extra
+from bgtasks._checks import check_choice, check_limit, check_optional_seconds, check_seconds
+from bgtasks.errors import InvalidOptionError, describe, missing_extra
 from bgtasks.events.errors import Retry, SinkError
-from bgtasks.events.publisher import BasePublisher
+from bgtasks.events.sink import Sink
 from bgtasks.events.sinks._inherited import keep_inherited
-from bgtasks.events.sinks._options import check_seconds, longest_retry
 
-__all__ = ["Mode", "RedisPublisher"]
+__all__ = ["Mode", "RedisSink"]
 
-Mode = Literal["stream", "pubsub", "list"]
+Mode: TypeAlias = Literal["stream", "pubsub", "list"]
 
-# The id of a batch is noted after its events are written, not before: if the first of them is refused (the key holds
-# another type, say), nothing is noted and the next try writes. A script runs alone, so nobody sees the middle of it.
+# The id of a batch is noted after its events are written, not before: if the first event is refused (the key holds
+# another type, for example), no id is noted and the next try writes. Redis runs one script at a time, so no client sees
+# a part of its effects.
 _FRAME: Final = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 local call, key, count = redis.call, KEYS[1], #ARGV
@@ -27,7 +28,7 @@ local call, key, count = redis.call, KEYS[1], #ARGV
 redis.call('SET', KEYS[2], '', 'EX', ARGV[1])
 return count - 3
 """
-# ARGV holds the seconds to remember the id for, the longest length or '', the name of the field, and the events.
+# ARGV holds the seconds to remember the id, the maximum length or '', the name of the field, and the events.
 _SCRIPTS: Final[dict[Mode, str]] = {
     "stream": _FRAME
     % """
@@ -36,7 +37,7 @@ for i = 4, count do call('XADD', key, '*', field, ARGV[i]) end
 if ARGV[2] ~= '' then call('XTRIM', key, 'MAXLEN', '~', ARGV[2]) end
 """,
     "pubsub": _FRAME % "for i = 4, count do call('PUBLISH', key, ARGV[i]) end",
-    # Lua's stack holds some thousand values.
+    # Lua's stack holds a few thousand values.
     "list": _FRAME
     % """
 for i = 4, count, 1000 do call('RPUSH', key, unpack(ARGV, i, math.min(i + 999, count))) end
@@ -45,43 +46,39 @@ if ARGV[2] ~= '' then call('LTRIM', key, -ARGV[2], -1) end
 }
 
 
-class RedisPublisher(BasePublisher):
-    """Publishes into Redis: the entries of a stream, the messages of a channel, or the elements of a list.
+class RedisSink(Sink):
+    """Writes to Redis: entries of a stream, messages of a channel, or elements of a list.
 
     A batch is one command, ``EVALSHA``, which Redis runs as a whole. The script notes the id of the batch in a key
-    beside the target, so a batch that is sent again because its answer was lost is not written again. Where scripts
-    are not allowed, a transaction does the same, more slowly.
+    beside the target, so a batch that is sent again because its answer was lost is not written again. If scripts are
+    not allowed, a transaction does the same, more slowly.
 
     Args:
         url: ``redis://[[user]:password@]host[:port][/db]``, ``rediss://`` for TLS, ``unix://`` for a socket.
         key: the name of the stream, the channel or the list.
-        mode: ``"stream"`` (``XADD``), ``"pubsub"`` (``PUBLISH``: who does not listen now never sees it), or ``"list"``
-            (``RPUSH``).
-        field: the name of the only field of a stream's entries; its value is the encoded event.
-        maxlen: how many entries or elements Redis keeps, in a stream approximately; older ones go, **read or not**.
-            None keeps all of them until Redis has no memory left. About 250 bytes of memory an event of 226 bytes.
-        remember_for: seconds for which Redis knows the ids of batches, about 180 bytes of memory each. It has to
-            exceed the longest time between two tries of one batch. None for twice ``retry_for``; with a spool, which
-            may try again after a restart, an hour at least.
-        timeout: seconds without an answer after which a connection is given up and the batch sent on a new one.
+        mode: ``"stream"`` (``XADD``), ``"pubsub"`` (``PUBLISH``: later subscribers never see it), or
+            ``"list"`` (``RPUSH``).
+        field: the only field of a stream's entries; its value is the encoded event.
+        maxlen: the number of entries or elements that Redis keeps, approximate in a stream; older ones are deleted,
+            **read or not**. None keeps all until Redis has no memory left: about 250 bytes per event of 226 bytes.
+        remember_for: seconds for which Redis remembers batch ids, in about 180 bytes of memory each. It must exceed
+            the longest time between two tries of one batch. None for twice the publisher's ``retry_for``; with a
+            spool, which may try again after a restart, for an hour at least.
+        timeout: seconds without an answer after which the connection is closed and the batch sent on a new one.
         client_factory: returns a ``redis.asyncio`` client to use instead of ``url``, for Sentinel or a Cluster. It is
-            called at the start and after a fork, and must return a new client with retries off.
-        **options: those of ``BasePublisher``.
+            called at the start and after a fork, and must return a new client that does not retry.
 
     Raises:
         InvalidOptionError: an option is outside its values.
         MissingExtraError: redis-py is not installed.
 
     Example:
-        >>> publisher = RedisPublisher("redis://localhost:6379/0", key="orders")
-        >>> publisher.emit({"event": "order_paid", "order": 42})
-        True
-        >>> await publisher.close()
+        >>> publisher = Publisher(RedisSink("redis://localhost:6379/0", key="orders"))
 
     """
 
-    # On one connection, whose answers come in order.
-    max_inflight = 1
+    # One connection, whose answers come in order.
+    max_inflight: ClassVar[int | None] = 1
 
     def __init__(
         self,
@@ -93,35 +90,34 @@ class RedisPublisher(BasePublisher):
         maxlen: int | None = 1_000_000,
         remember_for: float | None = None,
         timeout: float = 5.0,
-        client_factory: Callable[[], Any] | None = None,
-        **options: Any,
+        client_factory: Callable[[], object] | None = None,
     ) -> None:
         try:
             import redis.asyncio
         except ModuleNotFoundError as error:
             raise missing_extra("redis", "redis-py", "publish into Redis") from error
-        if mode not in get_args(Mode):
-            raise InvalidOptionError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-        if maxlen is not None and maxlen < 1:
-            raise InvalidOptionError(f"maxlen must be a positive number, or None for no bound, got {maxlen!r}")
+        check_choice("mode", mode, get_args(Mode))
+        check_limit("maxlen", maxlen)
         if "}" in key and _tagged(key) != key:
-            raise InvalidOptionError(f"key must have no closing brace but that of a hash tag, got {key!r}")
-        if remember_for is not None:
-            check_seconds("remember_for", remember_for)
-        check_seconds("timeout", timeout)
-        super().__init__(**options)
+            raise InvalidOptionError(f"key must have no closing brace but that of a hash tag; got {describe(key)}")
+        check_optional_seconds("remember_for", remember_for, none="for twice the publisher's retry_for")
+        check_seconds("timeout", timeout, positive=True)
         self._target = key
         self._mode: Mode = mode
         self._field = field
         self._maxlen = "" if maxlen is None else str(maxlen)
-        self._remember_for = str(math.ceil(remember_for or longest_retry(options)))
+        self._remember_for = remember_for
         self._script = _SCRIPTS[mode]
         self._digest = hashlib.sha1(self._script.encode(), usedforsecurity=False).hexdigest()
         self._is_scripted = True
         self._errors = redis.exceptions
         self._pack = _packer()
         if client_factory is None:
-            kwargs = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "health_check_interval": 0}
+            kwargs: dict[str, object] = {
+                "socket_timeout": timeout,
+                "socket_connect_timeout": timeout,
+                "health_check_interval": 0,
+            }
             client_factory, self._server = _from_url(url, kwargs)
         else:
             self._server = "Redis"
@@ -129,14 +125,14 @@ class RedisPublisher(BasePublisher):
         self._client: Any = None
 
     async def open(self) -> None:
-        """Make a client and have it connect."""
+        """Make a client, and have it connect."""
         keep_inherited(self._client)
         self._client = self._make_client()
         try:
             with self._named_errors(), contextlib.suppress(self._errors.NoPermissionError):
                 await self._client.ping()
         except BaseException:
-            await self.release()
+            await self.close()
             raise
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
@@ -148,19 +144,22 @@ class RedisPublisher(BasePublisher):
             else:
                 await self._run_transaction(keys, batch)
 
-    async def release(self) -> None:
-        """Close the client, without waiting for a server that does not read any more."""
+    async def close(self) -> None:
+        """Close the client, without waiting for a server that no longer reads."""
         client, self._client = self._client, None
         if client is None:
             return
-        # Of a call that was cancelled the answer may still come: whoever asks next would take it for its own.
+        # The answer to a call that was cancelled may still come: the next call would take it for its own.
         connection = getattr(client, "connection", None)
         if connection is not None:
             await connection.disconnect(nowait=True)
         await client.aclose()
 
+    def _seconds_remembered(self) -> int:
+        return math.ceil(self.retry_window if self._remember_for is None else self._remember_for)
+
     async def _run_script(self, keys: tuple[str, str], batch: Sequence[bytes]) -> None:
-        arguments = (2, *keys, self._remember_for, self._maxlen, self._field, *batch)
+        arguments = (2, *keys, self._seconds_remembered(), self._maxlen, self._field, *batch)
         try:
             try:
                 await self._ask("EVALSHA", self._digest, *arguments)
@@ -173,9 +172,9 @@ class RedisPublisher(BasePublisher):
             await self._run_transaction(keys, batch)
 
     async def _ask(self, *command: Any) -> None:
-        """Send a command and wait for its answer, past redis-py's own packing where hiredis can do it.
+        """Send a command, packed by hiredis if it is installed, and wait for its answer.
 
-        Packing takes a millisecond of the loop for 500 events there, and a quarter of one here.
+        redis-py takes a millisecond of the loop to pack 500 events, hiredis a quarter of one.
         """
         client = self._client
         connection = getattr(client, "connection", None)
@@ -186,11 +185,11 @@ class RedisPublisher(BasePublisher):
             await connection.read_response()
 
     async def _run_transaction(self, keys: tuple[str, str], batch: Sequence[bytes]) -> None:
-        """Do what the script does where scripts are not allowed.
+        """Write a batch as the script does, if scripts are not allowed.
 
         ``WATCH`` makes it safe: an earlier try that the server still has in a buffer changes the watched key. Unlike a
-        script, a transaction goes on after a command that fails, and would note what was not written: hence a question
-        first that fails in the same way where the key holds another type.
+        script, a transaction goes on after a failed command, and would note the id of a batch that was not written. So
+        a query comes first, which fails in the same way if the key holds another type.
         """
         key, noted = keys
         async with self._client.pipeline(transaction=True) as pipeline:
@@ -203,7 +202,7 @@ class RedisPublisher(BasePublisher):
                 await pipeline.llen(key)
             pipeline.multi()
             self._append(pipeline, key, batch)
-            pipeline.set(noted, b"", ex=int(self._remember_for))
+            pipeline.set(noted, b"", ex=self._seconds_remembered())
             await pipeline.execute()
 
     def _append(self, pipeline: Any, key: str, batch: Sequence[bytes]) -> None:
@@ -222,7 +221,7 @@ class RedisPublisher(BasePublisher):
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Say whose error it is: "invalid password" alone helps nobody who has three servers."""
+        """Put the server's name into the error: "invalid password" alone does not say which server refused it."""
         errors = self._errors
         try:
             yield
@@ -230,7 +229,7 @@ class RedisPublisher(BasePublisher):
             reason = f"{self._server}: {error}"
             if isinstance(error, errors.ResponseError) and not isinstance(error, errors.ReadOnlyError):
                 raise Retry(reason=reason) from error
-            # A server that became a replica is left, too: its address may lead to the new primary.
+            # Also if the server became a replica: a new connection to its address may lead to the new primary.
             raise SinkError(reason) from error
 
 
@@ -243,8 +242,8 @@ def _packer() -> Callable[[tuple[Any, ...]], bytes] | None:
     return pack
 
 
-def _from_url(url: str, kwargs: dict[str, Any]) -> tuple[Callable[[], Any], str]:
-    """Return what makes a client for a URL, and how to call the server in messages.
+def _from_url(url: str, kwargs: dict[str, object]) -> tuple[Callable[[], object], str]:
+    """Return a factory of clients for a URL, and the server's name for messages.
 
     Raises:
         InvalidOptionError: redis-py does not understand the URL.
@@ -254,8 +253,8 @@ def _from_url(url: str, kwargs: dict[str, Any]) -> tuple[Callable[[], Any], str]
     from redis.asyncio.retry import Retry as ClientRetry
     from redis.backoff import NoBackoff
 
-    def make_client() -> Any:
-        # One connection, and no second try by the client: it would not know that the first had been written.
+    def make_client() -> object:
+        # One connection, and no retries by the client, which cannot know whether the first try was written.
         once = ClientRetry(NoBackoff(), 0)
         return redis.asyncio.Redis.from_url(url, single_connection_client=True, retry=once, **kwargs)
 
@@ -268,13 +267,13 @@ def _from_url(url: str, kwargs: dict[str, Any]) -> tuple[Callable[[], Any], str]
 
 
 def _tagged(key: str) -> str:
-    """Return the beginning of a key in the same slot of a Cluster: the part in braces decides, where there is one."""
+    """Return a prefix for keys in the same hash slot of a Cluster, which a part in braces determines, if any."""
     opening = key.find("{")
     has_tag = opening >= 0 and key.find("}", opening + 1) > opening + 1
     return key if has_tag else f"{{{key}}}"
 
 
 def _forbids_scripts(error: Exception) -> bool:
-    """Tell whether an answer means that scripts are renamed away, or not allowed to this user."""
+    """Return whether an error means that the commands for scripts are renamed, or not allowed to this user."""
     text = str(error).lower()
     return "eval" in text and ("unknown command" in text or "no permissions to run" in text)

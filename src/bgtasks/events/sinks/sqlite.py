@@ -1,4 +1,4 @@
-"""Events into a table of an SQLite file: a row an event, or a row a batch."""
+"""A sink for a table of an SQLite file: a row per event, or a row per batch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import ClassVar, Final, Literal, TypeAlias, get_args
 
+from bgtasks._checks import check_choice
 from bgtasks.errors import InvalidOptionError, describe
+from bgtasks.events._thread import WorkerThread
 from bgtasks.events.errors import Reject, Retry, SinkError
-from bgtasks.events.publisher import BasePublisher
+from bgtasks.events.info import Sync
+from bgtasks.events.sink import Sink
 from bgtasks.events.sinks._inherited import keep_inherited
 
-__all__ = ["Rows", "SqlitePublisher", "Sync"]
+__all__ = ["Rows", "SqliteSink", "Sync"]
 
 Rows: TypeAlias = Literal["event", "batch"]
-Sync: TypeAlias = Literal["normal", "full"]
 
-# Two values a row: older SQLite takes 999 values in a statement.
-ROWS_A_STATEMENT: Final = 499
-# Another program that writes to the file is waited for so long in the thread, then the batch is tried again.
+# Two values per row: older SQLite allows 999 values in a statement.
+ROWS_PER_STATEMENT: Final = 499
+# Seconds that the thread waits while another program writes to the file; then the batch is tried again.
 BUSY_TIMEOUT: Final = 1.0
 
 BATCHES: Final = """
@@ -51,37 +53,34 @@ CREATE TABLE IF NOT EXISTS "{0}" (
 COLUMNS: Final[dict[Rows, str]] = {"event": "id, batch, event", "batch": "batch, events"}
 
 
-class SqlitePublisher(BasePublisher):
-    """Publishes into an SQLite file: a batch is a transaction, in a thread.
+class SqliteSink(Sink):
+    """Writes to an SQLite file, one transaction per batch, in a thread.
 
     With ``rows="event"``, ``TABLE`` has the columns ``id`` (in the order of the events), ``batch`` and ``event`` (the
     JSON text), for ``SELECT event ->> '$.name' FROM events``. With ``rows="batch"`` it has ``batch`` and ``events``, a
-    JSON array: twice as fast and more beside a busy loop, for ``SELECT value FROM events, json_each(events.events)``.
-    Either way ``TABLE_batches`` has the id of each batch, so one that is written again, after a crash for one, is there
-    once; and the Unix time at which it was written. No index is made: one on a field halves the speed, or worse.
+    JSON array, for ``SELECT value FROM events, json_each(events.events)``. That is twice as fast, and more beside a
+    busy loop. ``TABLE_batches`` has the id of each batch, so a batch that is written again, after a crash for example,
+    is there once; and the Unix time at which it was written. No index is made: an index on a field at least halves the
+    speed.
 
     The file is in WAL mode; other programs may read it meanwhile.
 
     Args:
-        path: the file; made if it is missing, in a directory that exists.
+        path: the file, in an existing directory; created if it is missing.
         table: the name of the table.
         rows: ``"event"`` or ``"batch"``, the same each time for one table.
-        sync: what is committed survives the end of its process with ``"normal"``, that of the machine with ``"full"``.
-        **options: those of ``BasePublisher``.
+        sync: with ``"normal"``, committed batches survive a crash of the process; with ``"full"``, one of the machine.
 
     Raises:
         InvalidOptionError: an option is outside its values.
 
     Example:
-        >>> publisher = SqlitePublisher("events.db")
-        >>> publisher.emit({"event": "order_paid", "order": 42})
-        True
-        >>> await publisher.close()
+        >>> publisher = Publisher(SqliteSink("events.db"))
 
     """
 
     # One thread.
-    max_inflight = 1
+    max_inflight: ClassVar[int | None] = 1
 
     def __init__(
         self,
@@ -90,14 +89,12 @@ class SqlitePublisher(BasePublisher):
         table: str = "events",
         rows: Rows = "event",
         sync: Sync = "normal",
-        **options: Any,
     ) -> None:
-        for name, value, values in (("rows", rows, get_args(Rows)), ("sync", sync, get_args(Sync))):
-            if value not in values:
-                raise InvalidOptionError(f"{name} must be one of {', '.join(map(repr, values))}, got {describe(value)}")
+        check_choice("rows", rows, get_args(Rows))
+        check_choice("sync", sync, get_args(Sync))
         if not (isinstance(table, str) and table.isascii() and table.isidentifier()):
             raise InvalidOptionError(f"table must be a name of ASCII letters, digits and _, got {describe(table)}")
-        super().__init__(**options)
+        self._thread = WorkerThread("SQLite sink")
         self._path = Path(os.path.abspath(os.fspath(path)))
         self._table = table
         self._rows: Rows = rows
@@ -105,21 +102,24 @@ class SqlitePublisher(BasePublisher):
         self._connection: sqlite3.Connection | None = None
 
     async def open(self) -> None:
-        """Open the file, and make the tables that are missing."""
+        """Open the file, and create missing tables."""
         await self._thread.run(self._connect_file)
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
-        """Write a batch in a transaction, unless one of that id was written before."""
+        """Write a batch in a transaction, unless a batch of that id was written before."""
         await self._thread.run(self._write_batch, batch, batch_id)
 
-    async def release(self) -> None:
-        """Close the file."""
-        await self._thread.run(self._close_file)
+    async def close(self) -> None:
+        """Close the file and end the thread."""
+        try:
+            await self._thread.run(self._close_file)
+        finally:
+            self._thread.stop()
 
-    # -- in the thread ------------------------------------------------------------------------------------------------
+    # -- in the thread --------------------------------------------------------------------------------------------
 
     def _connect_file(self) -> None:
-        # Only a fork or a lost loop leaves one behind; closing it would undo the locks of its owner.
+        # Only a fork or a lost loop leaves a connection here; closing it would release the locks of its owner.
         keep_inherited(self._connection)
         with self._named_errors():
             connection = sqlite3.connect(
@@ -136,12 +136,12 @@ class SqlitePublisher(BasePublisher):
         execute = connection.execute
         (mode,) = execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
-            raise SinkError(f"{self._path}: no write-ahead log is to be had there (journal mode {mode})")
+            raise SinkError(f"{self._path}: a write-ahead log is not possible there (journal mode {mode})")
         execute(f"PRAGMA synchronous = {self._sync}")
         with _transaction(connection):
             execute(BATCHES.format(self._table))
             execute(CREATE[self._rows].format(self._table))
-        # A table of that name may be another program's, or have the other kind of rows.
+        # A table of that name may belong to another program, or have the other kind of rows.
         execute(f'SELECT {COLUMNS[self._rows]} FROM "{self._table}" LIMIT 0')
 
     def _write_batch(self, batch: Sequence[bytes], batch_id: str) -> None:
@@ -164,11 +164,11 @@ class SqlitePublisher(BasePublisher):
             connection.execute(f'INSERT INTO "{self._table}" (batch, events) VALUES (?, ?)', row)
             return
         insert = f'INSERT INTO "{self._table}" (batch, event) VALUES '
-        for start in range(0, len(texts), ROWS_A_STATEMENT):
-            part = texts[start : start + ROWS_A_STATEMENT]
-            # Not executemany: it lets go of the interpreter's lock for each row, and waits for it beside a busy loop.
-            places = ", ".join(["(?, ?)"] * len(part))
-            connection.execute(insert + places, tuple(chain.from_iterable((number, text) for text in part)))
+        for start in range(0, len(texts), ROWS_PER_STATEMENT):
+            part = texts[start : start + ROWS_PER_STATEMENT]
+            # Not executemany: it releases the GIL for each row, and waits for it beside a busy loop.
+            values = ", ".join(["(?, ?)"] * len(part))
+            connection.execute(insert + values, tuple(chain.from_iterable((number, text) for text in part)))
 
     def _close_file(self) -> None:
         connection, self._connection = self._connection, None
@@ -193,7 +193,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
         yield
         connection.execute("COMMIT")
     except BaseException:
-        # A full disk has often rolled it back already.
+        # On a full disk, SQLite has often rolled it back already.
         if connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
@@ -201,7 +201,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _decoded(batch: Sequence[bytes]) -> tuple[list[str], list[int]]:
-    """Return the events as text, and the indexes of those that are none."""
+    """Return the events as text, and the indexes of those that are no UTF-8."""
     try:
         return [event.decode() for event in batch], []
     except UnicodeDecodeError:

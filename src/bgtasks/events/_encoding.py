@@ -1,4 +1,4 @@
-"""Turns events into bytes: msgspec for what it knows, a pydantic model by its own serializer, bytes as they are."""
+"""Encodes events: by msgspec if it supports the type, pydantic models by their own serializer, bytes as they are."""
 
 from __future__ import annotations
 
@@ -8,35 +8,47 @@ from typing import Any, NamedTuple, Protocol
 from bgtasks.errors import describe, missing_extra, text_of
 from bgtasks.events.errors import EncodeError
 
-__all__ = ["Encoder", "JsonEncoder"]
+__all__ = ["Encoder", "JsonEncoder", "NoEncoder"]
 
 
 class Encoded(NamedTuple):
     """A batch after encoding.
 
     ``payloads`` are in the order of the events. ``failed`` holds the events that cannot be encoded, each with its
-    error. ``volume`` is the sum of the lengths of the payloads, in bytes.
+    error. ``total_bytes`` is the sum of the lengths of the payloads.
     """
 
     payloads: list[Any]
-    volume: int
+    total_bytes: int
     failed: list[tuple[object, EncodeError]]
 
 
 class Encoder(Protocol):
-    """What a publisher needs to turn events into payloads."""
+    """Turns events into payloads."""
 
-    def encode(self, event: Any) -> bytes:
-        """Return the payload of one event; raise ``EncodeError`` where there is none."""
+    def encode(self, event: object) -> object:
+        """Return the payload of one event; raise ``EncodeError`` if it has none."""
         ...
 
-    def encode_batch(self, events: Sequence[Any]) -> Encoded:
-        """Return the payloads of all events that have one, and the others with their errors."""
+    def encode_batch(self, events: Sequence[object]) -> Encoded:
+        """Return the payloads of events, and those that cannot be encoded with their errors."""
         ...
+
+
+class NoEncoder:
+    """Leaves events as they are, for a sink that takes them unencoded."""
+
+    def encode(self, event: object) -> object:
+        """Return the event."""
+        return event
+
+    def encode_batch(self, events: Sequence[object]) -> Encoded:
+        """Return the events."""
+        return Encoded(list(events), 0, [])
 
 
 class JsonEncoder:
-    """Encodes events as JSON: ``msgspec.Struct``, dataclass, mapping, pydantic model; ``bytes`` are taken as they are.
+    """Encodes events as JSON: ``msgspec.Struct``, dataclass, mapping, pydantic model; ``bytes`` stay as they are.
 
     Raises:
         MissingExtraError: msgspec is not installed.
@@ -51,11 +63,11 @@ class JsonEncoder:
         self._encode_json = msgspec.json.Encoder(enc_hook=_encode_nested).encode
         self._by_type: dict[type, Callable[[Any], bytes]] = {bytes: _as_is, bytearray: bytes, memoryview: bytes}
 
-    def encode(self, event: Any) -> bytes:
+    def encode(self, event: object) -> bytes:
         """Return the JSON of one event.
 
         Raises:
-            EncodeError: it has none; the text names the event's type.
+            EncodeError: it cannot be encoded; the message names its type.
 
         """
         kind = type(event)
@@ -65,17 +77,17 @@ class JsonEncoder:
         except Exception as error:
             raise EncodeError(f"an event of type {_name_of(kind)} cannot be encoded: {text_of(error)}") from error
 
-    def encode_batch(self, events: Sequence[Any]) -> Encoded:
-        """Return the JSON of all events that have one, and the others with their errors."""
+    def encode_batch(self, events: Sequence[object]) -> Encoded:
+        """Return the JSON of events, and those that cannot be encoded with their errors."""
         by_type = self._by_type
         try:
-            # The usual batch: types seen before, nothing wrong.
+            # The usual batch: known types, no errors.
             payloads = [by_type[type(event)](event) for event in events]
         except Exception:
             return self._encode_each(events)
         return Encoded(payloads, sum(map(len, payloads)), [])
 
-    def _encode_each(self, events: Sequence[Any]) -> Encoded:
+    def _encode_each(self, events: Sequence[object]) -> Encoded:
         payloads: list[bytes] = []
         failed: list[tuple[object, EncodeError]] = []
         for event in events:
@@ -100,7 +112,7 @@ def _encode_model(model: Any) -> bytes:
 
 
 def _encode_nested(value: Any) -> Any:
-    """Give msgspec something it knows for a value inside an event: the fields of a pydantic model."""
+    """Convert a value inside an event to one that msgspec supports: a pydantic model to its fields."""
     if hasattr(type(value), "model_dump_json"):
         return value.model_dump(mode="json")
     raise EncodeError(f"it holds {_name_of(type(value))}, {describe(value)}, which has no JSON form")

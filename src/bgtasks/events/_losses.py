@@ -1,4 +1,4 @@
-"""Says in the log that events are lost: at most once in five seconds, with totals, and never as an event."""
+"""Warnings of lost events in the log: at most one in five seconds, with totals, and never published as events."""
 
 from __future__ import annotations
 
@@ -7,53 +7,55 @@ import logging
 from contextvars import Context
 from typing import Final
 
+from bgtasks.events._event_queue import EventQueue
 from bgtasks.events._guard import at_work
-from bgtasks.events.ring import Ring
+from bgtasks.events._health import Health
 
-__all__ = ["DropReporter"]
+__all__ = ["LossReporter"]
 
 logger = logging.getLogger("bgtasks.events")
 
 WARNING_INTERVAL: Final = 5.0
 
 
-class DropReporter:
-    """Warns of refused and dropped events; the ring calls ``tell``, from any thread.
+class LossReporter:
+    """Warns of refused and dropped events; the queue calls ``report``, from any thread.
 
     Args:
         name: the publisher's name.
+        queue: the queue of the events.
+        health: holds the last error.
 
     """
 
-    ring: Ring
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, queue: EventQueue, health: Health) -> None:
         self._name = name
-        self.last_error: str | None = None
+        self._queue = queue
+        self._health = health
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew, without a loop."""
+        """Forget the loop and the losses reported so far."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._told = 0
+        self._reported = 0
 
     def use(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Log and time on this loop from now on, which is the running one."""
+        """Log, and wait between warnings, on the running loop from now on."""
         self._loop = loop
         self._timer = None
-        self.ring.listen()
+        self._queue.arm_loss()
 
     @property
     def is_losing(self) -> bool:
-        """Whether events were lost within the interval of the warnings."""
+        """Whether events were lost within the last interval between warnings."""
         return self._timer is not None
 
-    def tell(self) -> None:
-        """Warn now and have the next warning wait for its interval."""
+    def report(self) -> None:
+        """Warn now; the next warning comes an interval later at the earliest."""
         if self._loop is not None:
             try:
-                # Not here: emit must not raise what a logging filter raises, nor wait for a handler.
+                # On the loop: emit must not raise the errors of a logging filter, and must not wait for a handler.
                 self._loop.call_soon_threadsafe(self._warn, context=Context())
             except RuntimeError:
                 self._loop = None
@@ -71,40 +73,40 @@ class DropReporter:
         self._timer = loop.call_later(WARNING_INTERVAL, self._look, context=Context())
 
     def _look(self) -> None:
-        if self._lost() > self._told:
+        if self._lost() > self._reported:
             self._look_again()
             self._log()
         else:
             self._timer = None
-            self.ring.listen()
+            self._queue.arm_loss()
 
     def _lost(self) -> int:
-        books = self.ring.books()
-        return sum(books["dropped"].values()) + sum(books["refused"].values())
+        counters = self._queue.counters()
+        return sum(counters["dropped"].values()) + sum(counters["refused"].values())
 
     def _log(self) -> None:
-        books = self.ring.books()
-        self._told = sum(books["dropped"].values()) + sum(books["refused"].values())
-        token = at_work.set(self.ring)
+        counters, last_error = self._queue.counters(), self._health.last_error
+        self._reported = sum(counters["dropped"].values()) + sum(counters["refused"].values())
+        token = at_work.set(self._queue)
         try:
             logger.warning(
                 "Publisher %r loses events: %s dropped, %s refused so far%s; the next warning comes in %.0f s at the "
                 "earliest",
                 self._name,
-                _sum_of(books["dropped"]),
-                _sum_of(books["refused"]),
-                "" if self.last_error is None else f" (last error: {self.last_error})",
+                _sum_of(counters["dropped"]),
+                _sum_of(counters["refused"]),
+                "" if last_error is None else f" (last error: {last_error})",
                 WARNING_INTERVAL,
             )
         finally:
             at_work.reset(token)
 
     def stop(self) -> None:
-        """Stop the timer, and warn of what was not told yet."""
+        """Stop the timer, and warn of losses that were not reported yet."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._lost() > self._told:
+        if self._lost() > self._reported:
             self._log()
 
 

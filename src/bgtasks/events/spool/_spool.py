@@ -1,9 +1,9 @@
-"""Store and forward: batches wait on the disk for a sink that does not take them.
+"""A queue of batches on the disk, for a sink that is down.
 
-A spool is a queue of batches in a file of its own, ``STEM.PID-TIME.spool``. The file is locked while its process lives.
-What a process leaves behind, whichever way it ended, is taken up by the next spool of that stem: the first file whose
-lock is free becomes its own, so order, ids and quota go on where they stopped. With nothing to take up, it makes a new
-file. A spool that was drained looks for another file to take up; one that is closed empty deletes its own.
+Each spool has its own file, ``STEM.PID-TIME.spool``, which is locked while its process lives. The next spool of the
+stem takes over the file of a process that ended, in whatever way: it opens the oldest file whose lock is free. Order,
+ids and quota go on. If there is no such file, it makes a new one. A drained spool looks for another file to take over.
+A spool that is closed empty deletes its file.
 """
 
 from __future__ import annotations
@@ -11,74 +11,61 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import threading
 import time
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, get_args
+from typing import Final, ParamSpec, TypeVar, get_args
 
-from bgtasks.errors import InvalidOptionError, describe
-from bgtasks.events._spool_file import DAMAGED, DamagedBatchError, Row, SpoolFile, Sync, code_of, decode
-from bgtasks.events._spool_folder import SpoolFolder
+from bgtasks._checks import check_choice, check_count, check_optional_seconds
+from bgtasks._fork import ForkLock, at_fork, follow_forks
+from bgtasks.errors import InvalidOptionError
 from bgtasks.events.errors import SpoolError, SpoolFullError, SpoolLockedError
+from bgtasks.events.info import SpoolOverflow, SpoolStats, Sync
+from bgtasks.events.spool._file import DAMAGED, DamagedBatchError, Row, SpoolFile, code_of, decode
+from bgtasks.events.spool._folder import SpoolFolder
 
-__all__ = ["Full", "Spool", "SpoolStats", "Sync"]
-
-Full: TypeAlias = Literal["drop_oldest", "refuse"]
+__all__ = ["Spool"]
 
 MIN_BYTES: Final = 1 << 20
-# A drained file with more pages is given back to the disk; a smaller one is kept for what comes next.
+# A drained file with more pages than this is deleted; a smaller one is used again.
 KEPT_PAGES: Final = 512
-# A spool that is drained again and again looks so seldom, in seconds, for files left behind since.
+# The minimum number of seconds between two searches for files to take over, in a spool that is often drained.
 LOOK_INTERVAL: Final = 10.0
-# The batches that may have to make room are looked at so many at a time.
+# Rows that are read at a time in a search through the file.
 ROWS_AT_ONCE: Final = 64
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
-class SpoolStats(NamedTuple):
-    """What a spool holds and what became of the rest; counts are events unless they say otherwise.
-
-    ``recovered`` were taken up from earlier processes. ``dropped`` counts by reason: ``spool_full`` those that made
-    room, ``expired`` those older than ``max_age``, ``corrupt`` those in a damaged row or file, as far as they are
-    known. ``corrupt_files`` counts the files that were set aside.
-    """
-
-    events: int = 0
-    bytes: int = 0
-    batches: int = 0
-    recovered: int = 0
-    dropped: Mapping[str, int] = {}
-    corrupt_files: int = 0
-
-
 class Spool:
     """A bounded queue of batches on the disk that outlives its process.
 
-    Its methods wait for the disk and for nothing else: they belong into a thread, not into that of an event loop.
+    Its methods wait for the disk: call them in a thread that runs no event loop.
 
     Args:
-        path: the stem of its files, in a directory that exists. Processes may share one, sinks must not: what a process
-            leaves behind goes to the sink of the next.
-        max_bytes: the size of the file in bytes, at least 1 MiB; a log of up to 8 MiB comes on top.
-        full: a batch that finds no room takes that of the oldest, ``"drop_oldest"``, or is refused, ``"refuse"``.
-        max_age: seconds after which a batch is dropped when its turn comes, by the system's clock; None for never.
-        sync: what is committed survives the end of its process with ``"normal"``, that of the machine with ``"full"``,
-            which waits for the disk once a batch.
+        path: the stem of its files, in an existing directory. Processes may share a stem, sinks must not: batches that
+            a process leaves go to the sink of the next one.
+        max_bytes: the maximum size of the file in bytes, at least 1 MiB. A log of up to 8 MiB is extra.
+        overflow: what a full spool does: ``"drop_oldest"`` drops the oldest batches, ``"raise"`` raises a
+            ``SpoolFullError``.
+        max_age: the maximum age of a batch in seconds, by the system's clock. An older batch is dropped when its turn
+            comes. None for no limit.
+        sync: with ``"normal"``, committed batches survive a crash of the process. With ``"full"`` they survive a crash
+            of the machine, at the cost of one wait for the disk per batch.
 
     Raises:
         InvalidOptionError: an argument is outside its values, or the path is a directory.
 
     Example:
-        >>> spool = Spool("/var/spool/app/events")
+        >>> spool = Spool("events")
         >>> spool.append([b"one", b"two"], "publisher-1")
         >>> for batch_id, batch in spool.oldest(4):
-        ...     send(batch)
+        ...     print(batch_id, batch)
         ...     spool.done(batch_id)
+        publisher-1 [b'one', b'two']
+        >>> spool.close()
 
     """
 
@@ -87,11 +74,14 @@ class Spool:
         path: str | os.PathLike[str],
         *,
         max_bytes: int = 1 << 30,
-        full: Full = "drop_oldest",
+        overflow: SpoolOverflow = "drop_oldest",
         max_age: float | None = None,
         sync: Sync = "normal",
     ) -> None:
-        _check_options(max_bytes, full, max_age, sync)
+        check_count("max_bytes", max_bytes, MIN_BYTES)
+        check_choice("overflow", overflow, get_args(SpoolOverflow))
+        check_optional_seconds("max_age", max_age, none="for never")
+        check_choice("sync", sync, get_args(Sync))
         stem = Path(os.path.abspath(os.fspath(path)))
         if not stem.name or stem.is_dir():
             raise InvalidOptionError(
@@ -99,48 +89,60 @@ class Spool:
             )
         self._folder = SpoolFolder(stem, sync=sync, max_bytes=max_bytes)
         self._max_bytes = max_bytes
-        self._full = full
+        self._overflow = overflow
         self._max_age = max_age
+        # Held during all calls of SQLite.
+        self._lock = ForkLock()
         self._reset()
-        with _fork_lock:
-            _spools.add(self)
+        follow_forks(self, Spool._after_fork)
+
+    def _after_fork(self) -> None:
+        """Reset in the child of a fork: file and lock belong to the parent, and the child makes its own file."""
+        if self._file is not None:
+            self._file.leak()
+        self._reset()
 
     def _reset(self) -> None:
-        # Held whenever SQLite is at work: a fork waits for it, so that no child inherits half of something.
-        self._lock = threading.RLock()
         self._file: SpoolFile | None = None
-        # Handed out and not done: they never make room, and are written again where their file turns out damaged.
+        # Returned and not done: they are never dropped to make room, and are kept if their file turns out damaged.
         self._held: dict[str, Row] = {}
-        # Done or dropped, but not deleted yet: a full disk takes no deletion either.
+        # Done or dropped, but not deleted yet: a full disk may refuse the deletion.
         self._gone: dict[int, Row] = {}
         self._recovered = 0
         self._dropped: Counter[str] = Counter()
         self._folder.corrupt_files = 0
         self._next_look = 0.0
-        self._stats = SpoolStats()
+        self._stats: SpoolStats = {
+            "events": 0,
+            "bytes": 0,
+            "batches": 0,
+            "recovered": 0,
+            "dropped": {},
+            "corrupt_files": 0,
+        }
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._folder.stem}, {self._stats.events} events>"
+        return f"<{type(self).__name__} {self._folder.stem}, {self._stats['events']} events>"
 
-    # -- the queue ----------------------------------------------------------------------------------------------------
+    # -- the queue ------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Take up a file that was left behind, or make one. The other methods do it where it was not done.
+        """Take over a file of an ended process, or make one. The other methods do so if needed.
 
         Raises:
-            SpoolError: there can be no file there; the text says why.
-            SpoolLockedError: another spool of this process has the stem.
+            SpoolError: no file can be opened there; the message says why.
+            SpoolLockedError: another spool of this process uses the stem.
 
         """
         with self._at_work("opened"):
             self._opened()
 
     def append(self, batch: Sequence[bytes], batch_id: str) -> None:
-        """Commit a batch behind all others.
+        """Commit a batch after all others.
 
         Args:
             batch: the encoded events.
-            batch_id: names the batch until it is done; no other batch may have it.
+            batch_id: identifies the batch until it is done; no other batch may have the same id.
 
         Raises:
             SpoolFullError: there is no room, in the quota or on the disk. Nothing was written.
@@ -148,43 +150,39 @@ class Spool:
 
         """
         with self._at_work("written"):
-            self._mended(self._append, batch, batch_id, time.time())
+            self._repaired(self._append, batch, batch_id, time.time())
 
     def oldest(self, count: int) -> list[tuple[str, list[bytes]]]:
-        """Return up to ``count`` batches that are not done, oldest first; they stay where they are.
+        """Return up to ``count`` batches that are not done, oldest first; they stay in the spool.
 
-        What is returned again is the same, byte for byte. Batches that are too old or damaged are dropped on the way.
+        A batch that is returned again is identical. Batches that are too old or damaged are dropped on the way.
 
         Raises:
             SpoolError: the disk failed, or the file cannot be opened.
 
         """
         with self._at_work("read"):
-            return self._mended(self._oldest, count)
+            return self._repaired(self._oldest, count)
 
     def done(self, batch_id: str) -> None:
-        """Delete a batch that ``oldest`` returned or would return; nothing happens where it is gone already.
+        """Delete a batch that ``oldest`` returned or would return; do nothing if it is gone already.
 
-        A disk that does not even take a deletion is no error here: the batch is deleted later and not returned again.
+        If a full disk refuses the deletion, no error is raised: the batch is deleted later and not returned again.
         """
         with contextlib.suppress(SpoolError), self._at_work("written"):
             if self._file is None:
                 return
-            row = self._held.pop(batch_id, None) or self._mended(self._head_named, batch_id)
+            row = self._held.pop(batch_id, None) or self._repaired(self._head_named, batch_id)
             if row is not None:
                 self._gone[row.sequence] = row._replace(body=b"")
-                self._mended(self._settle)
-
-    def size(self) -> tuple[int, int]:
-        """Return how many events wait, and how many bytes they are. Any thread may ask; it does not wait."""
-        return self._stats.events, self._stats.bytes
+                self._repaired(self._clean_up)
 
     def stats(self) -> SpoolStats:
-        """Return what the spool holds and what became of the rest. Any thread may ask; it does not wait."""
-        return self._stats
+        """Return the contents and losses of the spool. Safe from any thread; never waits."""
+        return self._stats.copy()
 
     def close(self) -> None:
-        """Give up the file: deleted if it is empty, left for the next spool of this stem if not. It does not raise."""
+        """Release the file; never raises. An empty file is deleted, any other is left for the next spool."""
         with contextlib.suppress(SpoolError), self._at_work("closed"):
             if (file := self._file) is None:
                 return
@@ -200,11 +198,11 @@ class Spool:
             self._gone.clear()
             del _claims[self._folder.stem]
 
-    # -- what they do, under the lock ---------------------------------------------------------------------------------
+    # -- under the lock -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _at_work(self, verb: str) -> Iterator[None]:
-        """Hold the lock, turn SQLite's errors into ours, and note the new counts."""
+        """Hold the lock, translate errors of SQLite and the system, and update the statistics."""
         with self._lock:
             try:
                 yield
@@ -214,18 +212,23 @@ class Spool:
                 self._note()
 
     def _note(self) -> None:
-        events, size, batches = self._stats[:3]
-        # What a closed one left on the disk is what it last held.
+        stats: SpoolStats = {
+            **self._stats,
+            "recovered": self._recovered,
+            "dropped": dict(self._dropped),
+            "corrupt_files": self._folder.corrupt_files,
+        }
+        # A closed spool keeps its last counts: the batches are still on the disk.
         if (file := self._file) is not None:
-            events = file.events - sum(row.events for row in self._gone.values())
-            size = file.bytes - sum(row.size for row in self._gone.values())
-            batches = file.batches - len(self._gone)
-        self._stats = SpoolStats(
-            events, size, batches, self._recovered, dict(self._dropped), self._folder.corrupt_files
-        )
+            stats["events"] = file.events - sum(row.events for row in self._gone.values())
+            stats["bytes"] = file.bytes - sum(row.size for row in self._gone.values())
+            stats["batches"] = file.batches - len(self._gone)
+        self._stats = stats
 
-    def _mended(self, method: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """Call a method; where it meets a damaged file, set that aside and call it once more on a new one."""
+    def _repaired(
+        self, method: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Call a method; if the file is damaged, set it aside and call the method once more on a new file."""
         file = self._opened()
         try:
             return method(*args, **kwargs)
@@ -248,8 +251,8 @@ class Spool:
             raise self._no_room(file, batch)
 
     def _oldest_idle(self, file: SpoolFile) -> Iterator[Row]:
-        """Yield what may be dropped to make room, oldest first, without bodies."""
-        if self._full == "refuse":
+        """Yield the rows that may be dropped to make room, oldest first, without bodies."""
+        if self._overflow == "raise":
             return
         held = {row.sequence for row in self._held.values()} | self._gone.keys()
         last = 0
@@ -258,12 +261,12 @@ class Spool:
             yield from (row for row in rows if row.sequence not in held)
 
     def _append_in_room_of(self, idle: Iterator[Row], batch: Sequence[bytes], batch_id: str, now: float) -> bool:
-        """Commit a batch to a full file, in place of what has to go for it; return False if nothing helps."""
+        """Commit a batch to a full file in place of the oldest rows; return False if that is impossible."""
         file = self._opened()
         size = sum(map(len, batch))
         wanted = size
         if file.has_quota_for(size):
-            # The disk is full. A log that is written back is used again from its beginning and needs no more of it.
+            # The disk is full. A log that was written back is overwritten from its beginning and needs no more room.
             wanted = 0
             with contextlib.suppress(sqlite3.Error):
                 file.write_back()
@@ -286,7 +289,7 @@ class Spool:
                 return True
             if wanted and not freed:
                 return False
-            # Twice as much every time: how many pages a row gives back is not known.
+            # Twice as much every time: the number of pages that a row frees is unknown.
             wanted = max(2 * wanted, size)
 
     def _no_room(self, file: SpoolFile, batch: Sequence[bytes]) -> SpoolFullError:
@@ -294,7 +297,7 @@ class Spool:
         if file.has_quota_for(size):
             why = "the disk is full: free some space"
         else:
-            why = f"it may have {self._max_bytes:,} bytes: raise max_bytes, or see why the sink takes nothing"
+            why = f"it is limited to {self._max_bytes:,} bytes: raise max_bytes, or find out why the sink is behind"
         return SpoolFullError(
             f"the spool {file.path} has no room for a batch of {events:,} events, {size:,} bytes; {why}"
         )
@@ -317,11 +320,11 @@ class Spool:
                     self._held[row.batch_id] = row
             if len(batches) == len(rows):
                 return batches
-            self._settle()
+            self._clean_up()
             file = self._opened()
 
     def _head_named(self, batch_id: str) -> Row | None:
-        """Return a batch that was not read yet, looked for where the next ones to be read are."""
+        """Return a batch that was not read yet, if it is among the next ones to read."""
         for row in self._opened().heads(ROWS_AT_ONCE + len(self._gone)):
             if row.batch_id == batch_id and row.sequence not in self._gone:
                 return row
@@ -332,8 +335,8 @@ class Spool:
         self._gone[row.sequence] = row._replace(body=b"")
         self._dropped[reason] += row.events
 
-    def _settle(self) -> None:
-        """Delete what is gone, if the disk takes it; from a file that is empty then, go on to the next one."""
+    def _clean_up(self) -> None:
+        """Delete the rows that are gone, if the disk allows it; replace a file that is then empty."""
         file = self._opened()
         try:
             self._delete_gone(file)
@@ -357,7 +360,7 @@ class Spool:
                 file.delete(rows)
             self._gone.clear()
 
-    # -- its files ----------------------------------------------------------------------------------------------------
+    # -- files ----------------------------------------------------------------------------------------------------
 
     def _opened(self) -> SpoolFile:
         if self._file is None:
@@ -365,7 +368,7 @@ class Spool:
             if other is not self:
                 raise SpoolLockedError(
                     f"the spool {self._folder.stem} is in use by another publisher of this process; "
-                    "what one leaves behind would go to the other's sink: give each its own path"
+                    "batches of one would go to the sink of the other: give each its own path"
                 )
             try:
                 self._file = self._left_behind() or self._folder.make()
@@ -384,7 +387,7 @@ class Spool:
         return file
 
     def _replace_drained(self, file: SpoolFile) -> None:
-        """Take up another file in place of an empty one, or give the room of a large one back to the disk."""
+        """Take over another file in place of an empty one, or start a new file if the empty one is large."""
         successor = self._left_behind()
         if successor is None and file.pages() > KEPT_PAGES:
             successor = self._folder.make()
@@ -410,63 +413,14 @@ class Spool:
         }
 
 
-def _check_options(max_bytes: object, full: object, max_age: Any, sync: object) -> None:
-    """Refuse what is outside its values."""
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < MIN_BYTES:
-        raise InvalidOptionError(
-            f"max_bytes must be a whole number of at least {MIN_BYTES:,}, got {describe(max_bytes)}"
-        )
-    for name, value, values in (("full", full, get_args(Full)), ("sync", sync, get_args(Sync))):
-        if value not in values:
-            raise InvalidOptionError(f"{name} must be one of {', '.join(map(repr, values))}, got {describe(value)}")
-    if max_age is not None and not (isinstance(max_age, int | float) and max_age > 0):
-        raise InvalidOptionError(
-            f"max_age must be a number of seconds greater than 0, or None; got {describe(max_age)}"
-        )
-
-
 def _translated(error: sqlite3.Error | OSError, stem: Path, verb: str) -> SpoolError:
-    """Return our error for one of SQLite or the system."""
-    hint = "its directory must exist, be writable and lie on a disk of this machine"
+    """Return the ``SpoolError`` for an error of SQLite or the system."""
+    hint = "its directory must exist, be writable and be on a local disk"
     if isinstance(error, sqlite3.Error) and code_of(error) == sqlite3.SQLITE_FULL:
         return SpoolFullError(f"the spool {stem} cannot be {verb}: the disk is full; free some space")
     return SpoolError(f"the spool {stem} cannot be {verb}: {error}; {hint}")
 
 
-# -- fork -------------------------------------------------------------------------------------------------------------
-
-_spools: weakref.WeakSet[Spool] = weakref.WeakSet()
-# The spool that has a stem open in this process.
+# The spool of each stem that is open in this process.
 _claims: dict[Path, Spool] = {}
-_fork_lock = threading.Lock()
-_forking: list[Spool] = []
-
-
-def _before_fork() -> None:
-    _fork_lock.acquire()
-    _forking.extend(_spools)
-    for spool in _forking:
-        spool._lock.acquire()
-
-
-def _after_fork_in_parent() -> None:
-    for spool in _forking:
-        spool._lock.release()
-    _forking.clear()
-    _fork_lock.release()
-
-
-def _after_fork_in_child() -> None:
-    """Leave file and lock to the parent; a spool here starts anew, with a file of its own."""
-    global _fork_lock
-    _fork_lock = threading.Lock()
-    _claims.clear()
-    for spool in _forking:
-        if spool._file is not None:
-            spool._file.leak()
-        spool._reset()
-    _forking.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+at_fork(in_child=_claims.clear)

@@ -1,9 +1,9 @@
-"""One file of a spool: batches in an SQLite database that belongs to whoever has it open.
+"""One file of a spool: batches in an SQLite database that belongs to the process that has it open.
 
-A row holds a batch, not an event: next to a busy loop every row costs a hand-over of the interpreter's lock. Its body
-is a table of the lengths of the events, then the events; with a checksum, since SQLite has none for its pages.
+A row holds a batch, not an event: beside a busy loop every row costs a hand-over of the GIL. The body of a row is a
+table of the lengths of the events, then the events. It has a checksum, because SQLite has none for its pages.
 
-One connection, locked for as long as it is open (``locking_mode=EXCLUSIVE``): no second process reads the file, no
+The only connection locks the file while it is open (``locking_mode=EXCLUSIVE``). No second process reads the file, no
 shared memory is needed, and SQLite's WAL-reset race, which takes two connections, cannot happen.
 """
 
@@ -18,20 +18,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
-__all__ = ["DAMAGED", "DamagedBatchError", "Row", "SpoolFile", "Sync", "code_of", "decode", "encode", "set_aside"]
+from bgtasks.events.info import Sync
 
-Sync: TypeAlias = Literal["normal", "full"]
+__all__ = ["DAMAGED", "DamagedBatchError", "Row", "SpoolFile", "code_of", "decode", "encode", "set_aside"]
 
 PAGE_SIZE: Final = 8192
-# The log is written back into the file whenever it has grown to so many bytes.
+# The log is written back into the file whenever it has grown to this number of bytes.
 LOG_BYTES: Final = 4 << 20
-# "bgsp": tells a spool from the database of another program.
+# "bgsp": distinguishes a spool from the database of another program.
 APPLICATION_ID: Final = 0x62677370
 FORMAT: Final = 1
 
-# What SQLite says of a file that is no good any more.
+# SQLite's codes for a damaged file.
 DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 CREATE: Final = """
@@ -51,11 +51,11 @@ SELECT_HEADS: Final = SELECT.replace("body", "x''") + "WHERE sequence > ? ORDER 
 
 
 class DamagedBatchError(Exception):
-    """The body of a row is not what was written."""
+    """The body of a row differs from what was written."""
 
 
 class Row(NamedTuple):
-    """A batch as it stands in the file; ``created`` is a Unix time, ``size`` the bytes of the events alone."""
+    """A batch as stored in the file; ``created`` is a Unix time, ``size`` the bytes of the events alone."""
 
     sequence: int
     batch_id: str
@@ -67,7 +67,7 @@ class Row(NamedTuple):
 
 
 def encode(batch: Sequence[bytes]) -> bytes:
-    """Return a batch in one piece: the lengths of its events as 32-bit little-endian numbers, then the events."""
+    """Return a batch as one body: the lengths of its events as 32-bit little-endian numbers, then the events."""
     return struct.pack(f"<{len(batch)}I", *map(len, batch)) + b"".join(batch)
 
 
@@ -90,13 +90,13 @@ class SpoolFile:
 
     Args:
         path: the file.
-        create: make the file, which must not exist; otherwise it must.
-        sync: ``"full"`` has each commit on the disk before it counts, ``"normal"`` leaves that to the system.
-        max_bytes: the size the file may grow to.
+        create: create the file, which must not exist; if False, it must exist.
+        sync: ``"full"`` waits until each commit is on the disk, ``"normal"`` leaves that to the system.
+        max_bytes: the maximum size of the file.
 
     Raises:
-        sqlite3.Error: the file cannot be opened or is locked by another process (``SQLITE_BUSY``), is damaged or is
-            something else (``SQLITE_CORRUPT``, ``SQLITE_NOTADB``).
+        sqlite3.Error: the file cannot be opened, is locked by another process (``SQLITE_BUSY``), is damaged, or is no
+            spool (``SQLITE_CORRUPT``, ``SQLITE_NOTADB``).
 
     """
 
@@ -106,7 +106,7 @@ class SpoolFile:
         self.bytes = 0
         self.batches = 0
         mode = "rwc" if create else "rw"
-        # The caller's lock keeps threads apart; isolation_level=None because transactions are begun here by hand.
+        # The caller's lock keeps threads apart; isolation_level=None because transactions are explicit here.
         self._connection = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}",
             uri=True,
@@ -123,14 +123,14 @@ class SpoolFile:
     def _set_up(self, create: bool, sync: Sync, max_bytes: int) -> None:
         execute = self._connection.execute
         execute(f"PRAGMA page_size = {PAGE_SIZE}")
-        # Before the file is first read: with the lock taken there, the log's index stays in this process's memory.
+        # Before the first read, which takes the lock: then the log's index stays in this process's memory.
         execute("PRAGMA locking_mode = EXCLUSIVE")
         (journal,) = execute("PRAGMA journal_mode = WAL").fetchone()
         if journal != "wal":
-            raise sqlite3.OperationalError(f"no write-ahead log is to be had there (journal mode {journal})")
+            raise sqlite3.OperationalError(f"a write-ahead log is not possible there (journal mode {journal})")
         execute(f"PRAGMA synchronous = {sync}")
         if sync == "full":
-            # Only macOS needs it, where fsync alone leaves data in the drive's cache.
+            # For macOS, where fsync alone leaves data in the drive's cache.
             execute("PRAGMA fullfsync = 1")
         execute(f"PRAGMA wal_autocheckpoint = {LOG_BYTES // PAGE_SIZE}")
         execute(f"PRAGMA journal_size_limit = {2 * LOG_BYTES}")
@@ -157,11 +157,11 @@ class SpoolFile:
         self._insert([(batch_id, len(batch), size, created, zlib.crc32(body), body)], ())
 
     def append_rows(self, rows: Iterable[Row]) -> None:
-        """Commit rows of another file, behind what is here."""
+        """Commit rows of another file, after the existing ones."""
         self._insert([row[1:] for row in rows], ())
 
     def replace(self, old: Sequence[Row], batch: Sequence[bytes], batch_id: str, created: float) -> None:
-        """Delete rows and commit a batch in their room, both or neither; the rows need no body."""
+        """Delete rows and commit a batch in their place, both or neither; the rows need no body."""
         body = encode(batch)
         size = len(body) - 4 * len(batch)
         self._insert([(batch_id, len(batch), size, created, zlib.crc32(body), body)], old)
@@ -169,7 +169,7 @@ class SpoolFile:
     def _insert(self, new: Sequence[tuple[str, int, int, float, int, bytes]], old: Sequence[Row]) -> None:
         execute = self._connection.execute
         if len(new) == 1 and not old:
-            # A statement is a transaction: one step, and one hand-over of the interpreter's lock, instead of three.
+            # A single statement is a transaction: one hand-over of the GIL instead of three.
             execute(INSERT, new[0])
         else:
             with self._transaction():
@@ -182,7 +182,7 @@ class SpoolFile:
         self.bytes += sum(values[2] for values in new) - sum(row.size for row in old)
 
     def oldest(self, count: int, without: AbstractSet[int] = frozenset()) -> list[Row]:
-        """Return the first rows, those whose sequence is in ``without`` left out."""
+        """Return the first rows, except those whose sequence is in ``without``."""
         if not without:
             return [Row(*values) for values in self._connection.execute(SELECT + "ORDER BY sequence LIMIT ?", (count,))]
         rows = [row for row in self.heads(count + len(without)) if row.sequence not in without]
@@ -212,9 +212,9 @@ class SpoolFile:
         return self._number("page_count")
 
     def has_quota_for(self, size: int) -> bool:
-        """Return whether ``max_bytes`` leaves room for a batch of so many bytes, whatever the disk has."""
+        """Return whether ``max_bytes`` leaves room for a batch of ``size`` bytes, whatever space the disk has."""
         free = self._number("max_page_count") - self._number("page_count") + self._number("freelist_count")
-        # One page more for the rest that a row leaves in its last one, and one for the row itself.
+        # One page more for the unused rest of the last one, and one for the row itself.
         return free >= size // PAGE_SIZE + 2
 
     def _number(self, name: str) -> int:
@@ -229,36 +229,36 @@ class SpoolFile:
             yield
             execute("COMMIT")
         except BaseException:
-            # A full disk has often rolled it back already.
+            # On a full disk, SQLite has often rolled it back already.
             if self._connection.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
                     execute("ROLLBACK")
             raise
 
     def close(self) -> None:
-        """Close the file; what could not be written back stays in its log for the next one to open it."""
+        """Close the file; a log that cannot be written back stays for the next opening."""
         with contextlib.suppress(sqlite3.Error):
             self._connection.close()
 
     def remove(self) -> None:
-        """Delete the file and close it, in this order: the lock must hold until nobody can find it any more."""
-        # Windows deletes no open file; there the next one finds it empty.
+        """Delete the file and close it, in this order: the lock must hold until no process can find the file."""
+        # Windows deletes no open file; there the next process finds it empty.
         with contextlib.suppress(OSError):
             self.path.unlink()
         self.close()
         if not self.path.exists():
-            # SQLite leaves the log of a file that is gone.
+            # SQLite does not delete the log of a deleted file.
             Path(f"{self.path}-wal").unlink(missing_ok=True)
 
     def set_aside(self) -> None:
-        """Close the file and rename it, with its log, to what no spool will open."""
+        """Close the file and rename it, with its log, to a name that no spool opens."""
         self.close()
         set_aside(self.path)
 
     def leak(self) -> None:
-        """Never close the connection, for the child of a fork: closing it would write to, and unlink, the parent's log.
+        """Never close the connection, in the child of a fork: closing it would write to, and unlink, the parent's log.
 
-        The reference that is taken here is never given back, so that not even the end of the interpreter closes it.
+        The reference that is added here is never released, so that not even the interpreter's exit closes it.
         """
         import ctypes
 
@@ -266,12 +266,12 @@ class SpoolFile:
 
 
 def code_of(error: sqlite3.Error) -> int:
-    """Return SQLite's primary result code; the higher bits tell variants apart."""
+    """Return SQLite's primary result code, without the higher bits, which distinguish variants."""
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
 def set_aside(path: Path) -> None:
-    """Rename a closed file and its log to what no spool will open."""
+    """Rename a closed file and its log to names that no spool opens."""
     aside = path.with_suffix(".corrupt")
     for ending in ("", "-wal"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The files of a spool in their directory: made, found, taken up where a process left them behind."""
+"""The files of a spool in their directory: created, searched, and taken over from processes that ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from bgtasks.events._spool_file import DAMAGED, SpoolFile, Sync, code_of, set_aside
+from bgtasks.events.info import Sync
+from bgtasks.events.spool._file import DAMAGED, SpoolFile, code_of, set_aside
 
 __all__ = ["SpoolFolder"]
 
@@ -18,9 +19,9 @@ ENDING: Final = r"\.\d+-([0-9a-f]+)\.spool"
 
 
 class SpoolFolder:
-    """Makes and opens the files ``STEM.PID-TIME.spool``; the time, in nanoseconds, has no name come twice.
+    """Makes and opens the files ``STEM.PID-TIME.spool``; the time, in nanoseconds, makes every name unique.
 
-    ``corrupt_files`` counts those that were set aside.
+    ``corrupt_files`` counts the files that were set aside.
     """
 
     def __init__(self, stem: Path, *, sync: Sync, max_bytes: int) -> None:
@@ -35,7 +36,7 @@ class SpoolFolder:
         """Make a new file.
 
         Raises:
-            sqlite3.Error: the directory does not take it.
+            sqlite3.Error: the file cannot be created.
 
         """
         path = self.stem.with_name(f"{self.stem.name}.{os.getpid()}-{time.time_ns():x}.spool")
@@ -49,7 +50,7 @@ class SpoolFolder:
         return file
 
     def take_up(self) -> SpoolFile | None:
-        """Return the oldest file that holds batches and that no process has open, or None; delete the empty ones.
+        """Open the oldest file that holds batches and that no process has open, if any; delete empty ones.
 
         Raises:
             OSError: the directory cannot be read.
@@ -76,17 +77,17 @@ class SpoolFolder:
         return [path for _, path in sorted(found)]
 
     def _lock(self, path: Path) -> SpoolFile | None:
-        """Open a file that was found, or return None if it is not for us."""
+        """Open a file that was found; return None if it is damaged, deleted or open elsewhere."""
         try:
             file = SpoolFile(path, create=False, sync=self._sync, max_bytes=self._max_bytes)
         except sqlite3.Error as error:
             if code_of(error) in DAMAGED:
                 set_aside(path)
                 self.corrupt_files += 1
-            # Otherwise its process lives, or another one was quicker and has drained it.
+            # Otherwise its process is alive, or another process has taken it over.
             return None
         if not path.exists():
-            # Deleted after it was found and before it was locked. A name never comes twice, so this is certain.
+            # Deleted after it was found and before it was locked. Names are unique, so this is certain.
             file.close()
             return None
         return file

@@ -1,0 +1,127 @@
+"""Batches that have left the queue and are not accounted for; they outlive the flusher that popped them."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+
+from bgtasks._notifier import Notifier
+from bgtasks.events._batches import Batch, Batcher
+from bgtasks.events._event_queue import EventQueue
+from bgtasks.events._linger import Linger
+
+__all__ = ["Pending"]
+
+
+class Pending:
+    """The batches that have left the queue and are not accounted for, oldest first.
+
+    Args:
+        queue: the events and their counters.
+        batcher: makes batches of the events.
+        in_order: whether each batch is accounted for before the next one is written.
+
+    """
+
+    def __init__(self, queue: EventQueue, batcher: Batcher, in_order: bool) -> None:
+        self._queue = queue
+        self._batcher = batcher
+        self._in_order = in_order
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Start empty in the child of a fork: the parent keeps the batches."""
+        self._batcher.renew_ids()
+        self.batches: deque[Batch] = deque()
+        # Notified when counters have changed, and when the queue has capacity again.
+        self.progress = Notifier()
+        self.capacity = Notifier()
+
+    def __bool__(self) -> bool:
+        """Return True if a batch is not accounted for."""
+        return bool(self.batches)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a flusher has work to do."""
+        return bool(self.batches or len(self._queue))
+
+    @property
+    def queued(self) -> int:
+        """The number of events in the queue."""
+        return len(self._queue)
+
+    def fill(self, linger: Linger, most: int = 1) -> None:
+        """Move up to ``most`` batches out of the queue."""
+        for _ in range(most):
+            at, since = linger.now, linger.since
+            position = 0 if self._in_order else self._left_queue()
+            events = self._batcher.pop()
+            if not events:
+                break
+            if not len(self._queue):
+                linger.set_empty(at)
+            if self.capacity:
+                self.capacity.notify(len(events))
+            self.batches += self._batcher.encode(events, position, since)
+            if len(events) < self._batcher.events:
+                break
+
+    def _left_queue(self) -> int:
+        """Return the number of events that have left the queue."""
+        counters = self._queue.counters()
+        return counters["accepted"] - counters["queue_events"] + counters["in_flight"]
+
+    def account(self, count: int, outcome: str) -> None:
+        """Count the outcome of events."""
+        self._queue.account(count, outcome)
+
+    def remove_finished(self) -> None:
+        """Remove batches that are accounted for, from the oldest up to the first that is not."""
+        while self.batches and not self.batches[0].parts:
+            self.batches.popleft()
+
+    def remove(self, batch: Batch) -> None:
+        """Remove a batch, whatever its position, if it is accounted for."""
+        if not batch.parts and batch in self.batches:
+            self.batches.remove(batch)
+
+    def oldest(self) -> Batch | None:
+        """Return the oldest batch, None if there is none or batches keep their order. Safe from any thread."""
+        if not self._in_order:
+            with suppress(IndexError):
+                return self.batches[0]
+        return None
+
+    def in_order(self, count: int) -> int:
+        """Return how many events, from the first accepted on, have all left, if ``count`` have left in any order.
+
+        Args:
+            count: the queue's ``finished`` or ``left``, read before this call.
+
+        """
+        oldest = self.oldest()
+        return count if oldest is None else min(count, oldest.position)
+
+    def on_progress(self) -> None:
+        """Wake the coroutines that wait for the counters to change."""
+        if self.progress:
+            self.progress.notify()
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def encode_rest(self) -> bool:
+        """Move one more batch out of the queue, without a flusher; return False if the queue is empty."""
+        events = self._batcher.pop()
+        self.batches += self._batcher.encode(events) if events else []
+        return bool(events)
+
+    def drop_rest(self) -> list[Batch]:
+        """Drop all remaining events with the reason ``timeout``; return the batches, for the dead letters."""
+        left, self.batches = list(self.batches), deque()
+        for batch in left:
+            self._queue.account(batch.events(), "timeout")
+        while events := self._batcher.pop():
+            self._queue.account(len(events), "timeout")
+        self.on_progress()
+        return left

@@ -1,0 +1,325 @@
+# cython: language_level=3, binding=True, annotation_typing=False
+"""The bounded queue between ``emit`` and the flusher, with its counters. No logging, no policy, no event loop.
+
+There are two implementations, ``_queue.pyx`` (compiled) and ``_queue_py.py`` (pure Python); ``_event_queue.py`` selects
+one. No lock is taken here: a method runs under the GIL and lets no other Python code run between its reads and its
+writes. Callbacks and the destruction of dropped events, which may run other code, come last. The module does not
+declare itself safe without the GIL, so a free-threaded interpreter enables the GIL for it.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_CheckExact, PyBytes_GET_SIZE
+from cpython.contextvars cimport PyContextVar_Get
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t
+
+from bgtasks.events._guard import at_work
+
+NEVER = 1 << 62
+FIRST_MEAN = 256
+
+# C variables: a lookup in the module's dict would cost a tenth of an emit.
+cdef int64_t _NEVER = NEVER
+cdef object _at_work = at_work
+
+cdef enum:
+    # Slots of a new queue, a power of two; an emptied queue frees those beyond LARGEST_KEPT.
+    FIRST_SLOTS = 256
+    LARGEST_KEPT = 16384
+
+QueueStats = dict
+
+
+cdef extern from "Python.h":
+    void Py_DECREF(PyObject* value)
+
+
+cdef inline bint _is_at_work(object queue) except -1:
+    cdef PyObject* value = NULL
+    cdef bint same
+    PyContextVar_Get(_at_work, NULL, &value)
+    same = value == <PyObject*>queue
+    Py_DECREF(value)
+    return same
+
+
+@cython.final
+cdef class EventQueue:
+    """A bounded first-in, first-out queue of events, with counters; any thread may fill it.
+
+    Args:
+        max_events: the maximum number of queued events.
+        max_bytes: the maximum number of queued bytes. A ``bytes`` event counts with its length, any other with the
+            mean length of the events encoded so far.
+        max_event_bytes: a ``bytes`` event longer than this is refused.
+        drop_oldest: when the queue is full, drop the oldest events instead of refusing the new one.
+        on_due: called without arguments, by the emitting thread, when the number given to ``arm`` is reached; once
+            per ``arm``.
+        on_loss: called without arguments when events were refused or dropped; once per ``arm_loss``.
+
+    """
+
+    cdef list _slots
+    cdef Py_ssize_t _head
+    cdef Py_ssize_t _count
+    # The number of slots, a power of two, minus one.
+    cdef Py_ssize_t _mask
+    cdef int64_t _max_events
+    cdef int64_t _max_bytes
+    cdef int64_t _max_event_bytes
+    cdef int64_t _bytes
+    cdef int64_t _others
+    cdef int64_t _mean
+    cdef int64_t _due_events
+    cdef int64_t _due_bytes
+    cdef int64_t _accepted
+    cdef int64_t _recovered
+    cdef int64_t _delivered
+    cdef int64_t _spooled
+    cdef int64_t _in_flight
+    cdef bint _drop_oldest
+    cdef bint _closed
+    cdef bint _loss_armed
+    cdef dict _dropped
+    cdef dict _refused
+    cdef object _on_due
+    cdef object _on_loss
+
+    def __init__(
+        self,
+        int64_t max_events,
+        int64_t max_bytes,
+        int64_t max_event_bytes,
+        bint drop_oldest,
+        object on_due,
+        object on_loss,
+    ):
+        self._max_events = max_events
+        self._max_bytes = max_bytes
+        self._max_event_bytes = max_event_bytes
+        self._drop_oldest = drop_oldest
+        self._on_due = on_due
+        self._on_loss = on_loss
+        self._closed = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all events and counters; also called in the child of a fork."""
+        cdef list events = self._slots
+        self._slots = [None] * FIRST_SLOTS
+        self._mask = FIRST_SLOTS - 1
+        self._head = self._count = 0
+        self._bytes = self._others = 0
+        self._mean = FIRST_MEAN
+        self._accepted = self._recovered = self._delivered = self._spooled = self._in_flight = 0
+        self._dropped = {}
+        self._refused = {}
+        self._due_events = 1
+        self._due_bytes = _NEVER
+        self._loss_armed = True
+        # Destroying events may run code, which must find a consistent queue.
+        del events
+
+    def __len__(self):
+        return self._count
+
+    # -- filling --------------------------------------------------------------------------------------------------
+
+    def emit(self, event: object) -> bool:
+        """Queue an event for the flusher, from any thread; never wait, and never raise because of load.
+
+        The event is encoded later: do not change it after this call.
+
+        Returns:
+            Whether the event was accepted. Refused events are counted by reason.
+
+        """
+        cdef int64_t size = PyBytes_GET_SIZE(event) if PyBytes_CheckExact(event) else -1
+        cdef int64_t charge = self._mean if size < 0 else size
+        cdef int64_t total = self._bytes + self._others * self._mean + charge
+        cdef list dropped = None
+        if self._closed:
+            return self._refuse("closed")
+        if size > self._max_event_bytes:
+            return self._refuse("too_large")
+        if _is_at_work(self):
+            return self._refuse("feedback")
+        if self._count >= self._max_events or total > self._max_bytes:
+            if not self._drop_oldest or charge > self._max_bytes:
+                return self._refuse("full")
+            dropped = self._make_room(charge)
+            total = self._bytes + self._others * self._mean + charge
+        if self._count > self._mask:
+            self._grow()
+        self._slots[(self._head + self._count) & self._mask] = event
+        self._count += 1
+        self._accepted += 1
+        if size < 0:
+            self._others += 1
+        else:
+            self._bytes += size
+        if self._count >= self._due_events or total >= self._due_bytes:
+            self._due_events = self._due_bytes = _NEVER
+            self._on_due()
+        if dropped is not None:
+            self._report_loss()
+        return True
+
+    def has_capacity(self) -> bool:
+        """Return whether an event of mean length would be accepted, or refused for another reason than load."""
+        return self._closed or (
+            self._count < self._max_events and self._bytes + (self._others + 1) * self._mean <= self._max_bytes
+        )
+
+    def refuse(self, reason: str) -> bool:
+        """Count a refused event, and return False."""
+        return self._refuse(reason)
+
+    cdef bint _refuse(self, str reason) except -1:
+        self._refused[reason] = self._refused.get(reason, 0) + 1
+        self._report_loss()
+        return False
+
+    cdef list _make_room(self, int64_t charge):
+        cdef list dropped = []
+        while self._count and (
+            self._count >= self._max_events or self._bytes + self._others * self._mean + charge > self._max_bytes
+        ):
+            dropped.append(self._pop())
+        self._dropped["full"] = self._dropped.get("full", 0) + len(dropped)
+        return dropped
+
+    cdef object _pop(self):
+        cdef object event = self._slots[self._head]
+        self._slots[self._head] = None
+        self._head = (self._head + 1) & self._mask
+        self._count -= 1
+        if PyBytes_CheckExact(event):
+            self._bytes -= PyBytes_GET_SIZE(event)
+        else:
+            self._others -= 1
+        return event
+
+    cdef int _grow(self) except -1:
+        cdef list slots = self._slots[self._head :] + self._slots[: self._head]
+        self._slots = slots + [None] * len(slots)
+        self._head = 0
+        self._mask = 2 * self._mask + 1
+        return 0
+
+    cdef int _report_loss(self) except -1:
+        if self._loss_armed:
+            self._loss_armed = False
+            self._on_loss()
+        return 0
+
+    def close(self) -> None:
+        """Refuse every event from now on."""
+        self._closed = True
+
+    # -- emptying, by the flusher ---------------------------------------------------------------------------------
+
+    def arm(self, events: int, queued_bytes: int) -> bool:
+        """Have ``on_due`` called once, when this number of events or bytes is queued.
+
+        Args:
+            events: number of events.
+            queued_bytes: number of bytes; 0 to wait for events alone.
+
+        Returns:
+            True if that number is queued already; then nothing is armed.
+
+        """
+        if self._count >= events or (queued_bytes and self._bytes + self._others * self._mean >= queued_bytes):
+            self._due_events = self._due_bytes = _NEVER
+            return True
+        self._due_events = events
+        self._due_bytes = queued_bytes or _NEVER
+        return False
+
+    def arm_loss(self) -> None:
+        """Have ``on_loss`` called once, when the next event is refused or dropped."""
+        self._loss_armed = True
+
+    def pop_batch(self, events: int, batch_bytes: int) -> list[Any]:
+        """Remove and return the oldest events: at most this number of events and bytes, but one event in any case.
+
+        They are in flight until ``account`` counts their outcome.
+        """
+        cdef list batch = []
+        cdef object first
+        cdef int64_t left = batch_bytes
+        cdef Py_ssize_t most = events
+        while self._count and len(batch) < most:
+            first = self._slots[self._head]
+            left -= PyBytes_GET_SIZE(first) if PyBytes_CheckExact(first) else self._mean
+            if left < 0 and batch:
+                break
+            batch.append(self._pop())
+        self._in_flight += len(batch)
+        if not self._count and self._mask >= LARGEST_KEPT:
+            self._slots = [None] * LARGEST_KEPT
+            self._mask = LARGEST_KEPT - 1
+            self._head = 0
+        return batch
+
+    def add_mean(self, mean: int) -> None:
+        """Update the mean length of events by that of the batch just encoded, in bytes."""
+        self._mean = max((3 * self._mean + <int64_t>mean) // 4, 1)
+
+    def account(self, count: int, outcome: str) -> None:
+        """Count the outcome of events in flight: ``"delivered"``, ``"spooled"`` or the reason of a drop."""
+        self._in_flight -= count
+        self._add(count, outcome)
+
+    def account_spooled(self, count: int, outcome: str) -> None:
+        """Count the outcome of spooled events: ``"delivered"`` or the reason of a drop."""
+        self._spooled -= count
+        self._add(count, outcome)
+
+    def recover(self, count: int) -> None:
+        """Count events that an earlier process left in the spool as accepted and spooled."""
+        self._accepted += count
+        self._recovered += count
+        self._spooled += count
+
+    cdef int _add(self, int64_t count, str outcome) except -1:
+        if outcome == "delivered":
+            self._delivered += count
+        elif outcome == "spooled":
+            self._spooled += count
+        else:
+            self._dropped[outcome] = self._dropped.get(outcome, 0) + count
+            self._report_loss()
+        return 0
+
+    # -- counters -------------------------------------------------------------------------------------------------
+
+    @property
+    def accepted(self):
+        """The number of accepted events."""
+        return self._accepted
+
+    @property
+    def finished(self):
+        """The number of accepted events that were delivered or dropped."""
+        return self._accepted - self._count - self._in_flight - self._spooled
+
+    @property
+    def left(self):
+        """The number of accepted events that have left memory: delivered, dropped or spooled."""
+        return self._accepted - self._count - self._in_flight
+
+    def counters(self) -> QueueStats:
+        """Return a consistent snapshot of the counters. Safe from any thread."""
+        return {
+            "accepted": self._accepted,
+            "recovered": self._recovered,
+            "delivered": self._delivered,
+            "spooled": self._spooled,
+            "queue_events": self._count + self._in_flight,
+            "queue_bytes": self._bytes + self._others * self._mean,
+            "in_flight": self._in_flight,
+            "dropped": dict(self._dropped),
+            "refused": dict(self._refused),
+        }

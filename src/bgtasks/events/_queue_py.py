@@ -1,0 +1,352 @@
+"""The bounded queue between ``emit`` and the flusher, with its counters. No logging, no policy, no event loop.
+
+It has the names, signatures and behaviour of ``_queue.pyx``, and is used where that is not built. Here a lock guards
+every change; the compiled queue changes its state only where no other Python code can run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, TypedDict, final
+
+from bgtasks.events._guard import at_work
+
+__all__ = ["EventQueue", "QueueStats"]
+
+NEVER: Final = 1 << 62
+# The assumed length of an unencoded event, in bytes, until the first batch is encoded.
+FIRST_MEAN: Final = 256
+
+_at_work = at_work.get
+
+
+class QueueStats(TypedDict):
+    """The counters of a queue at one moment; ``accepted == delivered + sum(dropped) + queue_events + spooled``.
+
+    ``queue_events`` includes events in flight; ``refused`` events were never accepted.
+    """
+
+    accepted: int
+    recovered: int
+    delivered: int
+    spooled: int
+    queue_events: int
+    queue_bytes: int
+    in_flight: int
+    dropped: dict[str, int]
+    refused: dict[str, int]
+
+
+@final
+class EventQueue:
+    """A bounded first-in, first-out queue of events, with counters; any thread may fill it.
+
+    Args:
+        max_events: the maximum number of queued events.
+        max_bytes: the maximum number of queued bytes. A ``bytes`` event counts with its length, any other with the
+            mean length of the events encoded so far.
+        max_event_bytes: a ``bytes`` event longer than this is refused.
+        drop_oldest: when the queue is full, drop the oldest events instead of refusing the new one.
+        on_due: called without arguments, by the emitting thread, when the number given to ``arm`` is reached; once
+            per ``arm``.
+        on_loss: called without arguments when events were refused or dropped; once per ``arm_loss``.
+
+    """
+
+    __slots__ = (
+        "_bytes",
+        "_closed",
+        "_delivered",
+        "_drop_oldest",
+        "_dropped",
+        "_due_bytes",
+        "_due_events",
+        "_events",
+        "_in_flight",
+        "_lock",
+        "_loss_armed",
+        "_max_bytes",
+        "_max_event_bytes",
+        "_max_events",
+        "_mean",
+        "_on_due",
+        "_on_loss",
+        "_others",
+        "_popped",
+        "_recovered",
+        "_refused",
+        "_spooled",
+    )
+
+    def __init__(
+        self,
+        max_events: int,
+        max_bytes: int,
+        max_event_bytes: int,
+        drop_oldest: bool,
+        on_due: Callable[[], object],
+        on_loss: Callable[[], object],
+    ) -> None:
+        self._max_events = max_events
+        self._max_bytes = max_bytes
+        self._max_event_bytes = max_event_bytes
+        self._drop_oldest = drop_oldest
+        self._on_due = on_due
+        self._on_loss = on_loss
+        self._closed = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all events and counters; also called in the child of a fork."""
+        # New: another thread of the parent may have held the old one. Reentrant: the garbage collector may run code
+        # that emits in the middle of a change.
+        self._lock = threading.RLock()
+        self._events: deque[Any] = deque()
+        # Queued bytes, and the number of queued events that count with the mean length.
+        self._bytes = self._others = 0
+        self._mean = FIRST_MEAN
+        # Events that ever left the queue; with the queued and the recovered ones, these are the accepted events.
+        self._popped = 0
+        self._recovered = self._delivered = self._spooled = self._in_flight = 0
+        self._dropped: dict[str, int] = {}
+        self._refused: dict[str, int] = {}
+        self._due_events = 1
+        self._due_bytes = NEVER
+        self._loss_armed = True
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    # -- filling --------------------------------------------------------------------------------------------------
+
+    def emit(self, event: object) -> bool:
+        """Queue an event for the flusher, from any thread; never wait, and never raise because of load.
+
+        The event is encoded later: do not change it after this call.
+
+        Returns:
+            Whether the event was accepted. Refused events are counted by reason.
+
+        """
+        size = len(event) if type(event) is bytes else -1
+        with self._lock:
+            events = self._events
+            charge = self._mean if size < 0 else size
+            total = self._bytes + charge
+            # A closed queue has no capacity.
+            if (
+                len(events) < self._max_events
+                and total <= self._max_bytes
+                and size <= self._max_event_bytes
+                and _at_work() is not self
+            ):
+                events.append(event)
+                self._bytes = total
+                if size < 0:
+                    self._others += 1
+                if len(events) < self._due_events and total < self._due_bytes:
+                    return True
+                self._due_events = self._due_bytes = NEVER
+                is_due = True
+            else:
+                is_due = False
+        # Outside the lock: a callback may log, a log handler takes a lock, and code that holds that lock may emit.
+        if is_due:
+            self._on_due()
+            return True
+        return self._emit_at_bound(event, size)
+
+    def _emit_at_bound(self, event: object, size: int) -> bool:
+        dropped: list[Any] = []
+        is_due = False
+        with self._lock:
+            charge = self._mean if size < 0 else size
+            refusal = self._refusal(charge, size)
+            if refusal is None:
+                dropped = self._make_room(charge)
+                self._events.append(event)
+                self._bytes += charge
+                self._others += size < 0
+                is_due = len(self._events) >= self._due_events or self._bytes >= self._due_bytes
+                if is_due:
+                    self._due_events = self._due_bytes = NEVER
+        if refusal is not None:
+            return self.refuse(refusal)
+        if is_due:
+            self._on_due()
+        if dropped:
+            self._report_loss()
+        return True
+
+    def _refusal(self, charge: int, size: int) -> str | None:
+        if self._closed:
+            return "closed"
+        if size > self._max_event_bytes:
+            return "too_large"
+        if _at_work() is self:
+            return "feedback"
+        if self._drop_oldest and charge <= self._max_bytes:
+            return None
+        return "full"
+
+    def has_capacity(self) -> bool:
+        """Return whether an event of mean length would be accepted, or refused for another reason than load."""
+        with self._lock:
+            return self._closed or (
+                len(self._events) < self._max_events and self._bytes + self._mean <= self._max_bytes
+            )
+
+    def refuse(self, reason: str) -> bool:
+        """Count a refused event, and return False."""
+        with self._lock:
+            self._refused[reason] = self._refused.get(reason, 0) + 1
+        self._report_loss()
+        return False
+
+    def _make_room(self, charge: int) -> list[Any]:
+        dropped = []
+        while self._events and (len(self._events) >= self._max_events or self._bytes + charge > self._max_bytes):
+            dropped.append(self._pop())
+        if dropped:
+            self._dropped["full"] = self._dropped.get("full", 0) + len(dropped)
+        return dropped
+
+    def _pop(self) -> Any:
+        event = self._events.popleft()
+        self._popped += 1
+        if type(event) is bytes:
+            self._bytes -= len(event)
+        else:
+            self._bytes -= self._mean
+            self._others -= 1
+        return event
+
+    def _report_loss(self) -> None:
+        with self._lock:
+            is_armed, self._loss_armed = self._loss_armed, False
+        if is_armed:
+            self._on_loss()
+
+    def close(self) -> None:
+        """Refuse every event from now on."""
+        with self._lock:
+            self._closed = True
+            self._max_events = 0
+
+    # -- emptying, by the flusher ---------------------------------------------------------------------------------
+
+    def arm(self, events: int, queued_bytes: int) -> bool:
+        """Have ``on_due`` called once, when this number of events or bytes is queued.
+
+        Args:
+            events: number of events.
+            queued_bytes: number of bytes; 0 to wait for events alone.
+
+        Returns:
+            True if that number is queued already; then nothing is armed.
+
+        """
+        with self._lock:
+            if len(self._events) >= events or (queued_bytes and self._bytes >= queued_bytes):
+                self._due_events = self._due_bytes = NEVER
+                return True
+            self._due_events = events
+            self._due_bytes = queued_bytes or NEVER
+            return False
+
+    def arm_loss(self) -> None:
+        """Have ``on_loss`` called once, when the next event is refused or dropped."""
+        self._loss_armed = True
+
+    def pop_batch(self, events: int, batch_bytes: int) -> list[Any]:
+        """Remove and return the oldest events: at most this number of events and bytes, but one event in any case.
+
+        They are in flight until ``account`` counts their outcome.
+        """
+        batch: list[Any] = []
+        left = batch_bytes
+        with self._lock:
+            while self._events and len(batch) < events:
+                first = self._events[0]
+                left -= len(first) if type(first) is bytes else self._mean
+                if batch and left < 0:
+                    break
+                batch.append(self._pop())
+            self._in_flight += len(batch)
+        return batch
+
+    def add_mean(self, mean: int) -> None:
+        """Update the mean length of events by that of the batch just encoded, in bytes."""
+        with self._lock:
+            before = self._mean
+            self._mean = max((3 * before + mean) // 4, 1)
+            self._bytes += self._others * (self._mean - before)
+
+    def account(self, count: int, outcome: str) -> None:
+        """Count the outcome of events in flight: ``"delivered"``, ``"spooled"`` or the reason of a drop."""
+        with self._lock:
+            self._in_flight -= count
+            is_loss = self._add(count, outcome)
+        if is_loss:
+            self._report_loss()
+
+    def account_spooled(self, count: int, outcome: str) -> None:
+        """Count the outcome of spooled events: ``"delivered"`` or the reason of a drop."""
+        with self._lock:
+            self._spooled -= count
+            is_loss = self._add(count, outcome)
+        if is_loss:
+            self._report_loss()
+
+    def recover(self, count: int) -> None:
+        """Count events that an earlier process left in the spool as accepted and spooled."""
+        with self._lock:
+            self._recovered += count
+            self._spooled += count
+
+    def _add(self, count: int, outcome: str) -> bool:
+        if outcome == "delivered":
+            self._delivered += count
+        elif outcome == "spooled":
+            self._spooled += count
+        else:
+            self._dropped[outcome] = self._dropped.get(outcome, 0) + count
+            return True
+        return False
+
+    # -- counters -------------------------------------------------------------------------------------------------
+
+    @property
+    def accepted(self) -> int:
+        """The number of accepted events."""
+        with self._lock:
+            return self._recovered + self._popped + len(self._events)
+
+    @property
+    def finished(self) -> int:
+        """The number of accepted events that were delivered or dropped."""
+        with self._lock:
+            return self._recovered + self._popped - self._in_flight - self._spooled
+
+    @property
+    def left(self) -> int:
+        """The number of accepted events that have left memory: delivered, dropped or spooled."""
+        with self._lock:
+            return self._recovered + self._popped - self._in_flight
+
+    def counters(self) -> QueueStats:
+        """Return a consistent snapshot of the counters. Safe from any thread."""
+        with self._lock:
+            return {
+                "accepted": self._recovered + self._popped + len(self._events),
+                "recovered": self._recovered,
+                "delivered": self._delivered,
+                "spooled": self._spooled,
+                "queue_events": len(self._events) + self._in_flight,
+                "queue_bytes": self._bytes,
+                "in_flight": self._in_flight,
+                "dropped": dict(self._dropped),
+                "refused": dict(self._refused),
+            }

@@ -1,0 +1,223 @@
+"""The routes of batches to the sink: one after another, several at once, or through a spool.
+
+Each run of the flusher has its own route, and calls ``step`` repeatedly. Batches that a step leaves stay in
+``Pending``, where the route of the next run finds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from bgtasks.events._batches import Batch
+from bgtasks.events._dead_letters import DeadLetters
+from bgtasks.events._delivery import Delivery
+from bgtasks.events._linger import Linger
+from bgtasks.events._pending import Pending
+from bgtasks.events._store import Store
+from bgtasks.events._writers import Writers
+
+__all__ = ["InOrderRoute", "ParallelRoute", "Route", "SpoolRoute"]
+
+logger = logging.getLogger("bgtasks.events")
+
+DELAY_AFTER_BUG: Final = 1.0
+DELAY_AFTER_SPOOL_ERROR: Final = 0.1
+# Seconds that a write which bypasses the spool may hold up the events behind it; then they go to the disk.
+PATIENCE: Final = 0.25
+# Batches committed to a spool per call in its thread.
+SPOOLED_AT_ONCE: Final = 4
+
+
+class Route(ABC):
+    """A route of batches to the sink.
+
+    Args:
+        name: the publisher's name.
+        pending: the batches to deliver.
+        delivery: writes them.
+        dead_letters: keeps the events that are given up.
+        linger: records when the queue was empty.
+        is_current: returns whether this run of the flusher is the current one. A run that was abandoned, because its
+            write did not end, must no longer count events.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pending: Pending,
+        delivery: Delivery,
+        dead_letters: DeadLetters,
+        linger: Linger,
+        is_current: Callable[[], bool],
+    ) -> None:
+        self.name = name
+        self.pending = pending
+        self.delivery = delivery
+        self.dead_letters = dead_letters
+        self.linger = linger
+        self.is_current = is_current
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a pending batch is not being delivered."""
+        return bool(self.pending)
+
+    @abstractmethod
+    async def step(self) -> None:
+        """Deliver the pending batches or, if there are none, the next batch of the queue."""
+
+    async def wait_idle(self) -> None:  # noqa: B027  only a parallel route writes beside the flusher
+        """Wait until no batch is being written beside the flusher."""
+
+    async def interrupt(self) -> None:  # noqa: B027  as above
+        """Cancel the writes beside the flusher; steps may follow."""
+
+    async def stop(self) -> None:
+        """Stop everything that runs beside the flusher; no step follows."""
+        await self.interrupt()
+
+    def account(self, count: int, outcome: str) -> None:
+        """Count the outcome of events."""
+        if self.is_current():
+            self.pending.account(count, outcome)
+
+
+class InOrderRoute(Route):
+    """Writes one batch after another."""
+
+    async def step(self) -> None:
+        """Deliver the pending batches or, if there are none, the next batch of the queue."""
+        pending = self.pending
+        await self.dead_letters.wait_written()
+        if not pending:
+            pending.fill(self.linger)
+        while pending and self.is_current():
+            await self.delivery.deliver(pending.batches[0], self.account)
+            pending.remove_finished()
+            pending.on_progress()
+        # Also if no event could be encoded, so that there is no batch.
+        pending.on_progress()
+
+
+class ParallelRoute(Route):
+    """Writes several batches at once, which may overtake each other.
+
+    Args:
+        limit: the maximum number of concurrent writes.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pending: Pending,
+        delivery: Delivery,
+        dead_letters: DeadLetters,
+        linger: Linger,
+        is_current: Callable[[], bool],
+        limit: int,
+    ) -> None:
+        super().__init__(name, pending, delivery, dead_letters, linger, is_current)
+        self._writers = Writers(delivery, limit, name)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a pending batch has no writer."""
+        return self._next() is not None
+
+    def _next(self) -> Batch | None:
+        """Return the oldest pending batch that has no writer."""
+        return next((batch for batch in self.pending.batches if batch not in self._writers), None)
+
+    async def step(self) -> None:
+        """Start the pending batches or, if there are none, the next batch of the queue, as writers become free."""
+        writers = self._writers
+        await writers.wait_free()
+        await self.dead_letters.wait_written()
+        if not self.has_waiting:
+            self.pending.fill(self.linger)
+        while self.is_current() and (batch := self._next()) is not None:
+            writers.start(batch, partial(self._account_part, batch))
+            await writers.wait_free()
+        # Also if no event could be encoded, so that there is no batch.
+        self.pending.on_progress()
+
+    def _account_part(self, batch: Batch, count: int, outcome: str) -> None:
+        self.account(count, outcome)
+        self.pending.remove(batch)
+        self.pending.on_progress()
+
+    async def wait_idle(self) -> None:
+        """Wait until no batch is being written beside the flusher."""
+        await self._writers.wait_idle()
+
+    async def interrupt(self) -> None:
+        """Cancel the writes beside the flusher; steps may follow."""
+        await self._writers.stop()
+
+
+class SpoolRoute(Route):
+    """Commits batches to a spool; a separate task sends them from there.
+
+    Args:
+        store: the spool.
+        tries_sink: try the sink first while the spool is empty.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pending: Pending,
+        delivery: Delivery,
+        dead_letters: DeadLetters,
+        linger: Linger,
+        is_current: Callable[[], bool],
+        store: Store,
+        tries_sink: bool,
+    ) -> None:
+        super().__init__(name, pending, delivery, dead_letters, linger, is_current)
+        self._store = store
+        self._tries_sink = tries_sink
+        self._forwarding = asyncio.create_task(self._forward())
+
+    async def _forward(self) -> None:
+        while self.is_current():
+            try:
+                await self._store.forward()
+            except Exception:
+                # A bug in bgtasks or in a hook must not stop the other batches.
+                logger.exception("The spool of publisher %r failed and goes on", self.name)
+                await asyncio.sleep(DELAY_AFTER_BUG)
+
+    async def step(self) -> None:
+        """Commit the pending batches or, if there are none, the next ones; bypass an empty spool that fails."""
+        pending, store = self.pending, self._store
+        await self.dead_letters.wait_written()
+        if not pending:
+            pending.fill(self.linger, SPOOLED_AT_ONCE)
+        while pending and self.is_current():
+            first = pending.batches[0]
+            may_pass = self._tries_sink and store.may_pass(first)
+            has_passed = may_pass and await store.pass_by(first, self.account, PATIENCE) is None
+            if not has_passed and not await store.append(pending.batches):
+                delay: float | None = DELAY_AFTER_SPOOL_ERROR
+                if first.parts and store.may_pass(first):
+                    delay = await store.pass_by(first, self.account, DELAY_AFTER_SPOOL_ERROR)
+                await asyncio.sleep(delay or 0)
+            pending.remove_finished()
+            pending.on_progress()
+        # Also if no event could be encoded, so that there is no batch.
+        pending.on_progress()
+
+    async def stop(self) -> None:
+        """Stop sending; unsent batches stay in the spool."""
+        self._forwarding.cancel()
+        await asyncio.wait((self._forwarding,))
+        await self._store.stop_passing()
