@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Add the marker, and check from the beginning where the whole suite asks for it."""
+    """Add the marker, and check from the beginning if the whole suite asks for it."""
     config.addinivalue_line(
         "markers", f"{NAME}(mode): what to do with background tasks that the test leaves or that fail: error, warn, off"
     )
@@ -40,25 +40,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Check if there is a test that asks for it."""
+    """Check if a test asks for it."""
     modes = {mode_of(item) for item in items}
     if modes - {"off"}:
         _check(config)
 
 
 def mode_of(item: pytest.Item) -> str:
-    """Return what is to be done for a test: what its marker says, else the ini option, else its fixtures."""
+    """Return the mode of a test: that of its marker, else of the ini option, else the one of its fixtures."""
     marker = item.get_closest_marker(NAME)
     if marker is not None:
         if marker.kwargs or len(marker.args) != 1 or marker.args[0] not in MODES:
             raise pytest.UsageError(f"{item.nodeid}: the marker {NAME} takes one of: {', '.join(MODES)}")
         return str(marker.args[0])
     mode: str = item.config.getini(NAME)
-    return mode or ("error" if _has_our_fixture(item) else "off")
+    return mode or ("error" if _uses_fixture(item) else "off")
 
 
-def _has_our_fixture(item: pytest.Item) -> bool:
-    """Say whether a test gets our ``task_manager``, and not, or not only, a fixture of its own by that name."""
+def _uses_fixture(item: pytest.Item) -> bool:
+    """Return whether a test gets the fixture ``task_manager`` of bgtasks, perhaps through one that overrides it."""
     info = getattr(item, "_fixtureinfo", None)
     if info is None:
         return False
@@ -79,7 +79,7 @@ def _check(config: pytest.Config) -> None:
 
 @pytest.fixture
 def task_manager() -> BackgroundTaskManager:
-    """Give a ``bgtasks.BackgroundTaskManager``: tasks left in it, and failures that nobody looked at, fail the test."""
+    """Give a ``bgtasks.BackgroundTaskManager``; the test fails if it leaves tasks in it, or if one of them fails."""
     from bgtasks import BackgroundTaskManager
 
     return BackgroundTaskManager()

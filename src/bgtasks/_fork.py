@@ -12,13 +12,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from bgtasks._weak_calls import WeakCalls
+
 __all__ = ["ForkLock", "at_fork", "follow_forks"]
 
 _T = TypeVar("_T")
 
-# Weak: following forks keeps no object alive. Not a WeakMethod: its callback prints a traceback when the interpreter
-# exits and frees the object and its method in the wrong order.
-_followers: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
+_followers: WeakCalls[Callable[[Any], object]] = WeakCalls()
 
 
 def follow_forks(owner: _T, after_fork: Callable[[_T], object]) -> None:
@@ -26,7 +26,7 @@ def follow_forks(owner: _T, after_fork: Callable[[_T], object]) -> None:
 
     The call is made in the child's only thread.
     """
-    _followers[owner] = after_fork
+    _followers.add(owner, after_fork)
 
 
 def at_fork(
@@ -88,7 +88,7 @@ def _after_fork_in_child() -> None:
     for lock in _held:
         lock.renew()
     _held.clear()
-    for owner, after_fork in list(_followers.items()):
+    for owner, after_fork in _followers.living():
         after_fork(owner)
 
 

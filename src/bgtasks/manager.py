@@ -615,9 +615,12 @@ class BackgroundTaskManager(Registry):
         self._handovers.fail_on_closed_loops()
 
     def _on_abandoned(self, names: dict[str, int]) -> None:
-        for observer in self._observers.all():
-            observer.tasks_abandoned(names)
         self._log.abandoned(names)
+        for observer in self._observers.all():
+            try:
+                observer.tasks_abandoned(names)
+            except Exception:
+                logger.exception("An observer failed")
 
 
 class _FailureCollector(Observer):

@@ -668,3 +668,82 @@ async def test_stats_have_the_age_of_the_oldest_event():
     gate.set()
     await publisher.close()
     assert publisher.stats()["oldest_age_seconds"] == 0
+
+
+async def test_events_emitted_during_a_flush_do_not_change_its_status():
+    """The status is that of the events accepted before the call."""
+    gate = asyncio.Event()
+
+    async def wait(batch, batch_id):
+        await gate.wait()
+
+    async def hang(batch, batch_id):
+        await asyncio.sleep(FOREVER)
+
+    publisher = scripted([wait, hang])
+    publisher.emit(b"before")
+    flushing = asyncio.create_task(publisher.flush(20))
+    await until(lambda: publisher.sink.calls)
+    publisher.emit(b"later")
+    gate.set()
+    report = await flushing
+    assert report["status"] == "flushed"
+    assert report["queued"] == 1
+    assert (await publisher.close(0.1))["status"] == "timeout"
+
+
+@dataclasses.dataclass
+class TableSink(Sink):
+    """A sink as an author may write it: it has no hash, and equals others."""
+
+    table: str
+    rows: list = dataclasses.field(default_factory=list, compare=False)
+
+    async def write(self, batch, batch_id):
+        self.rows.extend(batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenSink(Sink):
+    """A sink whose attributes cannot be set."""
+
+    rows: list = dataclasses.field(default_factory=list, compare=False)
+
+    async def write(self, batch, batch_id):
+        self.rows.extend(batch)
+
+
+@pytest.mark.parametrize("make", [lambda: TableSink("orders"), FrozenSink], ids=["mutable", "frozen"])
+async def test_a_sink_may_be_a_dataclass(make):
+    """Sinks that are equal are still two sinks; one sink has one publisher."""
+    sinks = [make(), make()]
+    publishers = [Publisher(sink) for sink in sinks]
+    assert all(sink.retry_window == 120 for sink in sinks)
+    with pytest.raises(InvalidOptionError, match="make a sink for each publisher"):
+        Publisher(sinks[0])
+    for publisher in publishers:
+        publisher.emit(b"1")
+        await publisher.close()
+    assert [sink.rows for sink in sinks] == [[b"1"], [b"1"]]
+    # A closed publisher gives its sink back.
+    await Publisher(sinks[0]).close()
+
+
+async def test_a_closed_publisher_with_events_left_warns_once_and_is_released(caplog):
+    """The loss is one warning; nothing in the process refers to the publisher's flusher or queue any more."""
+
+    async def hang(batch, batch_id):
+        await asyncio.sleep(FOREVER)
+
+    async def use():
+        publisher = scripted([hang] * 10)
+        publisher.emit(b"1")
+        await until(lambda: publisher.sink.calls)
+        assert (await publisher.close(0.1))["dropped"] == 1
+        return weakref.ref(publisher._flusher)
+
+    flusher = await use()
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert flusher() is None
+    assert caplog.text.count("loses events") == 1

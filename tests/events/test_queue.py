@@ -137,7 +137,7 @@ def test_a_closed_queue_refuses_and_keeps_its_events(module):
 
 
 def test_pop_batch_keeps_its_limits_but_returns_at_least_one(module):
-    """pop_batch has two limits, but returns one event in any case."""
+    """pop_batch has two limits, but returns at least one event if there is any."""
     queue = make(module)
     for event in (b"1234", b"5678", b"9"):
         queue.emit(event)

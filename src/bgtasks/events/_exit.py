@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
-import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
+from bgtasks._weak_calls import WeakCalls
 from bgtasks.errors import text_of
 
 __all__ = ["close_at_exit"]
@@ -20,9 +20,7 @@ EXIT_TIMEOUT: Final = 1.0
 
 _T = TypeVar("_T")
 
-# Weak: must not keep publishers alive.
-_closers: weakref.WeakKeyDictionary[Any, Callable[[Any, float], Coroutine[Any, Any, object] | None]]
-_closers = weakref.WeakKeyDictionary()
+_closers: WeakCalls[Callable[[Any, float], Coroutine[Any, Any, object] | None]] = WeakCalls()
 
 
 def close_at_exit(owner: _T, close: Callable[[_T, float], Coroutine[Any, Any, object] | None]) -> None:
@@ -33,11 +31,11 @@ def close_at_exit(owner: _T, close: Callable[[_T, float], Coroutine[Any, Any, ob
         close: returns a coroutine that closes it within that time, or None if there is nothing to close.
 
     """
-    _closers[owner] = close
+    _closers.add(owner, close)
 
 
 def _at_exit() -> None:
-    closing = [coro for owner, close in list(_closers.items()) if (coro := close(owner, EXIT_TIMEOUT)) is not None]
+    closing = [coro for owner, close in _closers.living() if (coro := close(owner, EXIT_TIMEOUT)) is not None]
     if not closing:
         return
 

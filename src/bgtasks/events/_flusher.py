@@ -187,13 +187,14 @@ class Flusher:
         _running.discard(task)
         if linger is not self._linger:
             return
-        # The task was cancelled, by ``stop`` or from outside.
         self._linger = None
-        self._wait_for_loop()
-        if self._pending.is_needed:
-            # The queue did not call for events that came between the end of the task and this callback. A loop that
-            # ends does not run the timer.
-            task.get_loop().call_later(ABSENCE, self._come_back, context=Context())
+        # A stopped flusher does not come back: the publisher spools or drops what is left.
+        if not self._is_stopped:
+            self._wait_for_loop()
+            if self._pending.is_needed:
+                # The queue did not call for events that came between the end of the task and this callback. A loop
+                # that ends does not run the timer.
+                task.get_loop().call_later(ABSENCE, self._come_back, context=Context())
         # Coroutines that wait for progress start the next run: another event may never come.
         self._pending.on_progress()
 

@@ -39,6 +39,7 @@ class LossReporter:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._reported = 0
+        self._is_stopped = False
 
     def use(self, loop: asyncio.AbstractEventLoop) -> None:
         """Log, and wait between warnings, on the running loop from now on."""
@@ -64,8 +65,10 @@ class LossReporter:
         self._log()
 
     def _warn(self) -> None:
-        if self._timer is None:
-            self._look_again()
+        # Perhaps ``stop`` has logged it since this call was scheduled.
+        if self._timer is None and self._lost() > self._reported:
+            if not self._is_stopped:
+                self._look_again()
             self._log()
 
     def _look_again(self) -> None:
@@ -103,6 +106,7 @@ class LossReporter:
 
     def stop(self) -> None:
         """Stop the timer, and warn of losses that were not reported yet."""
+        self._is_stopped = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -261,7 +261,7 @@ class EventQueue:
         self._loss_armed = True
 
     def pop_batch(self, events: int, batch_bytes: int) -> list[Any]:
-        """Remove and return the oldest events: at most this number of events and bytes, but one event in any case.
+        """Remove and return the oldest events, up to this number of events and bytes, but at least one if there is any.
 
         They are in flight until ``account`` counts their outcome.
         """

@@ -103,16 +103,37 @@ class Fanout(BasePublisher):
 
     async def flush(self, timeout: float = 5.0) -> FlushReport:
         """Flush all publishers at the same time, within ``timeout`` seconds; return one report for all."""
-        begun = time.monotonic()
-        return _merged(begun, await self._all([publisher.flush(timeout) for publisher in self.publishers]))
+        return await self._report([publisher.flush(timeout) for publisher in self.publishers])
 
     async def close(self, timeout: float = 5.0) -> FlushReport:
         """Close all publishers at the same time, within ``timeout`` seconds; return one report for all."""
-        begun = time.monotonic()
-        report = _merged(begun, await self._all([publisher.close(timeout) for publisher in self.publishers]))
+        report = await self._report([publisher.close(timeout) for publisher in self.publishers])
         if self._manager is not None:
             self._manager.detach(self)
         return report
+
+    async def _report(self, steps: Sequence[Coroutine[Any, Any, FlushReport]]) -> FlushReport:
+        """Run one coroutine per publisher, and add up their reports."""
+        begun = time.monotonic()
+        # Not the sum of what the reports say: a publisher may deliver before its own coroutine begins.
+        delivered, dropped = self._totals()
+        reports = await self._all(steps)
+        now_delivered, now_dropped = self._totals()
+        errors = [report["last_error"] for report in reports if report["last_error"] is not None]
+        return {
+            "status": "timeout" if any(report["status"] == "timeout" for report in reports) else "flushed",
+            "delivered": now_delivered - delivered,
+            "dropped": now_dropped - dropped,
+            "queued": sum(report["queued"] for report in reports),
+            "spooled": sum(report["spooled"] for report in reports),
+            "duration_seconds": time.monotonic() - begun,
+            "last_error": errors[0] if errors else None,
+        }
+
+    def _totals(self) -> tuple[int, int]:
+        """Return how many events were delivered, and how many dropped, by all publishers."""
+        stats = self.stats()
+        return sum(each["delivered"] for each in stats), sum(sum(each["dropped"].values()) for each in stats)
 
     async def _all(self, steps: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
         """Run one coroutine per publisher, each to its end; then raise the first error."""
@@ -137,15 +158,3 @@ class Fanout(BasePublisher):
     def stats(self) -> list[PublisherStats]:
         """Return counters and health of each publisher. Safe from any thread."""
         return [publisher.stats() for publisher in self.publishers]
-
-
-def _merged(begun: float, reports: Sequence[FlushReport]) -> FlushReport:
-    return {
-        "status": "timeout" if any(report["status"] == "timeout" for report in reports) else "flushed",
-        "delivered": sum(report["delivered"] for report in reports),
-        "dropped": sum(report["dropped"] for report in reports),
-        "queued": sum(report["queued"] for report in reports),
-        "spooled": sum(report["spooled"] for report in reports),
-        "duration_seconds": time.monotonic() - begun,
-        "last_error": next((report["last_error"] for report in reports if report["last_error"]), None),
-    }

@@ -43,8 +43,9 @@ ENDLESS_WINDOW: Final = 3600.0
 KEPT_SHARE: Final = 0.2
 MOST_KEPT: Final = 1.0
 
-# The publisher that each sink belongs to.
-_owners: weakref.WeakKeyDictionary[Sink, weakref.ref[Publisher]] = weakref.WeakKeyDictionary()
+# The publisher that each sink belongs to, by the sink's id: an author's class may be unhashable. A publisher keeps its
+# sink alive, so an id means this sink for as long as the publisher exists.
+_owners: dict[int, weakref.ref[Publisher]] = {}
 
 
 @final
@@ -290,24 +291,25 @@ class Publisher(BasePublisher):
         begun = time.monotonic()
         before = self._queue.counters()
         target = self._queue.accepted - self._recovered()
-        if self._has_rest() and not self._is_closed:
+        in_time = not self._has_rest()
+        if not in_time and not self._is_closed:
             self._flusher.ensure_running()
             self._hurry(1)
             try:
                 progress = self._pending.progress
-                await progress.wait_until(lambda: self._has_reached(self._queue.finished, target), timeout)
+                in_time = await progress.wait_until(lambda: self._has_reached(self._queue.finished, target), timeout)
             finally:
                 self._hurry(-1)
-        return self._report(begun, before)
+        return self._report(begun, before, in_time)
 
     def _hurry(self, step: int) -> None:
         self._flushes += step
         self._flusher.hurry(self._flushes > 0)
 
-    def _report(self, begun: float, before: QueueStats) -> FlushReport:
+    def _report(self, begun: float, before: QueueStats, in_time: bool) -> FlushReport:
         counters = self._queue.counters()
         return {
-            "status": "timeout" if counters["queue_events"] or counters["spooled"] else "flushed",
+            "status": "flushed" if in_time else "timeout",
             "delivered": counters["delivered"] - before["delivered"],
             "dropped": sum(counters["dropped"].values()) - sum(before["dropped"].values()),
             "queued": counters["queue_events"],
@@ -366,10 +368,8 @@ class Publisher(BasePublisher):
         self._losses.stop()
         if self._manager is not None:
             self._manager.detach(self)
-        _owners.pop(self.sink, None)
-        report = self._report(begun, before)
-        report["status"] = "flushed" if in_time else "timeout"
-        return report
+        _owners.pop(id(self.sink), None)
+        return self._report(begun, before, in_time)
 
     async def _save_rest(self, timeout: float) -> None:
         """Spool the remaining events, or drop them with the reason ``timeout``; after the flusher has stopped."""
@@ -464,12 +464,17 @@ def _check_together(sink: Sink, inflight: int, overflow: str, spool: object) -> 
 
 def _claim(sink: Sink, publisher: Publisher, retry_for: float | None) -> None:
     """Assign a sink to a publisher, and set for how long it must remember batch ids."""
-    owner = _owners.get(sink)
-    if owner is not None and owner() is not None:
-        raise InvalidOptionError(f"{describe(sink)} belongs to {owner()!r}: make a sink for each publisher")
-    _owners[sink] = weakref.ref(publisher)
-    # Twice retry_for: that counts from the end of the first try, and the last try takes time as well.
-    sink.retry_window = ENDLESS_WINDOW if retry_for is None else 2 * retry_for
+    key = id(sink)
+    reference = _owners.get(key)
+    owner = None if reference is None else reference()
+    if owner is not None:
+        raise InvalidOptionError(f"{describe(sink)} belongs to {owner!r}: make a sink for each publisher")
+    # Bound here: at the interpreter's end the module's names may be gone.
+    forget = _owners.pop
+    _owners[key] = weakref.ref(publisher, lambda _: forget(key, None))
+    # Twice retry_for: it counts from the end of the first try, and the last try takes its time as well. By object's
+    # method, for sinks that are frozen dataclasses.
+    object.__setattr__(sink, "retry_window", ENDLESS_WINDOW if retry_for is None else 2 * retry_for)
 
 
 def _open_spool(path: str | os.PathLike[str]) -> AnySpool:

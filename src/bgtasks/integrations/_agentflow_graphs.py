@@ -33,7 +33,7 @@ def hook_graphs(graphs: ModuleType, publishers: ModuleType, original: type, repl
                 bind(graph._container, publishers.BasePublisher, graph._publisher)
             if isinstance(graph._publisher, FrameworkPublisher):
                 # It ends with this graph anyway: aclose() of a graph closes its publisher.
-                graph._publisher.ours.attach(manager)
+                graph._publisher.target.attach(manager)
 
     def after_compile(graph: Any) -> None:
         if isinstance(graph._task_manager, replacement):

@@ -34,13 +34,13 @@ class FrameworkPublisher:
 
     def __init__(self, target: BasePublisher) -> None:
         super().__init__({})  # type: ignore[call-arg]  # the framework's base takes its configuration
-        self.ours = target
+        self.target = target
         self._encoder = JsonEncoder()
         self._is_closed = False
 
     def emit(self, event: Any) -> bool:
         """Queue an event as it is now; from any thread. See ``Publisher.emit_encoded``."""
-        return self.ours.emit_encoded(self._dated(event))
+        return self.target.emit_encoded(self._dated(event))
 
     async def publish(self, event: Any) -> bool:
         """Queue an event as it is now; wait for capacity if the publisher does."""
@@ -49,13 +49,13 @@ class FrameworkPublisher:
             event = self._encoder.encode(event)
         except EncodeError:
             # emit_encoded() counts the event as refused.
-            return self.ours.emit_encoded(event)
-        return await self.ours.publish(event)
+            return self.target.emit_encoded(event)
+        return await self.target.publish(event)
 
     async def close(self) -> None:
         """Close the publisher that gets the events, too; a second call does nothing."""
         self._is_closed = True
-        await self.ours.close()
+        await self.target.close()
 
     def sync_close(self) -> None:
         """Do as ``close`` and wait for it; if a loop runs in this thread, only start it on that loop."""
@@ -64,7 +64,7 @@ class FrameworkPublisher:
         except RuntimeError:
             asyncio.run(self.close())
             return
-        task = loop.create_task(self.close(), name=f"close {self.ours!r}")
+        task = loop.create_task(self.close(), name=f"close {self.target!r}")
         _closing.add(task)
         task.add_done_callback(_closing.discard)
 

@@ -115,32 +115,6 @@ class LeakChecker(Observer):
         setattr(asyncio.Runner, "close", look_and_close)  # noqa: B010  mypy sees a method
         config.add_cleanup(lambda: setattr(asyncio.Runner, "close", close))
 
-    def _patch(
-        self,
-        config: pytest.Config,
-        owner: type,
-        name: str,
-        *,
-        before: Callable[..., object] | None = None,
-        after: Callable[..., object] | None = None,
-    ) -> None:
-        original = getattr(owner, name)
-
-        def patched(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                before(*args)
-            result = original(*args, **kwargs)
-            if after is not None:
-                after(*args)
-            return result
-
-        own = name in vars(owner)
-        setattr(owner, name, patched)
-        config.add_cleanup(lambda: setattr(owner, name, original) if own else delattr(owner, name))
-
-    # -- the run of a test ----------------------------------------------------------------------------------------
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """Check one test, with coroutines that know where they were created."""
         mode = self._mode_of(item)

@@ -101,7 +101,7 @@ def uninstall(*frameworks: Framework) -> None:
 
 
 # Any: the framework's class can be named only if the framework is installed.
-def publisher(ours: BasePublisher, framework: Framework | None = None) -> Any:
+def publisher(target: BasePublisher, framework: Framework | None = None) -> Any:
     """Return a publisher for ``StateGraph(publisher=...)`` that passes events on to a publisher of ``bgtasks.events``.
 
     It is an instance of the framework's own ``BasePublisher``. It encodes each event at once, because the frameworks
@@ -113,11 +113,11 @@ def publisher(ours: BasePublisher, framework: Framework | None = None) -> Any:
     thread: that loop then closes them after the call.
 
     Args:
-        ours: the publisher of ``bgtasks.events``; its sink must take bytes.
+        target: the publisher of ``bgtasks.events``; its sink must take bytes.
         framework: ``"agentflow"`` or ``"tenxgraph"``; by default the one that is installed or, of two, imported.
 
     Raises:
-        InvalidOptionError: ``ours`` is not such a publisher, the framework is unknown, or two are possible.
+        InvalidOptionError: ``target`` is not such a publisher, the framework is unknown, or two are possible.
         MissingExtraError: the framework is not installed.
 
     Example:
@@ -125,7 +125,7 @@ def publisher(ours: BasePublisher, framework: Framework | None = None) -> Any:
 
     """
     name = _package_of(_manager_module(_the_one() if framework is None else _checked((framework,))[0]))
-    return publisher_of(name, ours)
+    return publisher_of(name, target)
 
 
 def _the_one() -> str:

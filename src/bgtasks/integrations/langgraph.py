@@ -174,7 +174,7 @@ class AsyncBackgroundExecutor(_Rules, executor.AsyncBackgroundExecutor):
         super().__init__(config, manager=self._chosen(manager))
 
 
-OURS: Final[tuple[type, type]] = (BackgroundExecutor, AsyncBackgroundExecutor)
+REPLACEMENTS: Final[tuple[type, type]] = (BackgroundExecutor, AsyncBackgroundExecutor)
 
 
 def install(*, manager: BackgroundTaskManager | None = None) -> None:
@@ -202,7 +202,7 @@ def install(*, manager: BackgroundTaskManager | None = None) -> None:
     if manager is not None:
         ManagerInternals(manager)
     with _lock:
-        _replace(_load().originals, OURS)
+        _replace(_load().originals, REPLACEMENTS)
         _manager = manager
 
 
@@ -215,7 +215,7 @@ def uninstall() -> None:
     with _lock:
         _manager = None
         if _load.cache_info().currsize:
-            _replace(OURS, _load().originals)
+            _replace(REPLACEMENTS, _load().originals)
 
 
 def _replace(old: tuple[type, type], new: tuple[type, type]) -> None:

@@ -1,4 +1,4 @@
-"""Managers with the lifetime of a server or a program: they drain, and name the tasks that did not end in the log."""
+"""Managers with the lifetime of a server or a program: they drain, and log the tasks that did not end."""
 
 from __future__ import annotations
 

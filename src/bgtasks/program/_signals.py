@@ -172,7 +172,7 @@ class SignalHolder:
 
     def _restore(self) -> None:
         for number, previous in self._previous.items():
-            # A handler that was set later may have saved this one as its predecessor: leave it; this one passes on.
+            # A handler that was set later may have saved this one: leave it, because this one passes signals on.
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, previous)
 
