@@ -115,6 +115,9 @@ class LeakChecker(Observer):
         setattr(asyncio.Runner, "close", look_and_close)  # noqa: B010  mypy sees a method
         config.add_cleanup(lambda: setattr(asyncio.Runner, "close", close))
 
+    # -- the run of a test ----------------------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """Check one test, with coroutines that know where they were created."""
         mode = self._mode_of(item)
