@@ -45,7 +45,7 @@ async def tick() -> None:
     await asyncio.sleep(0)
 
 
-async def settle(until: Callable[[], bool] | None = None) -> None:
+async def run_until_idle(until: Callable[[], bool] | None = None) -> None:
     """Let a burst of tasks end."""
     for _ in range(3):
         await asyncio.sleep(0)
@@ -62,7 +62,7 @@ async def bare(work: Callable[[], Coroutine[Any, Any, Any]], count: int) -> floa
     begin = time.perf_counter()
     for _ in range(count):
         create_task(work())
-    await settle()
+    await run_until_idle()
     return time.perf_counter() - begin
 
 
@@ -75,7 +75,7 @@ async def recipe(work: Callable[[], Coroutine[Any, Any, Any]], count: int) -> fl
         task = create_task(work())
         tasks.add(task)
         task.add_done_callback(tasks.discard)
-    await settle(lambda: not tasks)
+    await run_until_idle(lambda: not tasks)
     return time.perf_counter() - begin
 
 
@@ -98,7 +98,7 @@ async def recipe_with_timeout(work: Callable[[], Coroutine[Any, Any, Any]], coun
     begin = time.perf_counter()
     for _ in range(count):
         start()
-    await settle(lambda: not tasks)
+    await run_until_idle(lambda: not tasks)
     return time.perf_counter() - begin
 
 
@@ -113,7 +113,7 @@ def creates(manager: Any, **options: Any) -> Contender:
         else:
             for _ in range(count):
                 manager.create_task(work())
-        await settle()
+        await run_until_idle()
         return time.perf_counter() - begin
 
     return run
@@ -128,7 +128,7 @@ def creates_with_different_timeouts(manager: Any) -> Contender:
         begin = time.perf_counter()
         for timeout in timeouts[:count]:
             manager.create_task(work(), name="event", timeout=timeout, context=CONTEXT)
-        await settle()
+        await run_until_idle()
         return time.perf_counter() - begin
 
     return run
@@ -141,7 +141,7 @@ def fires(manager: Any) -> Contender:
         begin = time.perf_counter()
         for _ in range(count):
             manager.fire(work(), name="event", timeout=TIMEOUT, context=CONTEXT)
-        await settle()
+        await run_until_idle()
         return time.perf_counter() - begin
 
     return run
@@ -155,14 +155,14 @@ def sustained(manager: Any, timeout: float | None, burst: int) -> Contender:
         for _ in range(count // burst):
             for _ in range(burst):
                 manager.create_task(work(), name="event", timeout=timeout, context=CONTEXT)
-            await settle(lambda: manager.get_task_count() == 0)
+            await run_until_idle(lambda: manager.get_task_count() == 0)
         took = time.perf_counter() - begin
         # Its timeouts are tasks that outlive their targets; the next contender shall not pay for them.
         current = asyncio.current_task()
         for task in asyncio.all_tasks():
             if task is not current:
                 task.cancel()
-        await settle()
+        await run_until_idle()
         return took
 
     return run
@@ -318,13 +318,13 @@ def compare_scale(in_flight: int, rounds: int) -> None:
                     return statistics.median([await contender(noop, 1000) for _ in range(rounds)])
 
                 fill(1000)
-                await settle()
+                await run_until_idle()
                 few = await cost()
                 fill(in_flight - 1000)
-                await settle()
+                await run_until_idle()
                 figure = await cost() / few
                 release.set()
-                await settle(lambda: len(asyncio.all_tasks()) == 1)
+                await run_until_idle(lambda: len(asyncio.all_tasks()) == 1)
 
             run(main())
             goal = "" if name == "bare" else f"must at most 1.25: {'met' if figure <= 1.25 else 'MISSED'}"
@@ -338,17 +338,17 @@ def compare_memory(count: int) -> None:
     async def measure(start: Callable[[Coroutine[Any, Any, Any]], Any]) -> tuple[float, float]:
         release = asyncio.Event()
         start(noop())
-        await settle()
+        await run_until_idle()
         gc.collect()
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
         kept = [start(release.wait()) for _ in range(count)]
-        await settle()
+        await run_until_idle()
         gc.collect()
         held = tracemalloc.get_traced_memory()[0] - before
         release.set()
         kept.clear()
-        await settle(lambda: len(asyncio.all_tasks()) == 1)
+        await run_until_idle(lambda: len(asyncio.all_tasks()) == 1)
         gc.collect()
         left = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
@@ -384,7 +384,7 @@ def compare_shutdown(count: int, rounds: int) -> None:
             loop = asyncio.get_running_loop()
             for _ in range(rounds):
                 tasks = [loop.create_task(asyncio.sleep(3600)) for _ in range(count)]
-                await settle()
+                await run_until_idle()
                 begin = time.perf_counter()
                 for task in tasks:
                     task.cancel()
@@ -396,7 +396,7 @@ def compare_shutdown(count: int, rounds: int) -> None:
                 manager = manager_module("cython").BackgroundTaskManager(default_shutdown_timeout=600)
                 for _ in range(count):
                     manager.create_task(asyncio.sleep(3600), name="sleeps", timeout=7200, context=CONTEXT)
-                await settle()
+                await run_until_idle()
                 begin = time.perf_counter()
                 stats = await manager.shutdown()
                 ratios.append((time.perf_counter() - begin) / bare_time)
@@ -417,7 +417,7 @@ def compare_info(count: int, rounds: int) -> None:
         release = asyncio.Event()
         for _ in range(count):
             manager.create_task(release.wait(), name="event", timeout=3600.0, context=CONTEXT)
-        await settle()
+        await run_until_idle()
         metadata = dict.fromkeys(tasks_of(manager), ("event", time.time(), 3600.0, CONTEXT))
         ratios = []
         for _ in range(rounds):

@@ -31,7 +31,7 @@ async def tick() -> None:
     await asyncio.sleep(0)
 
 
-async def settle() -> None:
+async def run_until_idle() -> None:
     """Let a burst end."""
     for _ in range(3):
         await asyncio.sleep(0)
@@ -70,7 +70,7 @@ def test_burst(benchmark: Any, loop: asyncio.AbstractEventLoop, manager: Any, st
     async def burst() -> None:
         for _ in range(BURST):
             call(manager, work)
-        await settle()
+        await run_until_idle()
 
     benchmark(lambda: loop.run_until_complete(burst()))
     assert manager.get_task_count() == 0
@@ -86,13 +86,13 @@ def test_burst_with_others_in_flight(
         release = asyncio.Event()
         for _ in range(in_flight):
             manager.create_task(release.wait(), name="waits", timeout=3600.0, context=CONTEXT)
-        await settle()
+        await run_until_idle()
         return release
 
     async def burst() -> None:
         for _ in range(BURST):
             manager.create_task(noop(), name="event", timeout=30.0, context=CONTEXT)
-        await settle()
+        await run_until_idle()
 
     async def empty(release: asyncio.Event) -> None:
         release.set()
@@ -115,7 +115,7 @@ def test_end_of_200_000(benchmark: Any, loop: asyncio.AbstractEventLoop, manager
         async def start() -> None:
             for _ in range(200_000):
                 fresh.create_task(asyncio.sleep(3600), name="sleeps", timeout=7200.0, context=CONTEXT)
-            await settle()
+            await run_until_idle()
 
         loop.run_until_complete(start())
         return (fresh,), {}
@@ -129,7 +129,7 @@ def test_get_task_info_of_100_000(benchmark: Any, loop: asyncio.AbstractEventLoo
     async def fill() -> None:
         for _ in range(100_000):
             manager.create_task(asyncio.sleep(3600), name="sleeps", timeout=7200.0, context=CONTEXT)
-        await settle()
+        await run_until_idle()
 
     loop.run_until_complete(fill())
     assert len(benchmark.pedantic(manager.get_task_info, rounds=5)) == 100_000
@@ -144,7 +144,7 @@ def test_memory_of_a_task_in_flight(benchmark: Any, loop: asyncio.AbstractEventL
         before = tracemalloc.get_traced_memory()[0]
         for _ in range(10_000):
             manager.create_task(asyncio.sleep(3600), name="sleeps", timeout=7200.0, context=CONTEXT)
-        await settle()
+        await run_until_idle()
         held = (tracemalloc.get_traced_memory()[0] - before) / 10_000
         tracemalloc.stop()
         await manager.cancel_all()

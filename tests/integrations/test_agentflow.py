@@ -12,7 +12,7 @@ import weakref
 from unittest import mock
 
 import pytest
-from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, ours_in, question, recording_publisher
+from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, installed_in, question, recording_publisher
 from internals import release_closed_loops
 from work import after, failing, forever, stubborn, until, value
 
@@ -36,7 +36,7 @@ def framework(request):
 @pytest.fixture
 def installed(framework, twin):
     """Give the framework with our manager installed; tasks that are left at the end are an error."""
-    with ours_in(framework.name, twin):
+    with installed_in(framework.name, twin):
         yield framework
 
 
@@ -100,7 +100,7 @@ def test_names_that_a_program_imported_before_are_replaced(framework, twin):
     assert default.get_task_count() == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
-        with ours_in(framework.name, twin):
+        with installed_in(framework.name, twin):
             assert module.Manager is framework.module.BackgroundTaskManager
             graph = framework.core.StateGraph()
             assert type(default.stats.__self__) is module.Manager
@@ -123,7 +123,7 @@ def test_a_decorator_of_before_gives_the_same_manager(framework, twin):
         return manager_here
 
     manager_here = decorated(framework.module.BackgroundTaskManager)
-    with ours_in(framework.name, twin):
+    with installed_in(framework.name, twin):
         for _ in range(2):
             graph = framework.core.StateGraph()
             assert manager_here() is graph._task_manager
@@ -148,7 +148,7 @@ def test_uninstall_restores_everything(framework, twin):
         )
 
     before = state()
-    with ours_in(framework.name, twin):
+    with installed_in(framework.name, twin):
         assert all(was != now for was, now in zip(before, state(), strict=True))
     assert state() == before
     agentflow.uninstall()
@@ -405,7 +405,7 @@ async def test_graphs_made_before_keep_their_manager_and_its_events(framework, t
 
     app = graph_of(framework, node, publisher=publisher).compile()
     manager = app._task_manager
-    with ours_in(framework.name, twin):
+    with installed_in(framework.name, twin):
         assert not isinstance(manager, _agentflow_graphs.BackgroundTaskManager)
         assert InjectQ.get_instance().get(framework.module.BackgroundTaskManager) is manager
         await app.ainvoke(question(framework), THREAD)
@@ -438,7 +438,7 @@ async def test_the_shutdown_timeout_of_compile_bounds_aclose(installed):
 
 async def test_draining_lets_tasks_end_inside_the_shutdown_timeout(framework, twin):
     """With drain_timeout, tasks that end in time are completed; the others are cancelled within the same time."""
-    with ours_in(framework.name, twin, drain_timeout=60.0):
+    with installed_in(framework.name, twin, drain_timeout=60.0):
         Manager = framework.module.BackgroundTaskManager  # noqa: N806
         event = asyncio.Event()
 
@@ -478,7 +478,7 @@ def test_a_manager_is_made_without_a_loop_and_true_when_empty(make, installed):
 def test_every_call_of_the_framework_s_own_manager_is_accepted(framework, twin):
     """Each public method has at least the parameters of the original, in order, with their defaults."""
     original = framework.module.BackgroundTaskManager
-    with ours_in(framework.name, twin):
+    with installed_in(framework.name, twin):
         replacement = framework.module.BackgroundTaskManager
         names = [name for name in vars(original) if not name.startswith("_") or name == "__init__"]
         assert len(names) == 9
@@ -666,7 +666,7 @@ def observe(framework, caplog):
 def test_records_and_counters_are_those_of_the_original(framework, twin, caplog):
     """The same program leaves the same log records and the same counts with either manager."""
     expected, expected_counts = observe(framework, caplog)
-    with ours_in(framework.name, twin):
+    with installed_in(framework.name, twin):
         found, found_counts = observe(framework, caplog)
     assert len(expected) > 15
     assert sorted(record[:3] for record in found) == sorted(record[:3] for record in expected)

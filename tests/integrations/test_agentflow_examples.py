@@ -6,7 +6,7 @@ import logging
 import time
 
 import pytest
-from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, ours_in, question, recording_publisher
+from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, installed_in, question, recording_publisher
 from work import after, forever, until
 
 from bgtasks import NotACoroutineError
@@ -21,7 +21,7 @@ CONFIG = {"thread_id": "thread 1", "user_id": "ada", "run_id": "run 1"}
 def framework(request, twin):
     """Give each framework that is installed, with our manager installed."""
     framework = needed(request.param)
-    with clean_containers(), ours_in(framework.name, twin):
+    with clean_containers(), installed_in(framework.name, twin):
         yield framework
 
 

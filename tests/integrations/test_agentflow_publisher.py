@@ -11,7 +11,7 @@ import uuid
 import pytest
 from arrivals import in_redis
 from event_tools import assert_counters_add_up
-from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, ours_in, question, recording_publisher
+from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, installed_in, question, recording_publisher
 from paths import SUPPORT
 from requirements import need
 
@@ -48,7 +48,7 @@ def framework(request, queue_of_twin):
 @pytest.fixture
 def installed(framework, twin):
     """Give the framework with our manager installed."""
-    with ours_in(framework.name, twin):
+    with installed_in(framework.name, twin):
         yield framework
 
 
@@ -145,7 +145,7 @@ async def test_events_arrive_complete_and_in_order_with_install(installed, redis
 def test_sync_invokes_lose_no_event(framework, twin, redis_server, key, how):
     """Each runs its own loop and leaves an empty queue; sync_close() closes without any loop."""
     inner = Publisher(RedisSink(redis_server.url, key=key))
-    with clean_containers() if how == "alone" else ours_in(framework.name, twin):
+    with clean_containers() if how == "alone" else installed_in(framework.name, twin):
         app = compiled(framework, inner)
         for number in range(3):
             app.invoke(question(framework), {"thread_id": f"thread {number}"})
@@ -214,7 +214,7 @@ def test_install_replaces_publish_event_wherever_it_was_imported(framework, twin
 
     before = holders()
     assert len(before) > 5
-    with ours_in(framework.name, twin):
+    with installed_in(framework.name, twin):
         assert framework.publish.publish_event is not original
         assert framework.publish.publish_event.__defaults__ is original.__defaults__
         assert holders() == before

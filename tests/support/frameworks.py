@@ -51,7 +51,7 @@ def clean_containers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ours_in(name: str, twin: str, **options: Any) -> Iterator[None]:
+def installed_in(name: str, twin: str, **options: Any) -> Iterator[None]:
     """Install the manager of bgtasks, on the twin, into a framework for the length of the block."""
     from bgtasks.integrations import _agentflow_graphs, agentflow
 
