@@ -12,7 +12,7 @@ import weakref
 from unittest import mock
 
 import pytest
-from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, installed_in, question, recording_publisher
+from frameworks import FRAMEWORKS, clean_containers, graph_of, installed_in, needed, question, recording_publisher
 from internals import release_closed_loops
 from work import after, failing, forever, stubborn, until, value
 

@@ -6,7 +6,7 @@ import logging
 import time
 
 import pytest
-from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, installed_in, question, recording_publisher
+from frameworks import FRAMEWORKS, clean_containers, graph_of, installed_in, needed, question, recording_publisher
 from work import after, forever, until
 
 from bgtasks import NotACoroutineError

@@ -11,7 +11,7 @@ import uuid
 import pytest
 from arrivals import in_redis
 from event_tools import assert_counters_add_up
-from frameworks import FRAMEWORKS, clean_containers, graph_of, needed, installed_in, question, recording_publisher
+from frameworks import FRAMEWORKS, clean_containers, graph_of, installed_in, needed, question, recording_publisher
 from paths import SUPPORT
 from requirements import need
 
