@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 from bgtasks.integrations._agentflow_manager import FrameworkManager
-from bgtasks.integrations._agentflow_nodes import give_manager
 from bgtasks.integrations._agentflow_publisher import FrameworkPublisher
 from bgtasks.integrations._agentflow_references import bind
 from bgtasks.manager import BackgroundTaskManager
@@ -22,6 +21,9 @@ __all__ = ["hook_graphs"]
 @contextlib.contextmanager
 def hook_graphs(graphs: ModuleType, publishers: ModuleType, original: type, replacement: type[FrameworkManager]) -> Any:
     """Have graphs bind their manager under both classes, and pass it to their publisher and the nodes that ask."""
+    # Late: it needs InjectQ, which comes with the frameworks.
+    from bgtasks.integrations._agentflow_nodes import give_manager
+
     kinds = (replacement, original, BackgroundTaskManager)
 
     def after_init(graph: Any) -> None:
