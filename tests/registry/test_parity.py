@@ -111,7 +111,8 @@ def test_help_shows_a_compiled_method_as_it_shows_the_twins(name):
         # The first line says what kind of object it is.
         texts.append(text.partition("\n")[2].strip())
     assert texts[0] == texts[1]
-    assert texts[0].startswith(f"{name}(self, ")
+    # From Python 3.13 on a long signature has a line for each argument.
+    assert " ".join(texts[0].split()).replace("( ", "(").startswith(f"{name}(self, ")
     assert ") -> " in texts[0]
     assert "Args:" in texts[0]
 
