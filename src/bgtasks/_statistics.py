@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final, TypedDict
 
 if TYPE_CHECKING:
     from bgtasks.info import NameStats
@@ -18,65 +18,79 @@ OTHER_NAMES: Final = "(other)"
 Snapshot = tuple[int, list[int], dict[int, int]]
 
 OUTCOMES: Final = ("running", "completed", "failed", "cancelled", "timed_out", "abandoned")
-RUNNING, COMPLETED, FAILED, CANCELLED, TIMED_OUT, ABANDONED = range(6)
+EMPTY: Final = (0,) * len(OUTCOMES)
+ABANDONED: Final = OUTCOMES.index("abandoned")
+
+
+class Counters(TypedDict):
+    """The counters that add up over names."""
+
+    started: int
+    in_flight: int
+    completed: int
+    failed: int
+    cancelled: int
+    timed_out: int
+    abandoned: int
 
 
 class Totals:
     """The counters and the duration histogram of some tasks."""
 
-    __slots__ = ("_buckets", "_counts", "_started")
+    __slots__ = ("buckets", "counts", "started")
 
-    def __init__(self) -> None:
-        self._started = 0
-        self._counts = [0] * len(OUTCOMES)
-        self._buckets: dict[int, int] = {}
+    def __init__(self, snapshot: Snapshot) -> None:
+        """Begin with the counters of a snapshot, which belongs to this object from now on."""
+        self.started, self.counts, self.buckets = snapshot
 
     def add(self, snapshot: Snapshot) -> None:
         """Add the counters of a snapshot."""
         started, counts, buckets = snapshot
-        self._started += started
+        self.started += started
         for outcome, count in enumerate(counts):
-            self._counts[outcome] += count
+            self.counts[outcome] += count
         for bucket, count in buckets.items():
-            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+            self.buckets[bucket] = self.buckets.get(bucket, 0) + count
 
     def add_abandoned(self, count: int) -> None:
         """Count live tasks of a closed loop as abandoned: they cannot end otherwise."""
-        self._counts[ABANDONED] += count
+        self.counts[ABANDONED] += count
 
     def snapshot(self) -> Snapshot:
         """Return the counters."""
-        return self._started, list(self._counts), dict(self._buckets)
-
-    def counters(self) -> dict[str, int]:
-        """Return the counters by name."""
-        return {
-            "started": self._started,
-            "in_flight": self._started - sum(self._counts[COMPLETED:]),
-            "completed": self._counts[COMPLETED],
-            "failed": self._counts[FAILED],
-            "cancelled": self._counts[CANCELLED],
-            "timed_out": self._counts[TIMED_OUT],
-            "abandoned": self._counts[ABANDONED],
-        }
+        return self.started, list(self.counts), dict(self.buckets)
 
     def as_dict(self) -> NameStats:
         """Return the counters and the 50th and 99th percentile of the durations, in seconds (None before the first)."""
-        stats: Any = self.counters()
-        stats["p50_seconds"] = self._percentile(0.50)
-        stats["p99_seconds"] = self._percentile(0.99)
-        result: NameStats = stats
-        return result
+        p50, p99 = _percentiles(self.buckets, (0.50, 0.99))
+        return {**_counters(self.started, self.counts), "p50_seconds": p50, "p99_seconds": p99}
 
-    def _percentile(self, share: float) -> float | None:
-        # Nearest rank over the buckets; the middle of a bucket is at most 6.25 % off.
-        total = sum(self._buckets.values())
-        seen = 0
-        for bucket in sorted(self._buckets):
-            seen += self._buckets[bucket]
-            if seen >= share * total:
-                return _middle_of(bucket)
-        return None
+
+def _counters(started: int, counts: Sequence[int]) -> Counters:
+    _, completed, failed, cancelled, timed_out, abandoned = counts
+    return {
+        "started": started,
+        "in_flight": started - completed - failed - cancelled - timed_out - abandoned,
+        "completed": completed,
+        "failed": failed,
+        "cancelled": cancelled,
+        "timed_out": timed_out,
+        "abandoned": abandoned,
+    }
+
+
+def _percentiles(buckets: dict[int, int], shares: tuple[float, ...]) -> list[float | None]:
+    """Return percentiles by nearest rank; the middle of a bucket is at most 6.25 % off. None without a duration."""
+    if not buckets:
+        return [None] * len(shares)
+    total = sum(buckets.values())
+    found: list[float | None] = []
+    seen = 0
+    for bucket in sorted(buckets):
+        seen += buckets[bucket]
+        while len(found) < len(shares) and seen >= shares[len(found)] * total:
+            found.append(_middle_of(bucket))
+    return found
 
 
 def _middle_of(bucket: int) -> float:
@@ -87,31 +101,38 @@ def _middle_of(bucket: int) -> float:
 
 
 class NameTotals:
-    """Totals over all tasks and by name."""
+    """Totals by name."""
 
     def __init__(self) -> None:
-        self.total = Totals()
         self._names: dict[str, Totals] = {}
 
     def add(self, names: Iterable[tuple[str, Snapshot]]) -> None:
-        """Add snapshots by name."""
+        """Add snapshots by name, which belong to this object from now on."""
         for name, snapshot in names:
-            self.total.add(snapshot)
-            self._of(name).add(snapshot)
+            key = self._key(name)
+            known = self._names.get(key)
+            if known is None:
+                self._names[key] = Totals(snapshot)
+            else:
+                known.add(snapshot)
 
     def add_abandoned(self, name: str) -> None:
         """Count a live task of a closed loop as abandoned."""
-        self.total.add_abandoned(1)
-        self._of(name).add_abandoned(1)
+        self._names.setdefault(self._key(name), Totals((0, list(EMPTY), {}))).add_abandoned(1)
 
-    def _of(self, name: str) -> Totals:
-        if name not in self._names and len(self._names) >= MAX_NAMES:
-            name = OTHER_NAMES
-        return self._names.setdefault(name, Totals())
+    def _key(self, name: str) -> str:
+        return name if name in self._names or len(self._names) < MAX_NAMES else OTHER_NAMES
 
     def snapshots(self) -> list[tuple[str, Snapshot]]:
         """Return the counters by name, for ``add``."""
         return [(name, totals.snapshot()) for name, totals in self._names.items()]
+
+    def counters(self) -> Counters:
+        """Return the counters over all names."""
+        names = self._names.values()
+        started = sum([totals.started for totals in names])
+        counts = [sum(column) for column in zip(*[totals.counts for totals in names], strict=True)]
+        return _counters(started, counts or EMPTY)
 
     def by_name(self) -> dict[str, NameStats]:
         """Return the statistics of each name."""

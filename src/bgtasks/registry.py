@@ -188,10 +188,9 @@ class Registry(RegistryCore, RegistryHooks):
                         totals.add_abandoned(record.name)
                 else:
                     queued += records.queued
-        counters: dict[str, Any] = totals.total.counters()
+        counters: dict[str, Any] = {**totals.counters(), "names": totals.by_name()}
         counters["queued"] = queued
         counters["running"] = counters["in_flight"] - queued
-        counters["names"] = totals.by_name()
         return counters
 
     def _set_idle_threshold(self, loop: AbstractEventLoop, count: int) -> None:
