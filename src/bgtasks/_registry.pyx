@@ -1014,6 +1014,7 @@ cdef class LoopRecords:
         self.unlink(record)
         return 0
 
+    # In one body in spite of its branches: every task passes here, and each further call would show.
     cdef int unlink(self, Record record) except -1:
         cdef RegistryCore registry = self.registry
         if record.previous_record is NULL:

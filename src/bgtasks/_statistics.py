@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from bgtasks.info import NameStats
@@ -20,18 +20,6 @@ Snapshot = tuple[int, list[int], dict[int, int]]
 OUTCOMES: Final = ("running", "completed", "failed", "cancelled", "timed_out", "abandoned")
 EMPTY: Final = (0,) * len(OUTCOMES)
 ABANDONED: Final = OUTCOMES.index("abandoned")
-
-
-class Counters(TypedDict):
-    """The counters that add up over names."""
-
-    started: int
-    in_flight: int
-    completed: int
-    failed: int
-    cancelled: int
-    timed_out: int
-    abandoned: int
 
 
 class Totals:
@@ -63,10 +51,13 @@ class Totals:
     def as_dict(self) -> NameStats:
         """Return the counters and the 50th and 99th percentile of the durations, in seconds (None before the first)."""
         p50, p99 = _percentiles(self.buckets, (0.50, 0.99))
-        return {**_counters(self.started, self.counts), "p50_seconds": p50, "p99_seconds": p99}
+        stats: Any = _counters(self.started, self.counts)
+        stats["p50_seconds"], stats["p99_seconds"] = p50, p99
+        result: NameStats = stats
+        return result
 
 
-def _counters(started: int, counts: Sequence[int]) -> Counters:
+def _counters(started: int, counts: Sequence[int]) -> dict[str, int]:
     _, completed, failed, cancelled, timed_out, abandoned = counts
     return {
         "started": started,
@@ -127,7 +118,7 @@ class NameTotals:
         """Return the counters by name, for ``add``."""
         return [(name, totals.snapshot()) for name, totals in self._names.items()]
 
-    def counters(self) -> Counters:
+    def counters(self) -> dict[str, int]:
         """Return the counters over all names."""
         names = self._names.values()
         started = sum([totals.started for totals in names])

@@ -145,7 +145,7 @@ async def test_events_do_not_wake_the_loop_one_by_one(monkeypatch):
     monkeypatch.setattr(publisher._flusher, "notify", count)
     await asyncio.to_thread(lambda: [publisher.emit({"number": number}) for number in range(1000)])
     await until(lambda: len(publisher.sink.events) == 1000)
-    assert calls <= 6
+    assert 1 <= calls <= 6
     await publisher.close()
 
 
@@ -743,7 +743,7 @@ async def test_a_closed_publisher_with_events_left_warns_once_and_is_released(ca
         return weakref.ref(publisher._flusher)
 
     flusher = await use()
-    await asyncio.sleep(0.05)
-    gc.collect()
-    assert flusher() is None
+    # A second warning would come in the next iteration of the loop.
+    await asyncio.sleep(0)
+    await until(lambda: gc.collect() >= 0 and flusher() is None)
     assert caplog.text.count("loses events") == 1

@@ -21,6 +21,7 @@ from bgtasks.events._linger import Linger
 from bgtasks.events._losses import LossReporter
 from bgtasks.events._pending import Pending
 from bgtasks.events._routes import Route
+from bgtasks.events._writers import DELAY_AFTER_BUG
 from bgtasks.info import TaskFactoryOptions
 
 __all__ = ["Flusher", "MakeRoute"]
@@ -29,7 +30,6 @@ logger = logging.getLogger("bgtasks.events")
 
 # Seconds that a flusher cancelled from outside (a loop that ends, cancel_all) may take to empty its queue.
 LAST_FLUSH: Final = 1.0
-DELAY_AFTER_BUG: Final = 1.0
 # Seconds after which a flusher cancelled from outside starts again for the remaining events, if its loop goes on.
 ABSENCE: Final = 0.1
 # Seconds for which the flusher keeps the loop at a time, or one batch if that takes longer.

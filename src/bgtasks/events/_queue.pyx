@@ -125,6 +125,7 @@ cdef class EventQueue:
 
     # -- filling --------------------------------------------------------------------------------------------------
 
+    # In one body in spite of its branches: every event passes here, and each further call would show.
     def emit(self, event: object) -> bool:
         """Queue an event for the flusher, from any thread; never wait, and never raise because of load.
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -19,13 +20,12 @@ from bgtasks.events._delivery import Delivery
 from bgtasks.events._linger import Linger
 from bgtasks.events._pending import Pending
 from bgtasks.events._store import Store
-from bgtasks.events._writers import Writers
+from bgtasks.events._writers import DELAY_AFTER_BUG, Writers
 
-__all__ = ["InOrderRoute", "ParallelRoute", "Route", "SpoolRoute"]
+__all__ = ["InOrderRoute", "ParallelRoute", "Route", "RouteParts", "SpoolRoute"]
 
 logger = logging.getLogger("bgtasks.events")
 
-DELAY_AFTER_BUG: Final = 1.0
 DELAY_AFTER_SPOOL_ERROR: Final = 0.1
 # Seconds that a write which bypasses the spool may hold up the events behind it; then they go to the disk.
 PATIENCE: Final = 0.25
@@ -33,8 +33,9 @@ PATIENCE: Final = 0.25
 SPOOLED_AT_ONCE: Final = 4
 
 
-class Route(ABC):
-    """A route of batches to the sink.
+@dataclass(frozen=True, slots=True)
+class RouteParts:
+    """The parts of a publisher that its route uses.
 
     Args:
         name: the publisher's name.
@@ -47,21 +48,24 @@ class Route(ABC):
 
     """
 
-    def __init__(
-        self,
-        name: str,
-        pending: Pending,
-        delivery: Delivery,
-        dead_letters: DeadLetters,
-        linger: Linger,
-        is_current: Callable[[], bool],
-    ) -> None:
-        self.name = name
-        self.pending = pending
-        self.delivery = delivery
-        self.dead_letters = dead_letters
-        self.linger = linger
-        self.is_current = is_current
+    name: str
+    pending: Pending
+    delivery: Delivery
+    dead_letters: DeadLetters
+    linger: Linger
+    is_current: Callable[[], bool]
+
+
+class Route(ABC):
+    """A route of batches to the sink."""
+
+    def __init__(self, parts: RouteParts) -> None:
+        self.name = parts.name
+        self.pending = parts.pending
+        self.delivery = parts.delivery
+        self.dead_letters = parts.dead_letters
+        self.linger = parts.linger
+        self.is_current = parts.is_current
 
     @property
     def has_waiting(self) -> bool:
@@ -113,18 +117,9 @@ class ParallelRoute(Route):
 
     """
 
-    def __init__(
-        self,
-        name: str,
-        pending: Pending,
-        delivery: Delivery,
-        dead_letters: DeadLetters,
-        linger: Linger,
-        is_current: Callable[[], bool],
-        limit: int,
-    ) -> None:
-        super().__init__(name, pending, delivery, dead_letters, linger, is_current)
-        self._writers = Writers(delivery, limit, name)
+    def __init__(self, parts: RouteParts, limit: int) -> None:
+        super().__init__(parts)
+        self._writers = Writers(parts.delivery, limit, parts.name)
 
     @property
     def has_waiting(self) -> bool:
@@ -171,18 +166,8 @@ class SpoolRoute(Route):
 
     """
 
-    def __init__(
-        self,
-        name: str,
-        pending: Pending,
-        delivery: Delivery,
-        dead_letters: DeadLetters,
-        linger: Linger,
-        is_current: Callable[[], bool],
-        store: Store,
-        tries_sink: bool,
-    ) -> None:
-        super().__init__(name, pending, delivery, dead_letters, linger, is_current)
+    def __init__(self, parts: RouteParts, store: Store, tries_sink: bool) -> None:
+        super().__init__(parts)
         self._store = store
         self._tries_sink = tries_sink
         self._forwarding = asyncio.create_task(self._forward())

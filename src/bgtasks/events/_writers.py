@@ -11,10 +11,11 @@ from bgtasks._notifier import Notifier
 from bgtasks.events._batches import Batch
 from bgtasks.events._delivery import Account, Delivery
 
-__all__ = ["Writers"]
+__all__ = ["DELAY_AFTER_BUG", "Writers"]
 
 logger = logging.getLogger("bgtasks.events")
 
+# Seconds before the work of a publisher goes on after an error that nothing in it may raise.
 DELAY_AFTER_BUG: Final = 1.0
 
 

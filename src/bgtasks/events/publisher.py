@@ -26,7 +26,7 @@ from bgtasks.events._health import Health
 from bgtasks.events._linger import Linger
 from bgtasks.events._losses import LossReporter
 from bgtasks.events._pending import Pending
-from bgtasks.events._routes import InOrderRoute, ParallelRoute, Route, SpoolRoute
+from bgtasks.events._routes import InOrderRoute, ParallelRoute, Route, RouteParts, SpoolRoute
 from bgtasks.events._store import AnySpool, Store
 from bgtasks.events.errors import EncodeError
 from bgtasks.events.info import EventOverflow, FlushReport, PublisherState, PublisherStats
@@ -173,10 +173,10 @@ class Publisher(BasePublisher):
 
     def _make_route(self, inflight: int, tries_sink: bool, linger: Linger, is_current: Callable[[], bool]) -> Route:
         """Return the route of batches to the sink for one run of the flusher; called in its task."""
-        parts = (self.name, self._pending, self._delivery, self._dead_letters, linger, is_current)
+        parts = RouteParts(self.name, self._pending, self._delivery, self._dead_letters, linger, is_current)
         if self._store is not None:
-            return SpoolRoute(*parts, self._store, tries_sink)
-        return InOrderRoute(*parts) if inflight == 1 else ParallelRoute(*parts, inflight)
+            return SpoolRoute(parts, self._store, tries_sink)
+        return InOrderRoute(parts) if inflight == 1 else ParallelRoute(parts, inflight)
 
     # -- filling --------------------------------------------------------------------------------------------------
 
