@@ -45,7 +45,7 @@ def extensions() -> list[Extension]:
     registry = Extension(
         "bgtasks._registry",
         ["src/bgtasks/_registry.pyx"],
-        depends=["src/bgtasks/_clock.h", "src/bgtasks/_coroutine.h", "src/bgtasks/_tracked_task.h"],
+        depends=["src/bgtasks/_clock.h", "src/bgtasks/_coroutine.h", "src/bgtasks/_tracked_task.h", "src/bgtasks/_weak.h"],
         include_dirs=["src/bgtasks"],
         define_macros=macros,
         optional=BUILD == "auto",

@@ -60,8 +60,8 @@ class Handovers:
 
         """
         future: AnyFuture = concurrent.futures.Future()
-        self._pending[future] = (loop, coro)
         try:
+            self._pending[future] = (loop, coro)
             if check is not None:
                 check()
             loop.call_soon_threadsafe(self._start, future, start)
@@ -83,15 +83,29 @@ class Handovers:
 
     def _start(self, future: AnyFuture, start: Callable[[AnyFuture], asyncio.Task[Any]]) -> None:
         """Start the task of a coroutine; runs on the loop."""
-        loop, coro = self._pending.pop(future)
+        pending = self._pending.pop(future, None)
+        if pending is None:
+            # The call that handed it over failed after all, and raised.
+            return
+        loop, coro = pending
         if future.cancelled():
             errors.close_refused(coro)
             self._on_end(future, None)
             return
+        task: asyncio.Task[Any] | None = None
         try:
+            # What can fail comes before the task, as far as it can.
+            self._started.add(future)
+            on_end = partial(self._finish, future)
             task = start(future)
+            task.add_done_callback(on_end)
+            future.add_done_callback(partial(_cancel_task, loop, task))
         except BaseException as error:
-            errors.close_refused(coro)
+            self._started.discard(future)
+            if task is None:
+                errors.close_refused(coro)
+            else:
+                task.cancel()
             if isinstance(error, asyncio.CancelledError):
                 future.cancel()
             else:
@@ -99,26 +113,22 @@ class Handovers:
             self._on_end(future, None)
             if not isinstance(error, (Exception, asyncio.CancelledError)):
                 raise
-            return
-        self._started.add(future)
-        task.add_done_callback(partial(self._finish, future))
-
-        def cancel_task(cancelled: AnyFuture) -> None:
-            if cancelled.cancelled() and not loop.is_closed():
-                loop.call_soon_threadsafe(task.cancel)
-
-        future.add_done_callback(cancel_task)
 
     def _finish(self, future: AnyFuture, task: asyncio.Task[Any]) -> None:
         """Set the outcome of a task on the future that its thread holds."""
-        if task.cancelled():
-            future.cancel()
-            future.set_running_or_notify_cancel()
-        else:
-            error = task.exception()
-            set_outcome(future, None if error else task.result(), error)
-        self._started.discard(future)
-        self._on_end(future, task)
+        if future not in self._started:
+            # It has its outcome: what should follow the start of the task failed.
+            return
+        try:
+            if task.cancelled():
+                future.cancel()
+                future.set_running_or_notify_cancel()
+            else:
+                error = task.exception()
+                set_outcome(future, None if error else task.result(), error)
+        finally:
+            self._started.discard(future)
+            self._on_end(future, task)
 
     def fail_on_closed_loops(self) -> None:
         """Fail the futures of coroutines that can never start because their loop was closed."""
@@ -130,6 +140,12 @@ class Handovers:
                     None,
                     errors.NoRunningLoopError("the event loop was closed before it could start the task"),
                 )
+
+
+def _cancel_task(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], cancelled: AnyFuture) -> None:
+    """Cancel the task of a future that its holder cancelled."""
+    if cancelled.cancelled() and not loop.is_closed():
+        loop.call_soon_threadsafe(task.cancel)
 
 
 def set_outcome(future: AnyFuture, result: Any, error: BaseException | None) -> None:

@@ -21,12 +21,14 @@ from collections.abc import Coroutine, Generator, Mapping
 from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar, Unpack
+from weakref import ref
 
 from bgtasks import _task, errors
 from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
 from bgtasks._statistics import MAX_NAMES, OUTCOMES
 from bgtasks._task import (
-    close_quietly, do_nothing, drive, finish_unentered, grant_turn, is_running, retrieve_failure, run, run_queued,
+    close_quietly, dismiss, do_nothing, drive, finish_unentered, grant_turn, is_running, retrieve_failure, run,
+    run_queued,
 )
 from bgtasks.info import DEFAULT_NAME, TaskFactoryOptions, TaskInfo
 
@@ -57,6 +59,12 @@ cdef extern from "_coroutine.h":
     void bgtasks_set_am_send(object type, PySendResult (*send)(PyObject*, PyObject*, PyObject**) except PYGEN_ERROR)
     object bgtasks_take_error()
     void bgtasks_put_error(object error)
+
+
+cdef extern from "_weak.h":
+    # What a weak reference refers to, None if that is gone.
+    object bgtasks_referent(object reference)
+    bint bgtasks_refers_to(object reference, object value) noexcept
 
 
 cdef extern from "_tracked_task.h":
@@ -276,9 +284,11 @@ cdef class Record:
     cdef int finish_completed(self) except -1:
         if self.state != RUNNING:
             return 0
-        self.records.finish(self, COMPLETED, None)
-        self.report(None)
-        self.release()
+        try:
+            self.records.finish(self, COMPLETED, None)
+            self.report(None)
+        finally:
+            self.release()
         return 0
 
     def fail(self, error: BaseException) -> None:
@@ -292,19 +302,21 @@ cdef class Record:
             task = self.task = current_task(records.loop)
         if self.queued or self.paused:
             self.coro.close()
-        if isinstance(error, GeneratorExit) and not is_running(task):
-            # Closed from outside: nothing runs this coroutine any more.
-            records.finish(self, ABANDONED, None)
-        elif not isinstance(error, CancelledError):
-            records.finish(self, FAILED, error)
-            if not self.observed and task is not None:
-                task.add_done_callback(retrieve_failure)
-        elif self.expired and task.cancelling() <= 1:
-            records.finish(self, TIMED_OUT, None)
-        else:
-            records.finish(self, CANCELLED, None)
-        self.report(error)
-        self.release()
+        try:
+            if isinstance(error, GeneratorExit) and not is_running(task):
+                # Closed from outside: nothing runs this coroutine any more.
+                records.finish(self, ABANDONED, None)
+            elif not isinstance(error, CancelledError):
+                records.finish(self, FAILED, error)
+                if not self.observed and task is not None:
+                    task.add_done_callback(retrieve_failure)
+            elif self.expired and task.cancelling() <= 1:
+                records.finish(self, TIMED_OUT, None)
+            else:
+                records.finish(self, CANCELLED, None)
+            self.report(error)
+        finally:
+            self.release()
 
     def finish_unentered(self, task: Task[Any]) -> None:
         """Finish the record of a task that ended without entering its coroutine; do nothing for any other task."""
@@ -397,20 +409,21 @@ cdef class Record:
 
     def begin(self) -> None:
         """Mark a queued task as running: its timeout and its duration count from now."""
+        self.created = self.records.now()
+        # What can fail comes first: of a task that could not begin the coroutine is closed as one that still waits.
+        self.records.arm(self)
         self.queued = False
         self.records.queued -= 1
         self.turn = None
-        self.created = self.records.now()
-        self.records.arm(self)
 
     def begin_call(self) -> bool:
         """Mark a queued function as running; return False if it was finished before. Safe from any thread."""
         # Neither this method nor ``finish`` releases the GIL between a check and the action that depends on it.
         if self.state != RUNNING:
             return False
+        self.created = self.records.now()
         self.queued = False
         self.records.queued -= 1
-        self.created = self.records.now()
         return True
 
     def finish_call(self, outcome: str, error: BaseException | None = None, if_queued: bool = False) -> bool:
@@ -461,6 +474,11 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
     """Step the coroutine of a record; finish the record when the coroutine ends."""
     cdef Record record = <Record>self
     cdef PySendResult status
+    if record.records is None:
+        # Taken back because its task could not be built, and stepped by what was built of that all the same.
+        Py_INCREF(None)
+        result[0] = <PyObject*>None
+        return PYGEN_RETURN
     if record.queued:
         if not record.turn.done():
             # As a future's __await__ does before it yields the future to the task.
@@ -468,7 +486,11 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
             Py_INCREF(record.turn)
             result[0] = <PyObject*>record.turn
             return PYGEN_NEXT
-        record.begin()
+        try:
+            record.begin()
+        except BaseException as error:
+            record.fail(error)
+            raise
     status = PyIter_Send(<PyObject*>record.coro, sent, result)
     if status == PYGEN_NEXT:
         return PYGEN_NEXT
@@ -533,6 +555,16 @@ cdef int _append(PyObject** first, Record record) except -1:
     return 0
 
 
+cdef int _prepend(PyObject** first, Record record) except -1:
+    cdef PyObject* head = first[0]
+    if head is NULL:
+        return _append(first, record)
+    record.next_timer = head
+    record.previous_timer = (<Record>head).previous_timer
+    (<Record>head).previous_timer = first[0] = <PyObject*>record
+    return 0
+
+
 cdef int _remove(PyObject** first, Record record) except -1:
     if first[0] is not <PyObject*>record:
         (<Record>record.previous_timer).next_timer = record.next_timer
@@ -570,6 +602,9 @@ cdef class Slots:
         cdef Slots stage = self
         while stage is not None:
             # First come, first served.
+            if stage.first_waiting is not NULL and stage.used < stage.limit:
+                # A turn could not be granted when the slot became free.
+                stage.hand_on()
             if stage.used >= stage.limit or stage.first_waiting is not NULL:
                 _append(&stage.first_waiting, record)
                 return False
@@ -600,10 +635,18 @@ cdef class Slots:
             _remove(&self.first_waiting, record)
             self.used += 1
             record.slots_held += 1
-            is_through = self.next_stage is None or self.next_stage.acquire(record)
-            if is_through and not grant_turn(record.records.loop, record.turn):
-                # Its loop is closed and it will never run: free the slots that it just acquired.
+            if self.next_stage is not None and not self.next_stage.acquire(record):
+                continue
+            try:
+                if grant_turn(record.records.held_loop, record.turn):
+                    continue
+            except BaseException:
+                # It stays the next one.
                 record.slots.give_up(record)
+                _prepend(&record.slots.first_waiting, record)
+                raise
+            # Its loop is closed, and it will never run: what it just acquired is free again.
+            record.slots.give_up(record)
         return 0
 
     cdef int give_up(self, Record record) except -1:
@@ -735,6 +778,9 @@ cdef class TimerWheel:
         self.set_hand(tick)
         return 0
 
+    cdef bint has_due(self) noexcept:
+        return self.slots[DUE_SLOT] is not NULL
+
     cdef Record pop_due(self):
         """Disarm and return a record that is due, None if there is none."""
         if self.slots[DUE_SLOT] is NULL:
@@ -748,13 +794,16 @@ cdef class TimerWheel:
 cdef class LoopRecords:
     """The live records of one event loop, in order of creation, with their timers and counters.
 
-    It belongs to the thread of its loop. While it holds a record it owns itself, so that neither it nor its manager is
-    collected while a task runs.
+    Belongs to the thread of its loop. While it holds a record it owns itself and its loop, so that neither it nor its
+    manager can be collected under a running task. Without a record it keeps no loop alive.
     """
 
     cdef RegistryCore registry
-    cdef readonly object loop
-    cdef object clock
+    cdef object loop_ref
+    # The loop, None without a record.
+    cdef object held_loop
+    cdef bint has_own_clock
+    # The method of the loop's class.
     cdef object read_factory
     cdef bint has_factory_attribute
     cdef PyObject* first_record
@@ -780,7 +829,8 @@ cdef class LoopRecords:
     cdef bint timer_wanted
     # 1 or 0: tasks can start eagerly on this loop or not; -1: not tried yet.
     cdef int eager
-    # Arguments of the task constructor, reused: a fresh dict per task costs 4 % of its creation.
+    # Arguments of the task constructor, reused: a fresh dict per task costs 4 % of its creation. The loop is not among
+    # them: it runs, so the constructor finds it.
     cdef dict options
     # The name in ``options``: setting it again for each task of a burst costs 2 % of a task.
     cdef object options_name
@@ -792,11 +842,11 @@ cdef class LoopRecords:
 
     def __init__(self, RegistryCore registry, loop):
         self.registry = registry
-        self.loop = loop
+        self.loop_ref = ref(loop)
         # asyncio's and uvloop's clock is the monotonic one. A loop with another one, such as a test's, is asked.
         stock = getattr(type(loop), "time", None) is BaseEventLoop.time or type(loop).__module__ == "uvloop"
-        self.clock = None if stock else loop.time
-        self.read_factory = loop.get_task_factory
+        self.has_own_clock = not stock
+        self.read_factory = type(loop).get_task_factory
         # On asyncio's own loops the attribute is read, which costs a third of the call.
         self.has_factory_attribute = (
             getattr(type(loop), "get_task_factory", None) is BaseEventLoop.get_task_factory
@@ -806,13 +856,21 @@ cdef class LoopRecords:
         self.names = {}
         self.other_names = NameStats()
         self.eager = -1
-        self.options = {"loop": loop, "name": None}
+        self.options = {"name": None}
+
+    @property
+    def loop(self):
+        """The loop, None if it is gone."""
+        return bgtasks_referent(self.loop_ref)
+
+    cdef inline bint is_of(self, object loop) noexcept:
+        return self.held_loop is loop or bgtasks_refers_to(self.loop_ref, loop)
 
     cdef inline double now(self) except? -1:
-        return bgtasks_monotonic() if self.clock is None else <double>self.clock()
+        return <double>self.loop.time() if self.has_own_clock else bgtasks_monotonic()
 
     cdef inline object task_factory(self):
-        return self.loop._task_factory if self.has_factory_attribute else self.read_factory()
+        return self.held_loop._task_factory if self.has_factory_attribute else self.read_factory(self.held_loop)
 
     cdef bint builds_tasks(self, object factory) except -1:
         """Return whether tasks are built here: the loop has no factory, asyncio's eager one, or the manager's own."""
@@ -822,7 +880,7 @@ cdef class LoopRecords:
 
     cdef bint can_start_eagerly(self) except -1:
         if self.eager < 0:
-            self.eager = self.registry._has_eager_tasks(self.loop)
+            self.eager = self.registry._has_eager_tasks(self.held_loop)
         return self.eager
 
     cdef Record enroll(self, object coro, object name, double timeout, object context, bint observed):
@@ -850,8 +908,9 @@ cdef class LoopRecords:
         record.previous_record = self.last_record
         if self.last_record is NULL:
             self.first_record = <PyObject*>record
-            # See the class: this object now owns itself.
+            # See the class: this object now owns itself and its loop.
             Py_INCREF(self)
+            self.held_loop = bgtasks_referent(self.loop_ref)
         else:
             (<Record>self.last_record).next_record = <PyObject*>record
         self.last_record = <PyObject*>record
@@ -882,28 +941,30 @@ cdef class LoopRecords:
 
     cdef object launch(self, Record record, bint eager, object context):
         """Build and return the task of a record. If that fails, remove the record and close the coroutine."""
-        cdef object task, wrapper
-        record.created = self.now()
+        cdef object task
+        cdef object wrapper = record
         # Close the batch of fire(): it starts before this task, and what fire() defers from now on starts after it.
         self.batch = None
-        if context is not None or eager or self.registry._slots is not None or self.task_factory() is not None:
-            return self.launch_specially(record, eager, context)
-        wrapper = _around(record)
-        if record.given_name is not self.options_name:
-            self.options["name"] = self.options_name = record.given_name
         try:
+            record.created = self.now()
+            if context is not None or eager or self.registry._slots is not None or self.task_factory() is not None:
+                return self.launch_specially(record, eager, context)
+            if record.seconds > 0:
+                self.arm(record)
+            wrapper = _around(record)
+            if record.given_name is not self.options_name:
+                self.options_name = None
+                self.options["name"] = record.given_name
+                self.options_name = record.given_name
             task = PyObject_Call(_TrackedTask, (wrapper,), self.options)
         except BaseException:
             self.discard(record, wrapper)
             raise
         bgtasks_set_record(task, record)
         record.task = task
-        if record.seconds > 0:
-            self.arm(record)
         return task
 
     cdef object launch_in_set(self, Record record, bint eager, object context):
-        record.created = self.now()
         self.batch = None
         return self.launch_specially(record, eager, context)
 
@@ -912,6 +973,7 @@ cdef class LoopRecords:
         cdef object factory, task
         cdef object wrapper = record
         try:
+            record.created = self.now()
             if self.acquire_slots(record):
                 factory = self.task_factory()
                 if record.task_set is None:
@@ -922,6 +984,8 @@ cdef class LoopRecords:
                 factory = self.task_factory()
                 # It runs up to its wait, cheaper than in a step of the loop; the user's coroutine is not entered.
                 eager = context is None
+            if not record.queued:
+                self.arm(record)
             if not self.builds_tasks(factory):
                 wrapper = self.native_wrapper(record)
                 task = self.build_by_factory(record, wrapper, context)
@@ -933,7 +997,8 @@ cdef class LoopRecords:
         except BaseException:
             self.discard(record, wrapper)
             raise
-        self.follow(record, task)
+        if record.state == RUNNING:
+            record.task = task
         return task
 
     cdef inline bint acquire_slots(self, Record record) except -1:
@@ -943,7 +1008,7 @@ cdef class LoopRecords:
 
     cdef int queue(self, Record record) except -1:
         """Mark a record as waiting for its slots."""
-        record.turn = self.loop.create_future()
+        record.turn = self.held_loop.create_future()
         record.queued = True
         self.queued += 1
         return 0
@@ -956,13 +1021,16 @@ cdef class LoopRecords:
         cdef dict options = {"name": record.given_name}
         if context is not None:
             options["context"] = context
-        task = self.loop.create_task(wrapper, **options)
-        task.add_done_callback(partial(finish_unentered, record, wrapper))
+        # Made before there is a task: what fails later would leave one that nobody knows.
+        on_end = partial(finish_unentered, record, wrapper)
+        own_context = PyContext_CopyCurrent()
+        task = self.held_loop.create_task(wrapper, **options)
+        task.add_done_callback(on_end, context=own_context)
         return task
 
     cdef object build(self, Record record, object wrapper, bint eager, object context):
         """Build a task here, eagerly if that is wanted and possible."""
-        cdef dict options = {"loop": self.loop, "name": record.given_name, "context": context}
+        cdef dict options = {"loop": self.held_loop, "name": record.given_name, "context": context}
         if eager and context is not None:
             # Raises if the context is entered already: the task's constructor would notice only when half done.
             context.run(do_nothing)
@@ -970,27 +1038,24 @@ cdef class LoopRecords:
             options["eager_start"] = True
         return PyObject_Call(_TrackedTask, (wrapper,), options)
 
-    cdef inline int follow(self, Record record, object task) except -1:
-        """Keep a task that may have run eagerly, and start its timeout, unless it has ended."""
-        if record.state == RUNNING:
-            record.task = task
-            if record.seconds > 0 and not record.queued:
-                self.arm(record)
-        return 0
-
     cdef int discard(self, Record record, object wrapper) except -1:
         """Remove a record whose task could not be built."""
         if record.state != RUNNING:
             # The first step of an eager task raised an error that stops the loop: it ran, and its end was counted.
             return 0
         if wrapper is not record:
-            wrapper.close()
+            dismiss(record, wrapper)
         record.coro.close()
         if record.state == RUNNING:
             record.name_stats.started -= 1
-            self.unlink(record)
             record.state = ABANDONED
-            record.release()
+            try:
+                self.disarm(record)
+            finally:
+                try:
+                    self.unlink(record)
+                finally:
+                    record.release()
         return 0
 
     # -- ending tasks ---------------------------------------------------------------------------------------------
@@ -1004,19 +1069,31 @@ cdef class LoopRecords:
         record.took = duration
         record.state = outcome
         record.name_stats.count_end(outcome, duration)
-        if record.wheel_slot != NOT_ARMED:
-            self.wheel.disarm(record)
-            if self.wheel.armed == 0 and self.timer is not None:
-                self.timer.cancel()
-                self.timer = None
-        if registry._keeps_history:
-            registry._remember(record, error)
-        self.unlink(record)
+        # Whatever fails from here on, the record leaves the list.
+        try:
+            if record.wheel_slot != NOT_ARMED:
+                self.disarm(record)
+            if registry._keeps_history:
+                registry._remember(record, error)
+        finally:
+            self.unlink(record)
+        return 0
+
+    cdef int disarm(self, Record record) except -1:
+        """End the timeout of a record, if it is armed, and the loop's timer with the last one."""
+        cdef object timer
+        if record.wheel_slot == NOT_ARMED:
+            return 0
+        self.wheel.disarm(record)
+        if self.wheel.armed == 0 and self.timer is not None:
+            timer = self.timer
+            self.timer = None
+            timer.cancel()
         return 0
 
     # In one body in spite of its branches: every task passes here, and each further call would show.
     cdef int unlink(self, Record record) except -1:
-        cdef RegistryCore registry = self.registry
+        """Remove a record from the list and from all counts, then tell those that wait for that."""
         if record.previous_record is NULL:
             self.first_record = record.next_record
         else:
@@ -1031,21 +1108,42 @@ cdef class LoopRecords:
         if record.queued:
             record.queued = False
             self.queued -= 1
-        if record.slots is not None:
-            record.slots.release(record)
-        if record.task_set is not None:
-            record.task_set.leave()
         if record.observed:
             self.observed -= 1
         else:
             self.owned -= 1
+        if self.first_record is NULL:
+            self.held_loop = None
+            # The caller holds the reference that keeps this object alive while it works.
+            Py_DECREF(<PyObject*>self)
+        if record.slots is not None or record.task_set is not None:
+            self.leave(record)
+        elif not record.observed:
+            self.on_left()
+        return 0
+
+    cdef int leave(self, Record record) except -1:
+        """Have the slots and the executor of a record take note of its end, whatever fails meanwhile."""
+        try:
+            if record.slots is not None:
+                record.slots.release(record)
+        finally:
+            try:
+                if record.task_set is not None:
+                    record.task_set.leave()
+            finally:
+                self.on_left()
+        return 0
+
+    cdef int on_left(self) except -1:
+        """Have those look again who wait for the end of owned tasks."""
+        cdef RegistryCore registry = self.registry
+        try:
             if self.owned <= self.idle_threshold:
                 registry._on_idle()
+        finally:
             if registry._capacity_wanted:
                 registry._on_capacity()
-        if self.first_record is NULL:
-            # The caller's reference keeps this object alive until it returns.
-            Py_DECREF(<PyObject*>self)
         return 0
 
     # -- timeouts -------------------------------------------------------------------------------------------------
@@ -1072,34 +1170,40 @@ cdef class LoopRecords:
         self.wheel.arm(record, tick)
         if not self.timer_wanted and (self.timer is None or record.tick < self.timer_tick):
             # One loop timer for all tasks, set once per iteration: a task that ends within it never gets a timer.
+            self.held_loop.call_soon(self.set_timer)
             self.timer_wanted = True
-            self.loop.call_soon(self.set_timer)
         return 0
 
     def set_timer(self):
         """Schedule ``wake`` for the earliest slot in use."""
         cdef uint64_t tick
         cdef double wait
+        cdef object before
         self.timer_wanted = False
         if self.wheel.armed == 0:
             return
+        if self.wheel.has_due():
+            # What ``wake`` raised kept it from the rest.
+            self.held_loop.call_soon(self.wake)
+            return
         tick = self.wheel.next_tick()
-        if self.timer is not None:
-            if tick >= self.timer_tick:
-                return
-            self.timer.cancel()
-        self.timer_tick = tick
+        if self.timer is not None and tick >= self.timer_tick:
+            return
         # A clock far from its zero may not resolve less than SHORTEST_WAIT. Without this minimum, wake would be called
         # again and again at the same time.
         wait = tick / TICKS_PER_SECOND + self.wheel_start - self.now()
-        self.timer = self.loop.call_later(wait if wait > SHORTEST_WAIT else SHORTEST_WAIT, self.wake)
+        before = self.timer
+        self.timer = self.held_loop.call_later(wait if wait > SHORTEST_WAIT else SHORTEST_WAIT, self.wake)
+        self.timer_tick = tick
+        if before is not None:
+            before.cancel()
 
     def wake(self):
         """Report the tasks whose timeout has expired, and set the timer again."""
         cdef Record record
         self.timer = None
-        self.wheel.advance(<uint64_t>((self.now() - self.wheel_start) * TICKS_PER_SECOND))
         try:
+            self.wheel.advance(<uint64_t>((self.now() - self.wheel_start) * TICKS_PER_SECOND))
             while True:
                 record = self.wheel.pop_due()
                 if record is None:
@@ -1120,13 +1224,16 @@ cdef class LoopRecords:
 
     cdef int defer(self, Record record) except -1:
         """Start a task in the next iteration of the loop, in one batch with its neighbours."""
+        cdef list batch
         record.turn = PyContext_CopyCurrent()
         if self.batch is None:
-            self.batch = []
+            batch = [record]
             self.batch_clock = self.now()
-            self.loop.call_soon(self.start_batch, self.batch)
+            self.held_loop.call_soon(self.start_batch, batch)
+            self.batch = batch
+        else:
+            self.batch.append(record)
         record.created = self.batch_clock
-        self.batch.append(record)
         return 0
 
     def start_batch(self, batch):
@@ -1134,34 +1241,54 @@ cdef class LoopRecords:
         cdef Record record
         cdef object task, wrapper
         cdef object name = None
-        cdef dict options = {"loop": self.loop, "name": name, "context": None, "eager_start": True}
+        cdef dict options
         cdef Py_ssize_t index = 0
         if batch is self.batch:
             self.batch = None
-        # Later than the calls of fire(), so no timeout comes early; and one clock read per task instead of two.
-        self.last_end = self.now()
         try:
+            options = {"loop": self.loop, "name": name, "context": None, "eager_start": True}
+            # Not before the call of fire(), so no timeout comes early; and one clock read per task instead of two.
+            self.last_end = self.now()
             for record in <list>batch:
                 index += 1
                 if record.state != RUNNING:
                     continue
                 record.created = self.last_end
-                wrapper = _around(record)
-                if record.given_name is not name:
-                    options["name"] = name = record.given_name
-                options["context"] = record.turn
-                record.turn = None
+                wrapper = record
                 try:
+                    wrapper = _around(record)
+                    if record.given_name is not name:
+                        options["name"] = name = record.given_name
+                    options["context"] = record.turn
+                    record.turn = None
                     task = PyObject_Call(_TrackedTask, (wrapper,), options)
-                except BaseException:
-                    self.discard(record, wrapper)
-                    raise
+                except BaseException as error:
+                    self.fail_unbuilt(record, wrapper, error)
+                    if not isinstance(error, Exception):
+                        raise
+                    continue
                 bgtasks_set_record(task, record)
-                self.follow(record, task)
+                if record.state == RUNNING:
+                    record.task = task
+                    if record.seconds > 0:
+                        self.arm(record)
         finally:
             if index < len(batch):
-                # A first step raised an error that stops the loop: the other tasks start when it goes on.
+                # What was raised stops the loop, or was a failure of ours: the others start when it goes on.
                 self.loop.call_soon(self.start_batch, batch[index:])
+
+    cdef int fail_unbuilt(self, Record record, object wrapper, object error) except -1:
+        """Finish, as failed, a record that ``fire`` accepted and whose task could not be built."""
+        if record.state != RUNNING:
+            # Its first step raised what stops the loop: it ran, and its end was counted.
+            return 0
+        if wrapper is not record:
+            dismiss(record, wrapper)
+        record.turn = None
+        record.coro.close()
+        if record.state == RUNNING:
+            record.fail(error)
+        return 0
 
     cpdef list snapshot(self):
         """Return the live records; the list is complete before anything else can run."""
@@ -1225,18 +1352,22 @@ cdef class TaskSet:
         cdef LoopRecords records = registry.records_here(coro)
         cdef Record record
         cdef double seconds
-        if type(name) is not str:
-            name = _DEFAULT_NAME if name is None else str(name)
-        if (registry._shut or registry._cap) and registry.must_ask(records):
-            registry._admit(coro, name, False)
-        seconds = _seconds(coro, timeout)
-        record = records.enroll(coro, name, seconds, None, False)
-        record.task_set = self
-        record.flags = flags
-        self.live += 1
-        if self.slots is not None:
-            return records.launch_in_set(record, eager_start, contextvars_context)
-        return records.launch(record, eager_start, contextvars_context)
+        try:
+            if type(name) is not str:
+                name = _DEFAULT_NAME if name is None else str(name)
+            if (registry._shut or registry._cap) and registry.must_ask(records):
+                registry._admit(coro, name, False)
+            seconds = _seconds(coro, timeout)
+            record = records.enroll(coro, name, seconds, None, False)
+            record.task_set = self
+            record.flags = flags
+            self.live += 1
+            if self.slots is not None:
+                return records.launch_in_set(record, eager_start, contextvars_context)
+            return records.launch(record, eager_start, contextvars_context)
+        except BaseException:
+            errors.close_refused(coro)
+            raise
 
     def enroll_call(
         self, records: LoopRecords, call: Any, name: str, timeout: float | None, flags: int, future: Any
@@ -1245,16 +1376,20 @@ cdef class TaskSet:
         cdef RegistryCore registry = self.registry
         cdef LoopRecords those = records
         cdef Record record
+        cdef double created
         if (registry._shut or registry._cap) and registry.must_ask(those):
             registry._admit(call, name, False)
+        created = those.now()
         record = those.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
-        record.created = those.now()
+        record.created = created
         record.task = future
         record.task_set = self
         record.flags = flags
         self.live += 1
         record.queued = True
         those.queued += 1
+        # Not by the caller: what stops it after this call would leave a record that nobody knows.
+        call.record = record
         return record
 
     cdef int leave(self) except -1:
@@ -1279,6 +1414,7 @@ cdef class RegistryCore:
     """
 
     cdef LoopRecords _current
+    # By the id of the loop, which this keeps no reference to.
     cdef readonly dict _by_loop
     cdef public bint _shut
     cdef Py_ssize_t _cap
@@ -1337,16 +1473,20 @@ cdef class RegistryCore:
         """
         cdef LoopRecords records = self.records_here(coro)
         cdef double seconds
-        if (self._shut or self._cap) and self.must_ask(records):
-            self._admit(coro, name, False)
-        if type(name) is not str:
-            name = _DEFAULT_NAME if name is None else str(name)
-        seconds = _seconds(coro, timeout)
-        if context is not None and type(context) is not dict:
-            check_context(coro, context)
-        if contextvars_context is not None and not isinstance(contextvars_context, _Context):
-            refuse_contextvars_context(coro, contextvars_context)
-        return records.launch(records.enroll(coro, name, seconds, context, False), eager_start, contextvars_context)
+        try:
+            if (self._shut or self._cap) and self.must_ask(records):
+                self._admit(coro, name, False)
+            if type(name) is not str:
+                name = _DEFAULT_NAME if name is None else str(name)
+            seconds = _seconds(coro, timeout)
+            if context is not None and type(context) is not dict:
+                check_context(coro, context)
+            if contextvars_context is not None and not isinstance(contextvars_context, _Context):
+                refuse_contextvars_context(coro, contextvars_context)
+            return records.launch(records.enroll(coro, name, seconds, context, False), eager_start, contextvars_context)
+        except BaseException:
+            errors.close_refused(coro)
+            raise
 
     def fire(
         self,
@@ -1373,20 +1513,26 @@ cdef class RegistryCore:
             BgtasksError: the errors of ``create_task``, for the same reasons; the coroutine is closed.
         """
         cdef LoopRecords records = self.records_here(coro)
-        cdef Record record
+        cdef Record record = None
         cdef double seconds
-        if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name, True):
-            return False
-        if type(name) is not str:
-            name = _DEFAULT_NAME if name is None else str(name)
-        seconds = _seconds(coro, timeout)
-        if context is not None and type(context) is not dict:
-            check_context(coro, context)
-        record = records.enroll(coro, name, seconds, context, False)
-        if records.defers():
-            records.defer(record)
-        else:
-            records.launch(record, False, None)
+        try:
+            if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name, True):
+                return False
+            if type(name) is not str:
+                name = _DEFAULT_NAME if name is None else str(name)
+            seconds = _seconds(coro, timeout)
+            if context is not None and type(context) is not dict:
+                check_context(coro, context)
+            record = records.enroll(coro, name, seconds, context, False)
+            if records.defers():
+                records.defer(record)
+            else:
+                records.launch(record, False, None)
+        except BaseException:
+            if record is not None:
+                records.discard(record, record)
+            errors.close_refused(coro)
+            raise
         return True
 
     def task_factory(
@@ -1415,9 +1561,10 @@ cdef class RegistryCore:
             return Task(coro, loop=loop, **kwargs)
         records = self.records_of(loop)
         record = records.enroll(coro, _name_of(coro), 0.0, None, True)
-        record.created = records.now()
-        wrapper = _around(record)
+        wrapper = record
         try:
+            record.created = records.now()
+            wrapper = _around(record)
             task = TrackedTask(wrapper, loop=loop, **kwargs)
         except BaseException:
             records.discard(record, wrapper)
@@ -1440,19 +1587,23 @@ cdef class RegistryCore:
         if loop is None:
             errors.close_refused(coro)
             raise errors.no_running_loop()
-        if records is not None and records.loop is loop:
+        if records is not None and records.is_of(loop):
             return records
-        return self.records_of(loop)
+        try:
+            return self.records_of(loop)
+        except BaseException:
+            errors.close_refused(coro)
+            raise
 
     cdef LoopRecords records_of(self, object loop):
         """Return the records of a loop, made at its first use."""
-        cdef object records = self._by_loop.get(loop)
-        if records is None:
+        cdef LoopRecords records = self._by_loop.get(id(loop))
+        if records is None or not records.is_of(loop):
             records = self._add_loop(loop, LoopRecords)
         self._current = records
         return records
 
-    def _forget_loop(self, loop: AbstractEventLoop) -> None:
-        """Remove a closed loop."""
-        if self._current is self._by_loop.pop(loop):
+    def _forget_loop(self, loop_id: int) -> None:
+        """Remove a loop that was closed; by the ``id`` that it has or had."""
+        if self._current is self._by_loop.pop(loop_id):
             self._current = None

@@ -19,6 +19,7 @@ from functools import partial
 from time import monotonic
 from types import CoroutineType
 from typing import Any, Final, TypeVar, Unpack, final
+from weakref import ref
 
 from bgtasks import errors
 from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
@@ -28,6 +29,7 @@ from bgtasks._statistics import MAX_NAMES, OUTCOMES
 from bgtasks._task import (
     TrackedTask,
     close_quietly,
+    dismiss,
     do_nothing,
     drive,
     finish_unentered,
@@ -240,9 +242,11 @@ class Record:
         """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
         if self.state != RUNNING:
             return result
-        self.records.finish(self, COMPLETED, None)
-        _report(self, None)
-        _release(self)
+        try:
+            self.records.finish(self, COMPLETED, None)
+            _report(self, None)
+        finally:
+            _release(self)
         return result
 
     def fail(self, error: BaseException) -> None:
@@ -256,19 +260,21 @@ class Record:
             task = self.task = current_task(records.loop)
         if self.queued or self.paused:
             self.coro.close()
-        if isinstance(error, GeneratorExit) and not is_running(task):
-            # Closed from outside: nothing runs this coroutine any more.
-            records.finish(self, ABANDONED, None)
-        elif not isinstance(error, CancelledError):
-            records.finish(self, FAILED, error)
-            if not self.observed and task is not None:
-                task.add_done_callback(retrieve_failure)
-        elif self.expired and task.cancelling() <= 1:
-            records.finish(self, TIMED_OUT, None)
-        else:
-            records.finish(self, CANCELLED, None)
-        _report(self, error)
-        _release(self)
+        try:
+            if isinstance(error, GeneratorExit) and not is_running(task):
+                # Closed from outside: nothing runs this coroutine any more.
+                records.finish(self, ABANDONED, None)
+            elif not isinstance(error, CancelledError):
+                records.finish(self, FAILED, error)
+                if not self.observed and task is not None:
+                    task.add_done_callback(retrieve_failure)
+            elif self.expired and task.cancelling() <= 1:
+                records.finish(self, TIMED_OUT, None)
+            else:
+                records.finish(self, CANCELLED, None)
+            _report(self, error)
+        finally:
+            _release(self)
 
     def finish_unentered(self, task: Task[Any]) -> None:
         """Finish the record of a task that ended without entering its coroutine; do nothing for any other task."""
@@ -320,20 +326,24 @@ class Record:
 
     def begin(self) -> None:
         """Mark a queued task as running: its timeout and its duration count from now."""
+        records = self.records
+        self.created = records.now()
+        queued = records.queued - 1
+        # What can fail comes first: of a task that could not begin the coroutine is closed as one that still waits.
+        records.arm(self)
         self.queued = False
-        self.records.queued -= 1
+        records.queued = queued
         self.turn = None
-        self.created = self.records.now()
-        self.records.arm(self)
 
     def begin_call(self) -> bool:
         """Mark a queued function as running; return False if it was finished before. Safe from any thread."""
         with _calls_lock:
             if self.state != RUNNING:
                 return False
+            records = self.records
+            self.created = records.now()
+            records.queued -= 1
             self.queued = False
-            self.records.queued -= 1
-            self.created = self.records.now()
         return True
 
     def finish_call(self, outcome: str, error: BaseException | None = None, if_queued: bool = False) -> bool:
@@ -411,6 +421,9 @@ class Slots:
         with _slots_lock:
             while stage is not None:
                 # First come, first served.
+                if stage.waiting and stage.used < stage.limit:
+                    # A turn could not be granted when the slot became free.
+                    stage.hand_on()
                 if stage.used >= stage.limit or stage.waiting:
                     stage.waiting[record] = None
                     return False
@@ -435,18 +448,34 @@ class Slots:
     def hand_on(self) -> None:
         """Pass free slots on to the tasks that wait for them."""
         while self.waiting and self.used < self.limit:
-            record, _ = self.waiting.popitem(last=False)
+            record = next(iter(self.waiting))
+            del self.waiting[record]
             self.used += 1
             record.slots_held += 1
-            if (self.next_stage is None or self.next_stage.acquire(record)) and not grant_turn(
-                record.records.loop, record.turn
-            ):
-                # Its loop is closed and it will never run: free the slots that it just acquired.
-                stage: Any = record.slots
-                while record.slots_held:
-                    record.slots_held -= 1
-                    stage.used -= 1
-                    stage = stage.next_stage
+            if self.next_stage is not None and not self.next_stage.acquire(record):
+                continue
+            try:
+                if grant_turn(record.records.held_loop, record.turn):
+                    continue
+            except BaseException:
+                # It stays the next one.
+                give_up(record)
+                first = record.slots
+                assert first is not None, "it waits there"
+                first.waiting[record] = None
+                first.waiting.move_to_end(record, last=False)
+                raise
+            # Its loop is closed and it will never run: free the slots that it just acquired.
+            give_up(record)
+
+
+def give_up(record: Record) -> None:
+    """Give back what a record holds, and nothing more."""
+    stage: Any = record.slots
+    while record.slots_held:
+        record.slots_held -= 1
+        stage.used -= 1
+        stage = stage.next_stage
 
 
 @final
@@ -468,17 +497,21 @@ class TimerWheel:
         self._due: dict[Record, None] = {}
 
     def arm(self, record: Record, tick: int) -> None:
-        record.tick = tick = max(tick, self.now + 1)
+        tick = max(tick, self.now + 1)
+        armed = self.armed + 1
         slot = self._slots.get(tick)
         if slot is None:
-            slot = self._slots[tick] = {}
             if len(self._heap) > 64 and len(self._heap) > 2 * len(self._slots):
-                self._heap = list(self._slots)
-                heapq.heapify(self._heap)
+                heap = [tick, *self._slots]
+                heapq.heapify(heap)
+                self._heap = heap
             else:
                 heapq.heappush(self._heap, tick)
+            # After the heap, which may have ticks without a slot; a slot without a tick would never be due.
+            slot = self._slots[tick] = {}
         slot[record] = None
-        self.armed += 1
+        record.tick = tick
+        self.armed = armed
 
     def disarm(self, record: Record) -> None:
         slot = self._slots.get(record.tick)
@@ -501,9 +534,15 @@ class TimerWheel:
         return self._heap[0] if self._heap else MAX_TICK
 
     def advance(self, tick: int) -> None:
-        while self.next_tick() <= tick:
-            self._due.update(self._slots.pop(heapq.heappop(self._heap)))
+        while (following := self.next_tick()) <= tick:
+            # Twice rather than nowhere: what is due is disarmed before it is handed out.
+            self._due.update(self._slots[following])
+            del self._slots[following]
+            heapq.heappop(self._heap)
         self.now = max(tick, self.now)
+
+    def has_due(self) -> bool:
+        return bool(self._due)
 
     def pop_due(self) -> Record | None:
         for record in self._due:
@@ -516,17 +555,18 @@ class TimerWheel:
 class LoopRecords:
     """The live records of one event loop, in order of creation, with their timers and counters.
 
-    It belongs to the thread of its loop. While it holds a record it owns itself, so that neither it nor its manager is
-    collected while a task runs.
+    Belongs to the thread of its loop. While it holds a record it owns itself and its loop, so that neither it nor its
+    manager can be collected under a running task. Without a record it keeps no loop alive.
     """
 
     def __init__(self, registry: RegistryCore, loop: AbstractEventLoop) -> None:
         self.registry = registry
-        self.loop = loop
+        self.loop_ref = ref(loop)
+        # The loop, None without a record.
+        self.held_loop: Any = None
         # asyncio's and uvloop's clock is the monotonic one. A loop with another one, such as a test's, is asked.
         stock = getattr(type(loop), "time", None) is BaseEventLoop.time or type(loop).__module__ == "uvloop"
-        self.now: Callable[[], float] = monotonic if stock else loop.time
-        self.task_factory: Callable[[], Any] = loop.get_task_factory
+        self.now: Callable[[], float] = monotonic if stock else partial(_time_of, self.loop_ref)
         self.records: dict[int, Record] = {}
         # Tasks that have not ended: those that the manager owns, and those that are only observed.
         self.owned: int = 0
@@ -552,13 +592,24 @@ class LoopRecords:
         # When a task last ended: the next one of a batch starts then.
         self.last_end: float = 0.0
 
+    @property
+    def loop(self) -> AbstractEventLoop | None:
+        """The loop, None if it is gone."""
+        return self.loop_ref()
+
+    def is_of(self, loop: AbstractEventLoop) -> bool:
+        return self.held_loop is loop or self.loop_ref() is loop
+
+    def task_factory(self) -> Any:
+        return self.held_loop.get_task_factory()
+
     def builds_tasks(self, factory: Any) -> bool:
         """Return whether tasks are built here: the loop has no factory, asyncio's eager one, or the manager's own."""
         return factory is None or factory is self.registry._eager_factory or factory == self.registry.task_factory
 
     def can_start_eagerly(self) -> bool:
         if self.eager is None:
-            self.eager = self.registry._has_eager_tasks(self.loop)
+            self.eager = self.registry._has_eager_tasks(self.held_loop)
         return self.eager
 
     def enroll(self, coro: Any, name: str, timeout: float, context: Mapping[str, Any] | None, observed: bool) -> Record:
@@ -590,16 +641,20 @@ class LoopRecords:
         if self.next_id == self.last_id:
             self.next_id = self.registry._reserve_ids(IDS_AT_ONCE)
             self.last_id = self.next_id + IDS_AT_ONCE
-        self.next_id += 1
-        record.task_id = self.next_id
+        record.task_id = task_id = self.next_id + 1
+        # What can fail comes first, and so do sums: a number is an object that has to be made.
+        started = stats.started + 1
+        live = (self.observed if observed else self.owned) + 1
         if not self.records:
             _in_use.add(self)
-        self.records[self.next_id] = record
+            self.held_loop = self.loop_ref()
+        self.next_id = task_id
+        self.records[task_id] = record
         if observed:
-            self.observed += 1
+            self.observed = live
         else:
-            self.owned += 1
-        stats.started += 1
+            self.owned = live
+        stats.started = started
         return record
 
     def stats_of(self, name: str) -> NameStats:
@@ -614,16 +669,22 @@ class LoopRecords:
         """Build and return the task of a record. If that fails, remove the record and close the coroutine."""
         # Close the batch of fire(): it starts before this task, and what fire() defers from now on starts after it.
         self.batch = None
-        if context is not None or eager or self.registry._slots is not None or self.task_factory() is not None:
-            return self.launch_specially(record, eager, context)
-        wrapper = _wrap(record, run)
+        wrapper = None
         try:
-            task = TrackedTask(wrapper, loop=self.loop, name=record.given_name)
+            loop = self.held_loop
+            if context is not None or eager or self.registry._slots is not None or loop.get_task_factory() is not None:
+                return self.launch_specially(record, eager, context)
+            if record.seconds > 0:
+                self.arm(record)
+            wrapper = _wrap(record, run)
+            task = TrackedTask(wrapper, loop=loop, name=record.given_name)
         except BaseException:
             self.discard(record, wrapper)
             raise
         task._record = record
-        self.follow(record, task)
+        record.task = task
+        if task._source_traceback:
+            _hide_own_frames(task)
         return task
 
     def launch_in_set(self, record: Record, eager: bool, context: Context | None) -> Any:
@@ -644,6 +705,8 @@ class LoopRecords:
                 factory = self.task_factory()
                 # It runs up to its wait, cheaper than in a step of the loop; the user's coroutine is not entered.
                 eager = context is None
+            if not record.queued:
+                self.arm(record)
             wrapper = _wrap(record, run_queued if record.queued else run)
             if not self.builds_tasks(factory):
                 task = self.build_by_factory(record, wrapper, context)
@@ -667,22 +730,25 @@ class LoopRecords:
 
     def queue(self, record: Record) -> None:
         """Mark a record as waiting for its slots."""
-        record.turn = self.loop.create_future()
-        record.queued = True
+        record.turn = self.held_loop.create_future()
         self.queued += 1
+        record.queued = True
 
     def build_by_factory(self, record: Record, wrapper: Coroutine[Any, Any, Any], context: Context | None) -> Any:
         """Build a task with the factory of the loop, a foreign one."""
         options: dict[str, Any] = {"name": record.given_name}
         if context is not None:
             options["context"] = context
-        task = self.loop.create_task(wrapper, **options)
-        task.add_done_callback(partial(finish_unentered, record, wrapper))
+        # Made before there is a task: what fails later would leave one that nobody knows.
+        on_end = partial(finish_unentered, record, wrapper)
+        own_context = copy_context()
+        task = self.held_loop.create_task(wrapper, **options)
+        task.add_done_callback(on_end, context=own_context)
         return task
 
     def build(self, record: Record, wrapper: Coroutine[Any, Any, Any], eager: bool, context: Context | None) -> Any:
         """Build a task here, eagerly if that is wanted and possible."""
-        options: dict[str, Any] = {"loop": self.loop, "name": record.given_name, "context": context}
+        options: dict[str, Any] = {"loop": self.held_loop, "name": record.given_name, "context": context}
         if eager and context is not None:
             # Raises if the context is entered already: the task's constructor would notice only when half done.
             context.run(do_nothing)
@@ -691,13 +757,11 @@ class LoopRecords:
         return TrackedTask(wrapper, **options)
 
     def follow(self, record: Record, task: Any) -> None:
-        """Keep a task that may have run eagerly, and start its timeout, unless it has ended."""
-        if task._source_traceback:
-            _hide_own_frames(task)
+        """Keep a task that may have run eagerly, unless it has ended."""
         if record.state == RUNNING:
             record.task = task
-            if record.seconds > 0 and not record.queued:
-                self.arm(record)
+        if task._source_traceback:
+            _hide_own_frames(task)
 
     def discard(self, record: Record, wrapper: Coroutine[Any, Any, Any] | None) -> None:
         """Remove a record whose task could not be built."""
@@ -705,13 +769,18 @@ class LoopRecords:
             # The first step of an eager task raised an error that stops the loop: it ran, and its end was counted.
             return
         if wrapper is not None:
-            wrapper.close()
+            dismiss(record, wrapper)
         record.coro.close()
         if record.state == RUNNING:
             record.name_stats.started -= 1
-            self.unlink(record)
             record.state = ABANDONED
-            _release(record)
+            try:
+                self.disarm(record)
+            finally:
+                try:
+                    self.unlink(record)
+                finally:
+                    _release(record)
 
     # -- ending tasks ---------------------------------------------------------------------------------------------
 
@@ -721,38 +790,65 @@ class LoopRecords:
         self.last_end = end
         record.took = duration = end - record.created
         record.state = outcome
-        record.name_stats.count_end(outcome, duration)
-        if record.tick >= 0:
-            self.wheel.disarm(record)
-            if self.wheel.armed == 0 and self.timer is not None:
-                self.timer.cancel()
-                self.timer = None
-        if self.registry._keeps_history:
-            self.registry._remember(record, error)
-        self.unlink(record)
+        # Whatever fails from here on, the record leaves the list.
+        try:
+            record.name_stats.count_end(outcome, duration)
+            if record.tick >= 0:
+                self.disarm(record)
+            if self.registry._keeps_history:
+                self.registry._remember(record, error)
+        finally:
+            self.unlink(record)
+
+    def disarm(self, record: Record) -> None:
+        """End the timeout of a record, if it is armed, and the loop's timer with the last one."""
+        if record.tick < 0:
+            return
+        self.wheel.disarm(record)
+        if self.wheel.armed == 0 and self.timer is not None:
+            timer, self.timer = self.timer, None
+            timer.cancel()
 
     def unlink(self, record: Record) -> None:
-        registry = self.registry
+        """Remove a record from the list and from all counts, then tell those that wait for that."""
         del self.records[record.task_id]
         if record.queued:
             record.queued = False
             self.queued -= 1
-        if record.slots is not None:
-            record.slots.release(record)
-        if record.task_set is not None:
-            record.task_set.leave()
         if record.observed:
             self.observed -= 1
         else:
             self.owned -= 1
-            if self.owned <= self.idle_threshold:
-                registry._on_idle()
-            if registry._capacity_wanted:
-                registry._on_capacity()
         if not self.records:
+            self.held_loop = None
+            _in_use.discard(self)
             # An emptied dict keeps its memory; a new one has none to keep.
             self.records = {}
-            _in_use.discard(self)
+        if record.slots is not None or record.task_set is not None:
+            self.leave(record)
+        elif not record.observed:
+            self.on_left()
+
+    def leave(self, record: Record) -> None:
+        """Have the slots and the executor of a record take note of its end, whatever fails meanwhile."""
+        try:
+            if record.slots is not None:
+                record.slots.release(record)
+        finally:
+            try:
+                if record.task_set is not None:
+                    record.task_set.leave()
+            finally:
+                self.on_left()
+
+    def on_left(self) -> None:
+        """Have those look again who wait for the end of owned tasks."""
+        try:
+            if self.owned <= self.idle_threshold:
+                self.registry._on_idle()
+        finally:
+            if self.registry._capacity_wanted:
+                self.registry._on_capacity()
 
     # -- timeouts -------------------------------------------------------------------------------------------------
 
@@ -767,30 +863,35 @@ class LoopRecords:
         self.wheel.arm(record, math.ceil(deadline) if deadline > 0 else 0)
         if not self.timer_wanted and (self.timer is None or record.tick < self.timer_tick):
             # One loop timer for all tasks, set once per iteration: a task that ends within it never gets a timer.
+            self.held_loop.call_soon(self.set_timer)
             self.timer_wanted = True
-            self.loop.call_soon(self.set_timer)
 
     def set_timer(self) -> None:
         """Schedule ``wake`` for the earliest slot in use."""
         self.timer_wanted = False
         if self.wheel.armed == 0:
             return
+        if self.wheel.has_due():
+            # What ``wake`` raised kept it from the rest.
+            self.held_loop.call_soon(self.wake)
+            return
         tick = self.wheel.next_tick()
-        if self.timer is not None:
-            if tick >= self.timer_tick:
-                return
-            self.timer.cancel()
-        self.timer_tick = tick
+        if self.timer is not None and tick >= self.timer_tick:
+            return
         # A clock far from its zero may not resolve less than SHORTEST_WAIT. Without this minimum, wake would be called
         # again and again at the same time.
         wait = tick / TICKS_PER_SECOND + self.wheel_start - self.now()
-        self.timer = self.loop.call_later(max(wait, SHORTEST_WAIT), self.wake)
+        before = self.timer
+        self.timer = self.held_loop.call_later(max(wait, SHORTEST_WAIT), self.wake)
+        self.timer_tick = tick
+        if before is not None:
+            before.cancel()
 
     def wake(self) -> None:
         """Report the tasks whose timeout has expired, and set the timer again."""
         self.timer = None
-        self.wheel.advance(int((self.now() - self.wheel_start) * TICKS_PER_SECOND))
         try:
+            self.wheel.advance(int((self.now() - self.wheel_start) * TICKS_PER_SECOND))
             while (record := self.wheel.pop_due()) is not None:
                 record.expired = True
                 self.registry._on_timeout(record)
@@ -810,42 +911,65 @@ class LoopRecords:
         """Start a task in the next iteration of the loop, in one batch with its neighbours."""
         record.turn = copy_context()
         if self.batch is None:
-            self.batch = []
+            batch = [record]
+            self.held_loop.call_soon(self.start_batch, batch)
             self.batch_clock = record.created
-            self.loop.call_soon(self.start_batch, self.batch)
+            self.batch = batch
+        else:
+            self.batch.append(record)
         record.created = self.batch_clock
-        self.batch.append(record)
 
     def start_batch(self, batch: list[Record]) -> None:
         """Start the tasks that ``fire`` deferred, each up to its first suspension."""
         if batch is self.batch:
             self.batch = None
-        # Later than the calls of fire(), so no timeout comes early; and one clock read per task instead of two.
-        self.last_end = self.now()
-        options: dict[str, Any] = {"eager_start": True}
         index = 0
         try:
+            # Not before the call of fire(), so no timeout comes early; and one clock read per task instead of two.
+            self.last_end = self.now()
             for record in batch:
                 index += 1
-                if record.state != RUNNING:
-                    continue
-                record.created = self.last_end
-                wrapper = _wrap(record, run)
-                context = record.turn
-                record.turn = None
-                try:
-                    task = TrackedTask(wrapper, loop=self.loop, name=record.given_name, context=context, **options)
-                except BaseException:
-                    self.discard(record, wrapper)
-                    raise
-                task._record = record
-                self.follow(record, task)
-                # As in ``launch_specially``: the frame must not keep the task.
-                del task
+                if record.state == RUNNING:
+                    self.start_deferred(record)
         finally:
             if index < len(batch):
-                # A first step raised an error that stops the loop: the other tasks start when it goes on.
-                self.loop.call_soon(self.start_batch, batch[index:])
+                # What was raised stops the loop, or was a failure of ours: the others start when it goes on.
+                loop: Any = self.loop
+                loop.call_soon(self.start_batch, batch[index:])
+
+    def start_deferred(self, record: Record) -> None:
+        """Start one task up to its first suspension; what keeps it from being built is its failure."""
+        record.created = self.last_end
+        wrapper = None
+        try:
+            options: dict[str, Any] = {"loop": self.held_loop, "eager_start": True}
+            wrapper = _wrap(record, run)
+            context = record.turn
+            record.turn = None
+            task = TrackedTask(wrapper, name=record.given_name, context=context, **options)
+        except BaseException as error:
+            self.fail_unbuilt(record, wrapper, error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        task._record = record
+        self.follow(record, task)
+        # As in ``launch_specially``: the frame must not keep the task.
+        del task
+        if record.state == RUNNING and record.seconds > 0:
+            self.arm(record)
+
+    def fail_unbuilt(self, record: Record, wrapper: Coroutine[Any, Any, Any] | None, error: BaseException) -> None:
+        """Finish, as failed, a record that ``fire`` accepted and whose task could not be built."""
+        if record.state != RUNNING:
+            # Its first step raised what stops the loop: it ran, and its end was counted.
+            return
+        if wrapper is not None:
+            dismiss(record, wrapper)
+        record.turn = None
+        record.coro.close()
+        if record.state == RUNNING:
+            record.fail(error)
 
     def snapshot(self) -> list[Record]:
         """Return the live records; the list is complete before anything else can run."""
@@ -854,6 +978,11 @@ class LoopRecords:
     def infos(self) -> list[TaskInfo]:
         """Return a ``TaskInfo`` for each live record."""
         return [record.info() for record in self.snapshot() if record.state == RUNNING and record.records is not None]
+
+
+def _time_of(loop_ref: ref[AbstractEventLoop]) -> float:
+    loop: Any = loop_ref()
+    return loop.time()  # type: ignore[no-any-return]
 
 
 def _hide_own_frames(task: Any) -> None:
@@ -905,18 +1034,23 @@ class TaskSet:
         """Start a coroutine in this set, as ``RegistryCore.create_task`` does."""
         registry = self.registry
         records = _records_here(registry, coro)
-        if type(name) is not str:
-            name = DEFAULT_NAME if name is None else str(name)
-        if (registry._shut or registry._cap) and _must_ask(registry, records):
-            registry._admit(coro, name, False)
-        seconds = _seconds(coro, timeout)
-        record = records.enroll(coro, name, seconds, None, False)
-        record.task_set = self
-        record.flags = flags
-        self.live += 1
-        if self.slots is not None:
-            return records.launch_in_set(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
-        return records.launch(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
+        try:
+            if type(name) is not str:
+                name = DEFAULT_NAME if name is None else str(name)
+            if (registry._shut or registry._cap) and _must_ask(registry, records):
+                registry._admit(coro, name, False)
+            seconds = _seconds(coro, timeout)
+            live = self.live + 1
+            record = records.enroll(coro, name, seconds, None, False)
+            record.task_set = self
+            record.flags = flags
+            self.live = live
+            if self.slots is not None:
+                return records.launch_in_set(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
+            return records.launch(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
+        except BaseException:
+            errors.close_refused(coro)
+            raise
 
     def enroll_call(
         self, records: LoopRecords, call: Any, name: str, timeout: float | None, flags: int, future: Any
@@ -926,13 +1060,16 @@ class TaskSet:
         if (registry._shut or registry._cap) and _must_ask(registry, records):
             registry._admit(call, name, False)
         with _calls_lock:
+            live, queued = self.live + 1, records.queued + 1
             record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
             record.task = future
             record.task_set = self
             record.flags = flags
-            self.live += 1
+            self.live = live
             record.queued = True
-            records.queued += 1
+            records.queued = queued
+            # Not by the caller: what stops it after this call would leave a record that nobody knows.
+            call.record = record
         return record
 
     def leave(self) -> None:
@@ -960,7 +1097,8 @@ class RegistryCore(RegistryHooks):
         self, cap: int, max_running: int | None, keeps_history: bool, muted: dict[int, bool] | None, muted_level: int
     ) -> None:
         self._current: LoopRecords | None = None
-        self._by_loop: dict[AbstractEventLoop, LoopRecords] = {}
+        # By the id of the loop, which this keeps no reference to.
+        self._by_loop: dict[int, LoopRecords] = {}
         self._shut = False
         self._cap = cap
         self._capacity_wanted = False
@@ -1007,18 +1145,22 @@ class RegistryCore(RegistryHooks):
 
         """
         records = _records_here(self, coro)
-        if (self._shut or self._cap) and _must_ask(self, records):
-            self._admit(coro, name, False)
-        if type(name) is not str:
-            name = DEFAULT_NAME if name is None else str(name)
-        seconds = _seconds(coro, timeout)
-        if context is not None and type(context) is not dict:
-            check_context(coro, context)
-        if contextvars_context is not None and not isinstance(contextvars_context, Context):
-            refuse_contextvars_context(coro, contextvars_context)
-        return records.launch(  # type: ignore[no-any-return]
-            records.enroll(coro, name, seconds, context, False), eager_start, contextvars_context
-        )
+        try:
+            if (self._shut or self._cap) and _must_ask(self, records):
+                self._admit(coro, name, False)
+            if type(name) is not str:
+                name = DEFAULT_NAME if name is None else str(name)
+            seconds = _seconds(coro, timeout)
+            if context is not None and type(context) is not dict:
+                check_context(coro, context)
+            if contextvars_context is not None and not isinstance(contextvars_context, Context):
+                refuse_contextvars_context(coro, contextvars_context)
+            return records.launch(  # type: ignore[no-any-return]
+                records.enroll(coro, name, seconds, context, False), eager_start, contextvars_context
+            )
+        except BaseException:
+            errors.close_refused(coro)
+            raise
 
     def fire(
         self,
@@ -1046,18 +1188,25 @@ class RegistryCore(RegistryHooks):
 
         """
         records = _records_here(self, coro)
-        if (self._shut or self._cap) and _must_ask(self, records) and not self._admit(coro, name, True):
-            return False
-        if type(name) is not str:
-            name = DEFAULT_NAME if name is None else str(name)
-        seconds = _seconds(coro, timeout)
-        if context is not None and type(context) is not dict:
-            check_context(coro, context)
-        record = records.enroll(coro, name, seconds, context, False)
-        if records.defers():
-            records.defer(record)
-        else:
-            records.launch(record, False, None)
+        record = None
+        try:
+            if (self._shut or self._cap) and _must_ask(self, records) and not self._admit(coro, name, True):
+                return False
+            if type(name) is not str:
+                name = DEFAULT_NAME if name is None else str(name)
+            seconds = _seconds(coro, timeout)
+            if context is not None and type(context) is not dict:
+                check_context(coro, context)
+            record = records.enroll(coro, name, seconds, context, False)
+            if records.defers():
+                records.defer(record)
+            else:
+                records.launch(record, False, None)
+        except BaseException:
+            if record is not None:
+                records.discard(record, None)
+            errors.close_refused(coro)
+            raise
         return True
 
     def task_factory(
@@ -1086,8 +1235,9 @@ class RegistryCore(RegistryHooks):
             return Task(coro, loop=loop, **options)  # type: ignore[arg-type, unused-ignore]
         records = _records_of(self, loop)
         record = records.enroll(coro, _name_of(coro), 0.0, None, True)
-        wrapper = _wrap(record, run)
+        wrapper = None
         try:
+            wrapper = _wrap(record, run)
             task = TrackedTask(wrapper, loop=loop, **options)
         except BaseException:
             records.discard(record, wrapper)
@@ -1100,9 +1250,9 @@ class RegistryCore(RegistryHooks):
             # As in ``launch_specially``: the frame must not keep the task.
             del task
 
-    def _forget_loop(self, loop: AbstractEventLoop) -> None:
-        """Remove a closed loop."""
-        if self._current is self._by_loop.pop(loop):
+    def _forget_loop(self, loop_id: int) -> None:
+        """Remove a loop that was closed; by the ``id`` that it has or had."""
+        if self._current is self._by_loop.pop(loop_id):
             self._current = None
 
 
@@ -1119,15 +1269,19 @@ def _records_here(registry: RegistryCore, coro: Any) -> LoopRecords:
         errors.close_refused(coro)
         raise errors.no_running_loop()
     records = registry._current
-    if records is not None and records.loop is loop:
+    if records is not None and (records.held_loop is loop or records.loop_ref() is loop):
         return records
-    return _records_of(registry, loop)
+    try:
+        return _records_of(registry, loop)
+    except BaseException:
+        errors.close_refused(coro)
+        raise
 
 
 def _records_of(registry: RegistryCore, loop: AbstractEventLoop) -> LoopRecords:
     """Return the records of a loop, made at its first use."""
-    records = registry._by_loop.get(loop)
-    if records is None:
+    records = registry._by_loop.get(id(loop))
+    if records is None or not records.is_of(loop):
         records = registry._add_loop(loop, LoopRecords)
     registry._current = records
     return records

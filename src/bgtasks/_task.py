@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, TypeVar
 __all__ = [
     "TrackedTask",
     "close_quietly",
+    "dismiss",
     "do_nothing",
     "drive",
     "finish_unentered",
@@ -52,6 +53,10 @@ class TaskRecord(Protocol):
     @property
     def turn(self) -> Any:
         """The future that a queued task waits on."""
+
+    @property
+    def registry(self) -> Any:
+        """The registry that keeps the record, None once it was taken back."""
 
     paused: bool
 
@@ -154,6 +159,8 @@ async def run(coro: Awaitable[Any], record: TaskRecord) -> Any:
         if record.paused:
             await pause()
             record.paused = False
+            if record.registry is None:
+                return None
         return record.complete(await coro)
     except BaseException as error:
         record.fail(error)
@@ -166,6 +173,8 @@ async def run_queued(coro: Awaitable[Any], record: TaskRecord) -> Any:
         if record.paused:
             await pause()
             record.paused = False
+            if record.registry is None:
+                return None
         await record.turn
         record.begin()
         return record.complete(await coro)
@@ -205,6 +214,19 @@ def close_quietly(coro: Any) -> None:
     """Close a coroutine of a closed loop; drop its errors, which nothing could handle any more."""
     with suppress(BaseException):
         coro.close()
+
+
+def dismiss(record: TaskRecord, wrapper: Any) -> None:
+    """Have the native coroutine of a record that is taken back do nothing.
+
+    It is entered up to its pause instead of closed: the constructor of a task may fail when the loop has the first step
+    already, and that step would raise in a closed coroutine.
+    """
+    if type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED:
+        record.paused = True
+        wrapper.send(None)
+    else:
+        wrapper.close()
 
 
 def finish_unentered(record: TaskRecord, wrapper: Any, task: asyncio.Task[Any]) -> None:

@@ -123,6 +123,8 @@ class BackgroundTaskManager(Registry):
         self._dropped = 0
         self._last_drop_warning = -DROP_WARNING_INTERVAL
         self._phase: Literal["open", "draining", "cancelling", "closed"] = "open"
+        # A shutdown is under way, or was done.
+        self._is_ending = False
         # Guards the phase and the drop counter, which several threads change.
         self._policy_lock = threading.RLock()
         self._idle = IdleWait(self._owned_by_loop, self._set_idle_threshold)
@@ -167,15 +169,15 @@ class BackgroundTaskManager(Registry):
             The task.
 
         """
-        while not self._has_capacity():
-            self._capacity_wanted = True
-            try:
+        try:
+            while not self._has_capacity():
+                self._capacity_wanted = True
                 await self._capacity.wait_until(self._has_capacity, None)
-            except BaseException:
-                errors.close_refused(coro)
-                # Pass the notification that woke this call on to the next one.
-                self._on_capacity()
-                raise
+        except BaseException:
+            errors.close_refused(coro)
+            # Pass the notification that woke this call on to the next one.
+            self._on_capacity()
+            raise
         return self.create_task(
             coro,
             name=name,
@@ -221,19 +223,19 @@ class BackgroundTaskManager(Registry):
             raise errors.not_a_coroutine(coro)
         try:
             target = self._only_running_loop() if loop is None else loop
-        except errors.NoRunningLoopError:
+            start = partial(
+                self.create_task,
+                coro,
+                name=name,
+                timeout=timeout,
+                context=context,
+                eager_start=eager_start,
+                contextvars_context=contextvars_context,
+            )
+            return self._handovers.hand_over(target, coro, lambda future: start())
+        except BaseException:
             errors.close_refused(coro)
             raise
-        start = partial(
-            self.create_task,
-            coro,
-            name=name,
-            timeout=timeout,
-            context=context,
-            eager_start=eager_start,
-            contextvars_context=contextvars_context,
-        )
-        return self._handovers.hand_over(target, coro, lambda future: start())
 
     def _only_running_loop(self) -> asyncio.AbstractEventLoop:
         """Return the one running loop that the manager serves."""
@@ -482,37 +484,55 @@ class BackgroundTaskManager(Registry):
         check_seconds("timeout", timeout, error=errors.InvalidTimeoutError)
         check_seconds("drain", drain, error=errors.InvalidTimeoutError)
         with self._policy_lock:
-            is_first = self._phase == "open"
+            is_first = not self._is_ending
             if is_first:
-                self._phase = "draining"
+                self._is_ending = True
+                if self._phase == "open":
+                    self._phase = "draining"
         if not is_first:
             if self._current_record() is None:
                 await self._closed.wait_until(self._is_closed, timeout + drain)
             return self._shutdown_stats("already_shutdown", 0, begun)
+        try:
+            initial = await self._end_all(timeout, drain)
+        except asyncio.CancelledError:
+            try:
+                if self._phase == "draining":
+                    self._cancel_others()
+                await self._absorb_cancellations(timeout)
+            finally:
+                self._set_closed()
+            raise
+        except BaseException:
+            # It did not do what it is for: another call may.
+            self._is_ending = False
+            raise
+        self._set_closed()
+        return self._shutdown_stats("completed", initial, begun)
+
+    async def _end_all(self, timeout: float, drain: float) -> int:
+        """Do the work of ``shutdown``; return how many tasks there were."""
         self._shut = True
         self._release_closed_loops()
         self._capacity.notify()
         initial = len(self._others())
-        try:
-            if drain > 0:
-                await self._wait_idle(drain)
-            end = time.monotonic() + timeout
-            await self._end_attached("flush", min(timeout / 2, LONGEST_FLUSH))
+        if drain > 0:
+            await self._wait_idle(drain)
+        end = time.monotonic() + timeout
+        await self._end_attached("flush", min(timeout / 2, LONGEST_FLUSH))
+        self._cancel_others()
+        # However little time is left: in this iteration of the loop tasks take their cancellation.
+        await asyncio.sleep(0)
+        if not await self._wait_idle(max(end - time.monotonic(), 0)):
+            self._log.still_running(self._others(), "shutdown")
             self._cancel_others()
-            if not await self._wait_idle(max(end - time.monotonic(), 0)):
-                self._log.still_running(self._others(), "shutdown")
-                self._cancel_others()
-                await self._wait_idle(SECOND_CANCEL_GRACE)
-            await self._end_attached("close", max(end - time.monotonic(), SECOND_CANCEL_GRACE))
-        except asyncio.CancelledError:
-            if self._phase == "draining":
-                self._cancel_others()
-            await self._absorb_cancellations(timeout)
-            raise
-        finally:
-            self._phase = "closed"
-            self._closed.notify()
-        return self._shutdown_stats("completed", initial, begun)
+            await self._wait_idle(SECOND_CANCEL_GRACE)
+        await self._end_attached("close", max(end - time.monotonic(), SECOND_CANCEL_GRACE))
+        return initial
+
+    def _set_closed(self) -> None:
+        self._phase = "closed"
+        self._closed.notify()
 
     def _is_closed(self) -> bool:
         return self._phase == "closed"

@@ -34,8 +34,9 @@ else:
 class Registry(RegistryCore, RegistryHooks):
     """The records of all event loops of one manager, and the queries about them.
 
-    Only managers derive from it. Queries may be called from any thread and change nothing: the records of a closed loop
-    are released when the manager is first used on another loop, and by ``shutdown``.
+    A manager derives from it; nothing else does. Questions may be asked from any thread and change nothing: what a
+    closed loop left behind is let go of when the next loop is used, and by ``shutdown``. No loop is kept alive that has
+    no live record.
 
     Args:
         history: how many finished tasks to remember as plain values; 0 for none.
@@ -72,10 +73,11 @@ class Registry(RegistryCore, RegistryHooks):
 
     def _add_loop(self, loop: AbstractEventLoop, make: Callable[..., LoopRecords] = LoopRecords) -> LoopRecords:
         with self._lock:
-            records = self._by_loop.get(loop)
-            if records is None:
+            records = self._by_loop.get(id(loop))
+            if records is None or records.loop is not loop:
+                # An earlier loop may have had the same id: it is gone.
                 self._release_closed_loops()
-                records = self._by_loop[loop] = make(self, loop)
+                records = self._by_loop[id(loop)] = make(self, loop)
         return records
 
     def _bind_running_loop(self) -> None:
@@ -88,14 +90,19 @@ class Registry(RegistryCore, RegistryHooks):
     def _release_closed_loops(self) -> None:
         """Abandon the tasks of closed loops, keep their counters and report the abandoned tasks by name."""
         with self._lock:
-            for loop, records in list(self._by_loop.items()):
-                if not loop.is_closed():
+            for loop_id, records in list(self._by_loop.items()):
+                if not _is_gone(records):
                     continue
-                self._forget_loop(loop)
                 live = records.snapshot()
                 names = Counter(record.name for record in live)
-                for record in live:
-                    record.abandon()
+                # Closing a coroutine may run code that comes here, too.
+                self._forget_loop(loop_id)
+                try:
+                    for record in live:
+                        record.abandon()
+                except BaseException:
+                    self._by_loop[loop_id] = records
+                    raise
                 self._retired.add(_snapshots(records))
                 if names:
                     self._on_abandoned(names)
@@ -103,7 +110,7 @@ class Registry(RegistryCore, RegistryHooks):
     def _open_loops(self) -> list[LoopRecords]:
         """Return the records of every loop that is not closed."""
         with self._lock:
-            return [records for loop, records in self._by_loop.items() if not loop.is_closed()]
+            return [records for records in self._by_loop.values() if not _is_gone(records)]
 
     # -- called by the hot half -----------------------------------------------------------------------------------
 
@@ -158,7 +165,9 @@ class Registry(RegistryCore, RegistryHooks):
 
     def _owned_by_loop(self) -> list[tuple[AbstractEventLoop, int]]:
         """Return a list of (loop, number of owned tasks)."""
-        return [(records.loop, records.owned) for records in self._open_loops()]
+        found = [(records.loop, records.owned) for records in self._open_loops()]
+        # A loop without tasks may go at any time.
+        return [(loop, owned) for loop, owned in found if loop is not None]
 
     def _live_records(self) -> list[Record]:
         """Return the records of all tasks that have not ended."""
@@ -181,9 +190,9 @@ class Registry(RegistryCore, RegistryHooks):
         queued = 0
         with self._lock:
             totals.add(self._retired.snapshots())
-            for loop, records in self._by_loop.items():
+            for records in self._by_loop.values():
                 totals.add(_snapshots(records))
-                if loop.is_closed():
+                if _is_gone(records):
                     for record in records.snapshot():
                         totals.add_abandoned(record.name)
                 else:
@@ -195,9 +204,15 @@ class Registry(RegistryCore, RegistryHooks):
 
     def _set_idle_threshold(self, loop: AbstractEventLoop, count: int) -> None:
         """Have ``_on_idle`` called each time a task ends and ``loop`` has at most ``count`` owned tasks left."""
-        records = self._by_loop.get(loop)
-        if records is not None:
+        records = self._by_loop.get(id(loop))
+        if records is not None and records.loop is loop:
             records.idle_threshold = count
+
+
+def _is_gone(records: LoopRecords) -> bool:
+    """Return whether the loop of these records is closed, or does not exist any more."""
+    loop = records.loop
+    return loop is None or loop.is_closed()
 
 
 def _snapshots(records: LoopRecords) -> Iterator[tuple[str, Snapshot]]:

@@ -48,14 +48,15 @@ cdef class EventQueue:
     """A bounded first-in, first-out queue of events, with counters; any thread may fill it.
 
     Args:
-        max_events: the maximum number of queued events.
-        max_bytes: the maximum number of queued bytes. A ``bytes`` event counts with its length, any other with the
-            mean length of the events encoded so far.
-        max_event_bytes: a ``bytes`` event longer than this is refused.
-        drop_oldest: when the queue is full, drop the oldest events instead of refusing the new one.
-        on_due: called without arguments, by the emitting thread, when the number given to ``arm`` is reached; once
-            per ``arm``.
-        on_loss: called without arguments when events were refused or dropped; once per ``arm_loss``.
+        max_events: how many events it holds at most.
+        max_bytes: how many bytes it holds at most. An event that is ``bytes`` counts with its length, any other with
+            the mean length of those encoded so far.
+        max_event_bytes: an event of ``bytes`` longer than this is refused alone.
+        drop_oldest: at a bound, drop the oldest events instead of refusing the new one.
+        on_due: called without arguments, by whichever thread emits, when the number given to ``arm`` is reached. Once
+            for each ``arm``; if it raises, again at the next event.
+        on_loss: called without arguments when events were refused or dropped, once for each ``arm_loss``; if it raises,
+            again at the next loss.
 
     """
 
@@ -161,7 +162,7 @@ cdef class EventQueue:
             self._bytes += size
         if self._count >= self._due_events or total >= self._due_bytes:
             self._due_events = self._due_bytes = _NEVER
-            self._on_due()
+            self._call_due()
         if dropped is not None:
             self._report_loss()
         return True
@@ -181,13 +182,31 @@ cdef class EventQueue:
         self._report_loss()
         return False
 
+    cdef int _call_due(self) except -1:
+        try:
+            self._on_due()
+        except BaseException:
+            self._due_events = self._count + 1
+            raise
+        return 0
+
     cdef list _make_room(self, int64_t charge):
+        """Drop the oldest events, and return them; counted before they leave, which cannot fail."""
+        cdef int64_t events = self._count
+        cdef int64_t queued = self._bytes
+        cdef int64_t others = self._others
         cdef list dropped = []
-        while self._count and (
-            self._count >= self._max_events or self._bytes + self._others * self._mean + charge > self._max_bytes
-        ):
-            dropped.append(self._pop())
+        while events and (events >= self._max_events or queued + others * self._mean + charge > self._max_bytes):
+            event = self._slots[(self._head + len(dropped)) & self._mask]
+            dropped.append(event)
+            events -= 1
+            if PyBytes_CheckExact(event):
+                queued -= PyBytes_GET_SIZE(event)
+            else:
+                others -= 1
         self._dropped["full"] = self._dropped.get("full", 0) + len(dropped)
+        for _ in range(len(dropped)):
+            self._pop()
         return dropped
 
     cdef object _pop(self):
@@ -211,7 +230,11 @@ cdef class EventQueue:
     cdef int _report_loss(self) except -1:
         if self._loss_armed:
             self._loss_armed = False
-            self._on_loss()
+            try:
+                self._on_loss()
+            except BaseException:
+                self._loss_armed = True
+                raise
         return 0
 
     def close(self) -> None:
@@ -248,21 +271,32 @@ cdef class EventQueue:
         They are in flight until ``account`` counts their outcome.
         """
         cdef list batch = []
-        cdef object first
+        cdef object event
         cdef int64_t left = batch_bytes
-        cdef Py_ssize_t most = events
-        while self._count and len(batch) < most:
-            first = self._slots[self._head]
-            left -= PyBytes_GET_SIZE(first) if PyBytes_CheckExact(first) else self._mean
+        cdef Py_ssize_t most = min(<Py_ssize_t>events, self._count)
+        # The batch is whole before the first event leaves the queue.
+        while len(batch) < most:
+            event = self._slots[(self._head + len(batch)) & self._mask]
+            left -= PyBytes_GET_SIZE(event) if PyBytes_CheckExact(event) else self._mean
             if left < 0 and batch:
                 break
-            batch.append(self._pop())
+            batch.append(event)
+        for _ in range(len(batch)):
+            self._pop()
         self._in_flight += len(batch)
         if not self._count and self._mask >= LARGEST_KEPT:
-            self._slots = [None] * LARGEST_KEPT
-            self._mask = LARGEST_KEPT - 1
-            self._head = 0
+            self._shrink()
         return batch
+
+    cdef int _shrink(self) except -1:
+        try:
+            self._slots = [None] * LARGEST_KEPT
+        except MemoryError:
+            # It stays as large as it is.
+            return 0
+        self._mask = LARGEST_KEPT - 1
+        self._head = 0
+        return 0
 
     def add_mean(self, mean: int) -> None:
         """Update the mean length of events by that of the batch just encoded, in bytes."""
@@ -270,13 +304,17 @@ cdef class EventQueue:
 
     def account(self, count: int, outcome: str) -> None:
         """Count the outcome of events in flight: ``"delivered"``, ``"spooled"`` or the reason of a drop."""
-        self._in_flight -= count
-        self._add(count, outcome)
+        cdef int64_t moved = count
+        self._add(moved, outcome)
+        self._in_flight -= moved
+        self._report_drop(outcome)
 
     def account_spooled(self, count: int, outcome: str) -> None:
         """Count the outcome of spooled events: ``"delivered"`` or the reason of a drop."""
-        self._spooled -= count
-        self._add(count, outcome)
+        cdef int64_t moved = count
+        self._add(moved, outcome)
+        self._spooled -= moved
+        self._report_drop(outcome)
 
     def recover(self, count: int) -> None:
         """Count events that an earlier process left in the spool as accepted and spooled."""
@@ -291,6 +329,10 @@ cdef class EventQueue:
             self._spooled += count
         else:
             self._dropped[outcome] = self._dropped.get(outcome, 0) + count
+        return 0
+
+    cdef int _report_drop(self, str outcome) except -1:
+        if outcome != "delivered" and outcome != "spooled":
             self._report_loss()
         return 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Final, TypedDict, final
 
 from bgtasks.events._guard import at_work
@@ -44,14 +45,15 @@ class EventQueue:
     """A bounded first-in, first-out queue of events, with counters; any thread may fill it.
 
     Args:
-        max_events: the maximum number of queued events.
-        max_bytes: the maximum number of queued bytes. A ``bytes`` event counts with its length, any other with the
-            mean length of the events encoded so far.
-        max_event_bytes: a ``bytes`` event longer than this is refused.
-        drop_oldest: when the queue is full, drop the oldest events instead of refusing the new one.
-        on_due: called without arguments, by the emitting thread, when the number given to ``arm`` is reached; once
-            per ``arm``.
-        on_loss: called without arguments when events were refused or dropped; once per ``arm_loss``.
+        max_events: how many events it holds at most.
+        max_bytes: how many bytes it holds at most. An event that is ``bytes`` counts with its length, any other with
+            the mean length of those encoded so far.
+        max_event_bytes: an event of ``bytes`` longer than this is refused alone.
+        drop_oldest: at a bound, drop the oldest events instead of refusing the new one.
+        on_due: called without arguments, by whichever thread emits, when the number given to ``arm`` is reached. Once
+            for each ``arm``; if it raises, again at the next event.
+        on_loss: called without arguments when events were refused or dropped, once for each ``arm_loss``; if it raises,
+            again at the next loss.
 
     """
 
@@ -142,10 +144,11 @@ class EventQueue:
                 and size <= self._max_event_bytes
                 and _at_work() is not self
             ):
+                # What can fail comes first: a number is an object that has to be made.
+                others = self._others + 1 if size < 0 else self._others
                 events.append(event)
                 self._bytes = total
-                if size < 0:
-                    self._others += 1
+                self._others = others
                 if len(events) < self._due_events and total < self._due_bytes:
                     return True
                 self._due_events = self._due_bytes = NEVER
@@ -154,9 +157,17 @@ class EventQueue:
                 is_due = False
         # Outside the lock: a callback may log, a log handler takes a lock, and code that holds that lock may emit.
         if is_due:
-            self._on_due()
+            self._call_due()
             return True
         return self._emit_at_bound(event, size)
+
+    def _call_due(self) -> None:
+        try:
+            self._on_due()
+        except BaseException:
+            with self._lock:
+                self._due_events = len(self._events) + 1
+            raise
 
     def _emit_at_bound(self, event: object, size: int) -> bool:
         dropped: list[Any] = []
@@ -166,16 +177,17 @@ class EventQueue:
             refusal = self._refusal(charge, size)
             if refusal is None:
                 dropped = self._make_room(charge)
+                total, others = self._bytes + charge, self._others + (size < 0)
                 self._events.append(event)
-                self._bytes += charge
-                self._others += size < 0
+                self._bytes = total
+                self._others = others
                 is_due = len(self._events) >= self._due_events or self._bytes >= self._due_bytes
                 if is_due:
                     self._due_events = self._due_bytes = NEVER
         if refusal is not None:
             return self.refuse(refusal)
         if is_due:
-            self._on_due()
+            self._call_due()
         if dropped:
             self._report_loss()
         return True
@@ -206,28 +218,39 @@ class EventQueue:
         return False
 
     def _make_room(self, charge: int) -> list[Any]:
-        dropped = []
-        while self._events and (len(self._events) >= self._max_events or self._bytes + charge > self._max_bytes):
-            dropped.append(self._pop())
+        events, queued, left = self._events, self._bytes, len(self._events)
+        dropped: list[Any] = []
+        for event in events:
+            if left < self._max_events and queued + charge <= self._max_bytes:
+                break
+            dropped.append(event)
+            left -= 1
+            queued -= len(event) if type(event) is bytes else self._mean
         if dropped:
-            self._dropped["full"] = self._dropped.get("full", 0) + len(dropped)
+            count = self._dropped.get("full", 0) + len(dropped)
+            self._remove(dropped)
+            self._dropped["full"] = count
         return dropped
 
-    def _pop(self) -> Any:
-        event = self._events.popleft()
-        self._popped += 1
-        if type(event) is bytes:
-            self._bytes -= len(event)
-        else:
-            self._bytes -= self._mean
-            self._others -= 1
-        return event
+    def _remove(self, oldest: list[Any]) -> None:
+        """Remove these events, which are the oldest, once all numbers are made: from then on nothing can fail."""
+        others = sum(type(event) is not bytes for event in oldest)
+        queued = self._bytes - others * self._mean - sum(len(event) for event in oldest if type(event) is bytes)
+        others = self._others - others
+        popped = self._popped + len(oldest)
+        for _ in oldest:
+            self._events.popleft()
+        self._bytes, self._others, self._popped = queued, others, popped
 
     def _report_loss(self) -> None:
         with self._lock:
             is_armed, self._loss_armed = self._loss_armed, False
         if is_armed:
-            self._on_loss()
+            try:
+                self._on_loss()
+            except BaseException:
+                self._loss_armed = True
+                raise
 
     def close(self) -> None:
         """Refuse every event from now on."""
@@ -268,43 +291,50 @@ class EventQueue:
         batch: list[Any] = []
         left = batch_bytes
         with self._lock:
-            while self._events and len(batch) < events:
-                first = self._events[0]
-                left -= len(first) if type(first) is bytes else self._mean
+            # The batch is whole before the first event leaves the queue.
+            for event in islice(self._events, events):
+                left -= len(event) if type(event) is bytes else self._mean
                 if batch and left < 0:
                     break
-                batch.append(self._pop())
-            self._in_flight += len(batch)
+                batch.append(event)
+            in_flight = self._in_flight + len(batch)
+            self._remove(batch)
+            self._in_flight = in_flight
         return batch
 
     def add_mean(self, mean: int) -> None:
         """Update the mean length of events by that of the batch just encoded, in bytes."""
         with self._lock:
             before = self._mean
-            self._mean = max((3 * before + mean) // 4, 1)
-            self._bytes += self._others * (self._mean - before)
+            after = max((3 * before + mean) // 4, 1)
+            queued = self._bytes + self._others * (after - before)
+            self._mean = after
+            self._bytes = queued
 
     def account(self, count: int, outcome: str) -> None:
         """Count the outcome of events in flight: ``"delivered"``, ``"spooled"`` or the reason of a drop."""
         with self._lock:
-            self._in_flight -= count
+            in_flight = self._in_flight - count
             is_loss = self._add(count, outcome)
+            self._in_flight = in_flight
         if is_loss:
             self._report_loss()
 
     def account_spooled(self, count: int, outcome: str) -> None:
         """Count the outcome of spooled events: ``"delivered"`` or the reason of a drop."""
         with self._lock:
-            self._spooled -= count
+            spooled = self._spooled - count
             is_loss = self._add(count, outcome)
+            self._spooled = spooled
         if is_loss:
             self._report_loss()
 
     def recover(self, count: int) -> None:
         """Count events that an earlier process left in the spool as accepted and spooled."""
         with self._lock:
-            self._recovered += count
-            self._spooled += count
+            recovered, spooled = self._recovered + count, self._spooled + count
+            self._recovered = recovered
+            self._spooled = spooled
 
     def _add(self, count: int, outcome: str) -> bool:
         if outcome == "delivered":

@@ -161,11 +161,11 @@ class AsyncBackgroundExecutor(ExecutorBase):
         assert self._loop is not None, "the executor is open"
         try:
             _refusals.check_timeout(timeout)
-        except errors.InvalidTimeoutError:
+            start = partial(self._start_handed_over, coro, (name, timeout, False, contextvars.copy_context()), flags)
+            return self._handovers.hand_over(self._loop, coro, start, self._check_open)
+        except BaseException:
             errors.close_refused(coro)
             raise
-        start = partial(self._start_handed_over, coro, (name, timeout, False, contextvars.copy_context()), flags)
-        return self._handovers.hand_over(self._loop, coro, start, self._check_open)
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -52,7 +52,7 @@ class Deadlines:
         """End the thread."""
         with self._changed:
             self._is_stopped = True
-            self._changed.notify()
+            self._changed.notify_all()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()

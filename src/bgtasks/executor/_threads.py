@@ -161,75 +161,114 @@ class BackgroundExecutor(ExecutorBase):
         flags = (CANCEL_ON_EXIT if __cancel_on_exit__ else 0) | (RERAISE_ON_EXIT if __reraise_on_exit__ else 0)
         future = CallFuture(call)
         call.future = future
-        call.record = self._task_set.enroll_call(self._records, call, name, __timeout__, flags, future)
-        self._live[call] = None
-        if not self._is_open:
-            self._cancel_call(call)
-            raise _refusals.closed(self, True)
-        self._queue.put(call)
-        threads = len(self._threads)
-        if threads < self._limit and self._queue.qsize() > threads - len(self._running):
-            try:
+        try:
+            # Sets ``call.record``.
+            self._task_set.enroll_call(self._records, call, name, __timeout__, flags, future)
+            self._live[call] = None
+            if not self._is_open:
+                raise _refusals.closed(self, True)
+            self._queue.put(call)
+            threads = len(self._threads)
+            if threads < self._limit and self._queue.qsize() > threads - len(self._running):
                 self._add_worker()
-            except RuntimeError:
-                # Without a thread it will not run, unless another submitter started one meanwhile.
-                if self._cancel_call(call):
-                    raise
+        except BaseException as error:
+            # Unless a thread was faster, it will not run. What is no failure of ours, as Ctrl-C, is raised in any case.
+            if self._take_back(call) or not isinstance(error, Exception):
+                raise
         if self._is_exiting and __cancel_on_exit__:
             future.cancel()
         return future
 
     # -- threads --------------------------------------------------------------------------------------------------
 
+    def _take_back(self, call: Call) -> bool:
+        """Cancel a call that its submitter gets no future for; return whether it will not run."""
+        if not hasattr(call, "record"):
+            # It was not enrolled.
+            call.close()
+            return True
+        return self._cancel_call(call)
+
     def _add_worker(self) -> None:
         """Start a thread if more calls wait than threads are idle, and the limit allows another.
 
         Raises:
-            RuntimeError: it could not be started, and the executor has no other.
+            Exception: there could be none, and no other serves the executor.
 
         """
-        with self._lock:
-            count = len(self._threads)
-            if count >= self._limit or self._queue.qsize() <= count - len(self._running):
-                return
-            worker = threading.Thread(target=self._work, name="bgtasks-worker", daemon=True)
-            self._threads.add(worker)
+        worker: threading.Thread | None = None
         try:
-            worker.start()
-        except RuntimeError:
             with self._lock:
-                self._threads.discard(worker)
-            if not count:
+                count = len(self._threads)
+                if count >= self._limit or self._queue.qsize() <= count - len(self._running):
+                    return
+                worker = threading.Thread(target=self._work, name="bgtasks-worker", daemon=True)
+                self._threads.add(worker)
+            worker.start()
+        except BaseException as error:
+            with self._lock:
+                if worker is not None and not worker.is_alive():
+                    # If it starts after all, it finds itself missing here and ends.
+                    self._threads.discard(worker)
+                count = len(self._threads)
+            if not count or not isinstance(error, Exception):
                 raise
             logger.warning("No further thread could be started; %d serve the executor", count)
 
     def _work(self) -> None:
         """Run queued calls until the end of the queue, or until the running call was abandoned."""
-        runner = self._make_runner()
         worker = threading.current_thread()
-        next_call, running = self._queue.get, self._running
+        with self._lock:
+            if worker not in self._threads:
+                return
+        runner: Runner | None = None
+        next_call = self._queue.get
         try:
             while (call := next_call()) is not None:
-                call.worker = worker
-                call.runner = runner
-                running[call] = None
-                is_serving = True
-                if call.record.begin_call():
-                    if self._queue.qsize() > len(self._threads) - len(running) and len(self._threads) < self._limit:
-                        # A call was submitted before this one was marked as running, while this thread looked idle.
-                        self._add_worker()
-                    try:
-                        is_serving = self._run(call, runner)
-                    except BaseException:
-                        self._log_escaped(call)
-                        is_serving = worker in self._threads
-                running.pop(call, None)
+                try:
+                    if runner is None:
+                        runner = self._make_runner()
+                    is_serving = self._serve(call, worker, runner)
+                except BaseException as error:
+                    is_serving = self._fail_unserved(call, worker, error)
                 # The next call may come late: nothing may keep this one until then.
                 del call
                 if not is_serving:
                     return
         finally:
-            runner.close()
+            if runner is not None:
+                runner.close()
+
+    def _serve(self, call: Call, worker: threading.Thread, runner: Runner) -> bool:
+        """Run a call that waited, unless it was cancelled; return whether the thread goes on to serve."""
+        running = self._running
+        call.worker = worker
+        call.runner = runner
+        running[call] = None
+        is_serving = True
+        if call.record.begin_call():
+            if self._queue.qsize() > len(self._threads) - len(running) and len(self._threads) < self._limit:
+                # Submitted between taking this call and marking it as running, when this thread looked idle.
+                self._add_worker()
+            try:
+                is_serving = self._run(call, runner)
+            except BaseException:
+                self._log_escaped(call)
+                is_serving = worker in self._threads
+        running.pop(call, None)
+        return is_serving
+
+    def _fail_unserved(self, call: Call, worker: threading.Thread, error: BaseException) -> bool:
+        """Finish a call that could not be run; return whether the thread goes on to serve."""
+        self._running.pop(call, None)
+        try:
+            # The bookkeeping at its end may have failed half-way.
+            if call.record.finish_call("failed", error) or call in self._live:
+                call.close()
+                self._finish(call, None, error)
+        except BaseException:
+            self._log_escaped(call)
+        return worker in self._threads
 
     def _run(self, call: Call, runner: Runner) -> bool:
         """Run a function and finish its call; return False if the call and this thread were abandoned meanwhile."""
@@ -324,7 +363,7 @@ class BackgroundExecutor(ExecutorBase):
             self._add_worker()
 
     def _leave(self, call: Call) -> None:
-        del self._live[call]
+        self._live.pop(call, None)
         if self._is_exiting and not self._live:
             self._idle.set()
 
