@@ -78,7 +78,7 @@ class IdleWait:
     def _is_idle(self) -> bool:
         self._set_thresholds()
         with self._lock:
-            return all(owned <= self._waiting_tasks[loop] for loop, owned in self._owned_by_loop() if loop.is_running())
+            return all([owned <= self._waiting_tasks[loop] for loop, owned in self._owned_by_loop() if loop.is_running()])
 
     def _set_thresholds(self) -> None:
         with self._lock:

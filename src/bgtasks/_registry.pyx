@@ -1559,8 +1559,12 @@ cdef class RegistryCore:
         cdef object task
         if not iscoroutine(coro):
             return Task(coro, loop=loop, **kwargs)
-        records = self.records_of(loop)
-        record = records.enroll(coro, _name_of(coro), 0.0, None, True)
+        try:
+            records = self.records_of(loop)
+            record = records.enroll(coro, _name_of(coro), 0.0, None, True)
+        except BaseException:
+            errors.close_refused(coro)
+            raise
         wrapper = record
         try:
             record.created = records.now()

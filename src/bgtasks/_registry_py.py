@@ -1233,8 +1233,12 @@ class RegistryCore(RegistryHooks):
         if not iscoroutine(coro):
             # A generator, which asyncio takes in 3.11 and refuses later.
             return Task(coro, loop=loop, **options)  # type: ignore[arg-type, unused-ignore]
-        records = _records_of(self, loop)
-        record = records.enroll(coro, _name_of(coro), 0.0, None, True)
+        try:
+            records = _records_of(self, loop)
+            record = records.enroll(coro, _name_of(coro), 0.0, None, True)
+        except BaseException:
+            errors.close_refused(coro)
+            raise
         wrapper = None
         try:
             wrapper = _wrap(record, run)

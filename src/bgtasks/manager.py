@@ -224,7 +224,7 @@ class BackgroundTaskManager(Registry):
         try:
             target = self._only_running_loop() if loop is None else loop
             start = partial(
-                self.create_task,
+                self._start_handed_over,
                 coro,
                 name=name,
                 timeout=timeout,
@@ -232,10 +232,18 @@ class BackgroundTaskManager(Registry):
                 eager_start=eager_start,
                 contextvars_context=contextvars_context,
             )
-            return self._handovers.hand_over(target, coro, lambda future: start())
+            return self._handovers.hand_over(target, coro, start)
         except BaseException:
             errors.close_refused(coro)
             raise
+
+    def _start_handed_over(
+        self,
+        coro: Coroutine[Any, Any, Result],
+        future: concurrent.futures.Future[Result],
+        **options: Any,
+    ) -> asyncio.Task[Result]:
+        return self.create_task(coro, **options)
 
     def _only_running_loop(self) -> asyncio.AbstractEventLoop:
         """Return the one running loop that the manager serves."""
@@ -575,7 +583,7 @@ class BackgroundTaskManager(Registry):
     def _shutdown_stats(
         self, status: Literal["completed", "already_shutdown"], initial: int, begun: float
     ) -> ShutdownStats:
-        names = sorted(record.name for record in self._others())
+        names = sorted([record.name for record in self._others()])
         stats: ShutdownStats = {
             "status": "timeout" if names and status == "completed" else status,
             "initial_tasks": initial,

@@ -94,7 +94,7 @@ class Registry(RegistryCore, RegistryHooks):
                 if not _is_gone(records):
                     continue
                 live = records.snapshot()
-                names = Counter(record.name for record in live)
+                names = Counter([record.name for record in live])
                 # Closing a coroutine may run code that comes here, too.
                 self._forget_loop(loop_id)
                 try:
@@ -180,7 +180,8 @@ class Registry(RegistryCore, RegistryHooks):
         """Return the record of a live task of this manager, None for any other."""
         if not isinstance(task, TrackedTask):
             # A foreign factory built it, or no manager has it.
-            return next((found for found in self._live_records() if found.task is task), None)
+            found = [record for record in self._live_records() if record.task is task]
+            return found[0] if found else None
         record: Record | None = record_of(task)
         return record if record is not None and record.registry is self else None
 

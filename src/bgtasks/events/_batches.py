@@ -15,7 +15,7 @@ from bgtasks.events._event_queue import EventQueue
 from bgtasks.events._health import Health
 from bgtasks.events.errors import EncodeError
 
-__all__ = ["Batch", "BatchLimits", "Batcher"]
+__all__ = ["Batch", "BatchLimits", "Batcher", "Unfit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,15 @@ class Batch:
         return sum(len(payloads) for _, payloads in self.parts)
 
 
+@dataclass(slots=True, eq=False)
+class Unfit:
+    """Events that cannot be encoded, or are too large, and the reason for which they are dropped."""
+
+    events: list[Any]
+    reason: str
+    error: EncodeError | None
+
+
 class Batcher:
     """Pops events from a queue and encodes them into batches with globally unique ids.
 
@@ -90,8 +99,8 @@ class Batcher:
         """Remove and return the events of one batch, oldest first; an empty list if the queue is empty."""
         return self._queue.pop_batch(self._limits.events, self._limits.batch_bytes)
 
-    def encode(self, events: list[Any], position: int = 0, since: float = 0.0) -> list[Batch]:
-        """Encode events into batches; drop those that cannot be encoded or are too large.
+    def encode(self, events: list[Any], position: int = 0, since: float = 0.0) -> tuple[list[Batch], list[Unfit]]:
+        """Return events as batches, and those that fit into none; nothing is counted here.
 
         There may be several batches: the sizes of the events were estimates when they were popped.
         """
@@ -107,17 +116,22 @@ class Batcher:
             Batch.of(f"{self._publisher_id}-{next(self._numbers)}", part, position, since)
             for part in self._split(payloads, total_bytes)
         ]
+        unfit: list[Unfit] = []
         if failed:
-            error = failed[0][1]
-            self._health.sink_error = text_of(error)
-            self._drop([event for event, _ in failed], "encode", error)
+            unfit.append(Unfit([event for event, _ in failed], "encode", failed[0][1]))
         if too_large:
-            self._drop(too_large, "too_large", None)
-        return batches
+            unfit.append(Unfit(too_large, "too_large", None))
+        return batches, unfit
 
-    def _drop(self, events: list[Any], reason: str, error: EncodeError | None) -> None:
-        self._queue.account(len(events), reason)
-        self._dead_letters.add(events, self._publisher_id, reason, error)
+    def count_dropped(self, unfit: Unfit) -> None:
+        """Count events that fit into no batch as dropped."""
+        if unfit.error is not None:
+            self._health.sink_error = text_of(unfit.error)
+        self._queue.account(len(unfit.events), unfit.reason)
+
+    def bury(self, unfit: Unfit) -> None:
+        """Write events that were dropped into the dead letters."""
+        self._dead_letters.add(unfit.events, self._publisher_id, unfit.reason, unfit.error)
 
     def _split(self, payloads: list[Any], total_bytes: int) -> list[list[Any]]:
         """Split payloads into parts within the byte limit."""

@@ -148,8 +148,7 @@ class Delivery:
             await self._close_unused(client)
             return delay
         else:
-            batch.parts.pop()
-            account(len(payloads), "delivered")
+            _account_part(batch, account, (len(payloads), "delivered"))
             self._succeed(batch)
         return None
 
@@ -200,21 +199,31 @@ class Delivery:
     def _give_up(self, batch: Batch, reason: str, error: BaseException | None, account: Account) -> None:
         """Drop the remaining events of a batch."""
         while batch.parts:
-            part_id, payloads = batch.parts.pop()
-            account(len(payloads), reason)
+            part_id, payloads = batch.parts[-1]
+            _account_part(batch, account, (len(payloads), reason))
             self._dead_letters.add(payloads, part_id, reason, error)
 
     def _reject(self, batch: Batch, error: Reject, account: Account) -> None:
-        part_id, payloads = batch.parts.pop()
+        part_id, payloads = batch.parts[-1]
         bad = {index for index in error.indexes if 0 <= index < len(payloads)}
         self._health.sink_error = text_of(error)
         if not bad and len(payloads) > 1:
             middle = len(payloads) // 2
             # Always the same halves with the same ids, so the sink can detect duplicates.
-            batch.parts += [(f"{part_id}.1", payloads[middle:]), (f"{part_id}.0", payloads[:middle])]
+            batch.parts[-1:] = [(f"{part_id}.1", payloads[middle:]), (f"{part_id}.0", payloads[:middle])]
             return
         rejected = [payloads[index] for index in sorted(bad)] if bad else list(payloads)
-        if len(payloads) > len(rejected):
-            account(len(payloads) - len(rejected), "delivered")
-        account(len(rejected), "rejected")
+        outcomes = [(len(payloads) - len(rejected), "delivered"), (len(rejected), "rejected")]
+        _account_part(batch, account, *(outcome for outcome in outcomes if outcome[0]))
         self._dead_letters.add(rejected, part_id, "rejected", error)
+
+
+def _account_part(batch: Batch, account: Account, *outcomes: tuple[int, str]) -> None:
+    """Remove the next part of a batch and count what became of it; if that fails, it is not removed."""
+    part = batch.parts.pop()
+    try:
+        for count, outcome in outcomes:
+            account(count, outcome)
+    except BaseException:
+        batch.parts.append(part)
+        raise

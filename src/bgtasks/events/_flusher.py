@@ -11,13 +11,14 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context
 from functools import partial
-from typing import Any, Final, Protocol, Unpack
+from typing import Any, Final, Protocol, TypeVar, Unpack
 
 from bgtasks.events._batches import BatchLimits
 from bgtasks.events._delivery import Delivery
 from bgtasks.events._event_queue import EventQueue
 from bgtasks.events._guard import at_work
 from bgtasks.events._linger import Linger
+from bgtasks.events._loop_thread import loop_thread
 from bgtasks.events._losses import LossReporter
 from bgtasks.events._pending import Pending
 from bgtasks.events._routes import Route
@@ -28,10 +29,16 @@ __all__ = ["Flusher", "MakeRoute"]
 
 logger = logging.getLogger("bgtasks.events")
 
+Result = TypeVar("Result")
+
 # Seconds that a flusher cancelled from outside (a loop that ends, cancel_all) may take to empty its queue.
 LAST_FLUSH: Final = 1.0
 # Seconds after which a flusher cancelled from outside starts again for the remaining events, if its loop goes on.
 ABSENCE: Final = 0.1
+# Without a loop, events wait this number of seconds for one before a thread with a loop of its own sends them; that one
+# stays for so long after the last event.
+WAIT_FOR_LOOP: Final = 0.2
+IDLE_IN_THREAD: Final = 1.0
 # Seconds for which the flusher keeps the loop at a time, or one batch if that takes longer.
 SLICE: Final = 0.001
 
@@ -59,7 +66,8 @@ class Flusher:
     """Empties a queue into a sink, on one loop at a time.
 
     It starts at the first event that is emitted on a loop, and again on another loop when its own is gone. A batch that
-    was on its way is then written again, with the same id.
+    was on its way is then written again, with the same id. Without a loop it runs in a thread that has one, until
+    nothing is left to send.
 
     Args:
         name: the publisher's name.
@@ -99,11 +107,17 @@ class Flusher:
     def after_fork(self) -> None:
         """Forget the task: it does not exist in the child of a fork."""
         _waiting.discard(self)
-        self._start_lock = threading.Lock()
+        # Re-entrant: what is collected while a life begins may emit.
+        self._start_lock = threading.RLock()
         # Of the current run; None if there is none.
         self._linger: Linger | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
+        self._has_lived = False
+        # When the oldest event came, on the monotonic clock, if there is one and no current life.
+        self._waiting_since: float | None = None
+        # The thread for programs without a loop is to have a look.
+        self._is_awaited = False
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -111,10 +125,11 @@ class Flusher:
         return None if self._linger is None else self._loop
 
     def oldest_age(self) -> float:
-        """Return an upper bound of the age of the oldest queued event, in seconds; 0 if the flusher does not run."""
+        """Return an upper bound of the age of the oldest queued event, in seconds."""
         linger, loop, oldest = self._linger, self._loop, self._pending.oldest()
         if linger is None or loop is None:
-            return 0.0
+            since_when = self._waiting_since
+            return 0.0 if since_when is None else time.monotonic() - since_when
         since = linger.since if oldest is None else min(linger.since, oldest.since)
         return max(loop.time() - since, 0.0)
 
@@ -122,6 +137,14 @@ class Flusher:
 
     def notify(self) -> None:
         """Notify the linger, or start on the loop of this thread; called by the queue, in any thread."""
+        try:
+            self._notify()
+        except Exception:
+            # The event is in the queue, and its emit says so. What should have been done at once is done a little
+            # later, or at the next event.
+            self._wait_for_loop()
+
+    def _notify(self) -> None:
         linger = self._linger
         if linger is not None and self._is_alive():
             try:
@@ -151,50 +174,135 @@ class Flusher:
         return loop.is_running() or _get_running_loop() is None
 
     def _wait_for_loop(self) -> None:
-        if self._pending.is_needed:
+        if self._pending.is_needed and not self._is_stopped:
             _waiting.add(self)
+            if self._waiting_since is None:
+                self._waiting_since = time.monotonic()
+            self._await_loop()
+        else:
+            self._waiting_since = None
         while self._queue.arm(len(self._queue) + 1, 0):
             # Another thread emitted in between.
             continue
+
+    def _await_loop(self) -> None:
+        """Have the thread for programs without a loop look, if no loop comes along before."""
+        if not self._is_awaited:
+            self._is_awaited = True
+            try:
+                loop_thread.call_later(WAIT_FOR_LOOP, self._look)
+            except RuntimeError:
+                # At the end of the interpreter no thread starts any more; the rest is sent there.
+                self._is_awaited = False
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start on the thread's loop if there is something to do and no other loop that may do it."""
+        self._is_awaited = False
+        if self._is_stopped or not self._pending.is_needed:
+            return
+        own, task, linger = self._loop, self._task, self._linger
+        if linger is None or own is None or own.is_closed() or task is None or task.done():
+            self._start(loop)
+        else:
+            linger.notify()
+
+    async def leave_thread(self) -> None:
+        """End the life in the thread for programs without a loop, if there is one: the running loop is the better one.
+
+        What it was writing stays pending.
+        """
+        loop, task = self._loop, self._task
+        if self._linger is None or loop is None or task is None or not loop_thread.is_on(loop):
+            return
+        coro = self._end_life(task)
+        future = loop_thread.run(loop, coro)
+        if future is None:
+            # It has ended by itself.
+            coro.close()
+        else:
+            await asyncio.wait((asyncio.wrap_future(future),))
+
+    async def run_on_loop(self, coro: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine on the flusher's loop, or here if that does not run; return what it returns."""
+        loop = self.loop
+        if loop is None or loop is asyncio.get_running_loop() or not loop.is_running():
+            return await coro
+        future = loop_thread.run(loop, coro)
+        if future is None:
+            if loop.is_closed() or loop is not self.loop:
+                return await coro
+            future = asyncio.run_coroutine_threadsafe(coro, loop)
+        return await asyncio.wrap_future(future)
+
+    async def _end_life(self, task: asyncio.Task[None]) -> None:
+        self._linger = None
+        task.cancel()
+        await asyncio.wait((task,), timeout=LAST_FLUSH)
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._start_lock:
             if self._linger is not None and self._is_alive():
                 return
-            if self._task is not None:
+            if self._has_lived:
                 # The client belongs to the loop of the task, which is gone.
                 self._delivery.forget_client()
-                self._task = None
             limits = self._limits
-            linger = self._linger = Linger(self._queue, loop, limits.events, limits.batch_bytes, limits.linger)
-            self._loop = loop
+            since = self._waiting_since
+            waited = 0.0 if since is None else time.monotonic() - since
+            self._linger = self._task = None
+            linger = Linger(self._queue, loop, limits.events, limits.batch_bytes, limits.linger, waited)
+            try:
+                self._loop = loop
+                self._linger = linger
+                self._has_lived = True
+                self._losses.use(loop)
+                # In an empty context: the task and its callbacks must not keep the context of the request that emitted
+                # first.
+                Context().run(self._begin, loop, linger)
+            except BaseException:
+                self._linger = None
+                raise
+            self._waiting_since = None
         _waiting.discard(self)
-        self._losses.use(loop)
-        # In an empty context: the task and its callbacks must not keep the context of the request that emitted first.
-        Context().run(self._begin, loop, linger)
 
     def _begin(self, loop: asyncio.AbstractEventLoop, linger: Linger) -> None:
-        coro, name = self._run(linger), f"publisher {self._name}"
-        if self.manager is None:
-            task: asyncio.Task[None] = asyncio.Task(coro, loop=loop, name=name)
-        else:
-            task = self.manager.task_factory(loop, coro, name=name)
+        in_thread = loop_thread.is_on(loop)
+        on_end, name = partial(self._end, linger), f"publisher {self._name}"
+        coro = self._run(linger, in_thread)
+        try:
+            # The manager is one of the program's loops: that of the thread would make it two.
+            if self.manager is None or in_thread:
+                task: asyncio.Task[None] = asyncio.Task(coro, loop=loop, name=name)
+            else:
+                task = self.manager.task_factory(loop, coro, name=name)
+        except BaseException:
+            coro.close()
+            raise
+        try:
+            _running.add(task)
+            task.add_done_callback(on_end)
+            if in_thread:
+                task.add_done_callback(_release_thread)
+                loop_thread.retain()
+        except BaseException:
+            # Its linger is not current any more: it ends at once.
+            task.cancel()
+            raise
         self._task = task
-        _running.add(task)
-        task.add_done_callback(partial(self._end, linger))
 
     def _end(self, linger: Linger, task: asyncio.Task[None]) -> None:
         _running.discard(task)
         if linger is not self._linger:
             return
+        # The task was cancelled, by ``stop`` or from outside, or nothing was left to send in the thread.
         self._linger = None
+        self._waiting_since = time.monotonic() - linger.age
+        self._wait_for_loop()
         # A stopped flusher does not come back: the publisher spools or drops what is left.
-        if not self._is_stopped:
-            self._wait_for_loop()
-            if self._pending.is_needed:
-                # The queue did not call for events that came between the end of the task and this callback. A loop
-                # that ends does not run the timer.
-                task.get_loop().call_later(ABSENCE, self._come_back, context=Context())
+        if self._pending.is_needed and not self._is_stopped and not loop_thread.is_on(task.get_loop()):
+            # The queue did not call for events that came between the end of the task and this callback. A loop that
+            # ends does not run the timer.
+            task.get_loop().call_later(ABSENCE, self._come_back, context=Context())
         # Coroutines that wait for progress start the next run: another event may never come.
         self._pending.on_progress()
 
@@ -227,11 +335,11 @@ class Flusher:
 
     # -- the task -------------------------------------------------------------------------------------------------
 
-    async def _run(self, linger: Linger) -> None:
+    async def _run(self, linger: Linger, in_thread: bool) -> None:
         at_work.set(self._queue)
         route = self._make_route(linger, lambda: linger is self._linger)
         try:
-            await self._flush_for_ever(linger, route)
+            await self._flush_for_ever(linger, route, IDLE_IN_THREAD if in_thread else None)
         except asyncio.CancelledError:
             await route.interrupt()
             # A call in flight may have left the connection in the middle of an answer.
@@ -243,13 +351,15 @@ class Flusher:
             await route.stop()
             await self._delivery.close()
 
-    async def _flush_for_ever(self, linger: Linger, route: Route) -> None:
+    async def _flush_for_ever(self, linger: Linger, route: Route, idle: float | None) -> None:
+        """Flush until another life begins, or until nothing came for ``idle`` seconds."""
         # An abandoned run, whose write swallowed its cancellation, ends when the write returns.
         resumed = time.perf_counter()
         while linger is self._linger:
             try:
-                if not route.has_waiting:
-                    await linger.wait()
+                if not route.has_waiting and not await _is_due(linger, idle):
+                    if route.is_idle and not self._pending.is_needed:
+                        return
                 await route.step()
             except Exception:
                 # A bug in bgtasks or in a hook must not stop the other batches.
@@ -275,3 +385,20 @@ class Flusher:
                 self._name,
                 self._queue.counters()["queue_events"],
             )
+
+
+def _release_thread(_: asyncio.Task[None]) -> None:
+    loop_thread.release()
+
+
+async def _is_due(linger: Linger, timeout: float | None) -> bool:
+    """Wait until a batch is due, at most ``timeout`` seconds; return whether one is."""
+    if timeout is None:
+        await linger.wait()
+        return True
+    try:
+        async with asyncio.timeout(timeout):
+            await linger.wait()
+    except TimeoutError:
+        return False
+    return True

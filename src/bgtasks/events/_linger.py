@@ -33,11 +33,18 @@ class Linger:
         batch: the number of events in a full batch.
         batch_bytes: the number of bytes in a full batch.
         linger: seconds that an event waits for others.
+        waited: seconds that the oldest event in the queue has waited before.
 
     """
 
     def __init__(
-        self, queue: EventQueue, loop: asyncio.AbstractEventLoop, batch: int, batch_bytes: int, linger: float
+        self,
+        queue: EventQueue,
+        loop: asyncio.AbstractEventLoop,
+        batch: int,
+        batch_bytes: int,
+        linger: float,
+        waited: float = 0.0,
     ) -> None:
         self._queue = queue
         self._loop = loop
@@ -49,7 +56,7 @@ class Linger:
         self._timer: asyncio.TimerHandle | None = None
         self._urgent = False
         # No event in the queue is older than this, on the loop's clock.
-        self._since = loop.time()
+        self._since = loop.time() - waited
         self._arm_once_a_batch()
 
     def _arm_once_a_batch(self) -> None:
@@ -60,6 +67,11 @@ class Linger:
     def since(self) -> float:
         """The earliest time, on the loop's clock, at which a queued event may have been emitted."""
         return self._since
+
+    @property
+    def age(self) -> float:
+        """How long ago ``since`` is, in seconds."""
+        return max(self._loop.time() - self._since, 0.0)
 
     @property
     def now(self) -> float:
@@ -116,15 +128,21 @@ class Linger:
             self._arm_once_a_batch()
 
     def _linger_on(self) -> None:
-        self._phase = _Phase.LINGERING
         left = self._since + self._linger - self._loop.time()
         if self._urgent or left <= 0 or self._queue.arm(self._batch, self._batch_bytes):
             self._finish()
         else:
             # An empty context: the timer must not keep the context of the request that emitted first.
             self._timer = self._loop.call_later(left, self._finish, context=Context())
+            self._phase = _Phase.LINGERING
 
     def _finish(self) -> None:
-        self._phase = _Phase.BUSY
         if self._due is not None and not self._due.done():
-            self._due.set_result(None)
+            # By the loop, because a future whose result is set is not asked again: if this fails, the next event tries.
+            self._loop.call_soon(_resolve, self._due, context=Context())
+        self._phase = _Phase.BUSY
+
+
+def _resolve(due: asyncio.Future[None]) -> None:
+    if not due.done():
+        due.set_result(None)

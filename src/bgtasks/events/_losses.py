@@ -60,6 +60,10 @@ class LossReporter:
                 self._loop.call_soon_threadsafe(self._warn, context=Context())
             except RuntimeError:
                 self._loop = None
+            except Exception:
+                # No more than a warning fails here, whose totals the next one has: emit does not raise that.
+                self._queue.arm_loss()
+                return
             else:
                 return
         self._log()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
+from typing import Any
 
 from bgtasks._notifier import Notifier
-from bgtasks.events._batches import Batch, Batcher
+from bgtasks.events._batches import Batch, Batcher, Unfit
 from bgtasks.events._event_queue import EventQueue
 from bgtasks.events._linger import Linger
 
@@ -33,6 +34,9 @@ class Pending:
         """Start empty in the child of a fork: the parent keeps the batches."""
         self._batcher.renew_ids()
         self.batches: deque[Batch] = deque()
+        # Out of the queue and not encoded, because that was interrupted; and what is to be dropped of those that were.
+        self._unencoded: list[Any] = []
+        self._unfit: list[Unfit] = []
         # Notified when counters have changed, and when the queue has capacity again.
         self.progress = Notifier()
         self.capacity = Notifier()
@@ -44,7 +48,17 @@ class Pending:
     @property
     def is_needed(self) -> bool:
         """Whether a flusher has work to do."""
-        return bool(self.batches or len(self._queue))
+        return self.has_rest or bool(len(self._queue))
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether events are out of the queue and not accounted for."""
+        return bool(self.batches) or self.has_unencoded
+
+    @property
+    def has_unencoded(self) -> bool:
+        """Whether there are events that are in no batch, because encoding them was interrupted."""
+        return bool(self._unencoded or self._unfit)
 
     @property
     def queued(self) -> int:
@@ -56,16 +70,34 @@ class Pending:
         for _ in range(most):
             at, since = linger.now, linger.since
             position = 0 if self._in_order else self._left_queue()
-            events = self._batcher.pop()
-            if not events:
+            if not self.has_unencoded:
+                self._unencoded = self._batcher.pop()
+            count = len(self._unencoded)
+            if not self.has_unencoded:
                 break
             if not len(self._queue):
                 linger.set_empty(at)
             if self.capacity:
-                self.capacity.notify(len(events))
-            self.batches += self._batcher.encode(events, position, since)
-            if len(events) < self._batcher.events:
+                self.capacity.notify(count)
+            self._encode(position, since)
+            if count < self._batcher.events:
                 break
+
+    def _encode(self, position: int = 0, since: float = 0.0) -> None:
+        """Make batches of the events that were removed from the queue.
+
+        Encoding may run code of the events, which may raise what ends the program. Until it has ended, nothing changes
+        here, so a later call begins again with the same events.
+        """
+        if self._unencoded:
+            batches, unfit = self._batcher.encode(self._unencoded, position, since)
+            together, all_unfit = self.batches + deque(batches), self._unfit + unfit
+            self.batches, self._unfit, self._unencoded = together, all_unfit, []
+        while self._unfit:
+            unfit_events = self._unfit[-1]
+            self._batcher.count_dropped(unfit_events)
+            self._unfit.pop()
+            self._batcher.bury(unfit_events)
 
     def _left_queue(self) -> int:
         """Return the number of events that have left the queue."""
@@ -112,15 +144,23 @@ class Pending:
 
     def encode_rest(self) -> bool:
         """Move one more batch out of the queue, without a flusher; return False if the queue is empty."""
-        events = self._batcher.pop()
-        self.batches += self._batcher.encode(events) if events else []
-        return bool(events)
+        if not self.has_unencoded:
+            self._unencoded = self._batcher.pop()
+        if not self.has_unencoded:
+            return False
+        self._encode()
+        return True
 
     def drop_rest(self) -> list[Batch]:
         """Drop all remaining events with the reason ``timeout``; return the batches, for the dead letters."""
         left, self.batches = list(self.batches), deque()
         for batch in left:
             self._queue.account(batch.events(), "timeout")
+        unencoded, self._unencoded = self._unencoded, []
+        if unencoded:
+            self._queue.account(len(unencoded), "timeout")
+        while self._unfit:
+            self._batcher.count_dropped(self._unfit.pop())
         while events := self._batcher.pop():
             self._queue.account(len(events), "timeout")
         self.on_progress()

@@ -70,7 +70,12 @@ class Route(ABC):
     @property
     def has_waiting(self) -> bool:
         """Whether a pending batch is not being delivered."""
-        return bool(self.pending)
+        return self.pending.has_rest
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is to be sent but what is pending or in the queue."""
+        return True
 
     @abstractmethod
     async def step(self) -> None:
@@ -124,7 +129,7 @@ class ParallelRoute(Route):
     @property
     def has_waiting(self) -> bool:
         """Whether a pending batch has no writer."""
-        return self._next() is not None
+        return self._next() is not None or self.pending.has_unencoded
 
     def _next(self) -> Batch | None:
         """Return the oldest pending batch that has no writer."""
@@ -135,7 +140,7 @@ class ParallelRoute(Route):
         writers = self._writers
         await writers.wait_free()
         await self.dead_letters.wait_written()
-        if not self.has_waiting:
+        if self._next() is None:
             self.pending.fill(self.linger)
         while self.is_current() and (batch := self._next()) is not None:
             writers.start(batch, partial(self._account_part, batch))
@@ -171,6 +176,11 @@ class SpoolRoute(Route):
         self._store = store
         self._tries_sink = tries_sink
         self._forwarding = asyncio.create_task(self._forward())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is to be sent but what is pending or in the queue."""
+        return self._store.is_empty
 
     async def _forward(self) -> None:
         while self.is_current():

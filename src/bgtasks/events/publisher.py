@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, final, get_args
 
 from bgtasks._checks import check_choice, check_count, check_seconds
 from bgtasks._fork import follow_forks
+from bgtasks._notifier import outcome_of
 from bgtasks.errors import InvalidOptionError, describe, text_of
 from bgtasks.events._base import BasePublisher
 from bgtasks.events._batches import Batcher, BatchLimits
@@ -229,8 +230,14 @@ class Publisher(BasePublisher):
         if payload is None or not self._queue.emit(payload):
             return False
         position = self._queue.accepted - self._recovered()
-        await self._pending.progress.wait_until(lambda: self._has_reached(self._queue.left, position), None)
+        await self._pending.progress.wait_until(partial(self._has_left, position), None)
         return self._dropped() == before
+
+    def _has_left(self, position: int) -> bool:
+        return self._has_reached(self._queue.left, position)
+
+    def _has_finished(self, position: int) -> bool:
+        return self._has_reached(self._queue.finished, position)
 
     def _has_reached(self, count: int, position: int) -> bool:
         """Return whether all events up to a position are among ``count`` that left; if not, have the flusher run."""
@@ -275,6 +282,7 @@ class Publisher(BasePublisher):
             Exception: with ``connect``, an error of the sink's ``open``.
 
         """
+        await self._flusher.leave_thread()
         self._flusher.ensure_running()
         if self._connect:
             await self._delivery.open()
@@ -294,10 +302,9 @@ class Publisher(BasePublisher):
         in_time = not self._has_rest()
         if not in_time and not self._is_closed:
             self._flusher.ensure_running()
-            self._hurry(1)
             try:
-                progress = self._pending.progress
-                in_time = await progress.wait_until(lambda: self._has_reached(self._queue.finished, target), timeout)
+                self._hurry(1)
+                in_time = await self._pending.progress.wait_until(partial(self._has_finished, target), timeout)
             finally:
                 self._hurry(-1)
         return self._report(begun, before, in_time)
@@ -334,18 +341,13 @@ class Publisher(BasePublisher):
         self._queue.close()
         # Events that wait for capacity are now refused.
         self._pending.capacity.notify()
-        here = asyncio.get_running_loop()
-        loop = self._flusher.loop
-        if loop is not None and loop is not here and loop.is_running():
-            there = asyncio.run_coroutine_threadsafe(self._close_once(timeout), loop)
-            return await asyncio.wrap_future(there)
-        return await self._close_once(timeout)
+        return await self._flusher.run_on_loop(self._close_once(timeout))
 
     async def _close_once(self, timeout: float) -> FlushReport:
         if self._closing is None or self._closing.get_loop() is not asyncio.get_running_loop():
             self._closing = asyncio.ensure_future(self._close(timeout, self._queue.counters()))
         # Cancelling one caller must not lose the events of the others.
-        return await asyncio.shield(self._closing)
+        return await outcome_of(self._closing)
 
     async def _close(self, timeout: float, before: QueueStats) -> FlushReport:
         begun = time.monotonic()
