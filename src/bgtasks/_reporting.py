@@ -7,10 +7,22 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final
 
+from bgtasks._locations import location_of
 from bgtasks._task import users_traceback
+from bgtasks.errors import describe
 from bgtasks.registry import Record
 
-__all__ = ["DROP_WARNING_INTERVAL", "TaskLog", "guarded", "listed", "location_of", "log_extra", "users_part"]
+__all__ = [
+    "DROP_WARNING_INTERVAL",
+    "TaskLog",
+    "guarded",
+    "listed",
+    "log_extra",
+    "numbered",
+    "place_of",
+    "runs",
+    "users_part",
+]
 
 logger = logging.getLogger("bgtasks")
 
@@ -24,6 +36,20 @@ ENDED: Final = {
     "abandoned": "Background task '%s' was closed from outside after %.3f s",
     "timed_out": "Background task '%s' ended after its timeout, %.3f s old",
 }
+
+
+def _complete(log_record: logging.LogRecord) -> bool:
+    """Give a log record that is about no single task the attributes of those that are: a formatter may name them."""
+    attributes = vars(log_record)
+    attributes.setdefault("task_id", None)
+    attributes.setdefault("task_name", None)
+    attributes.setdefault("task_context", {})
+    return True
+
+
+# A filter of a logger sees what is logged there, not what comes from the loggers below it.
+for _name in ("bgtasks", "bgtasks.events"):
+    logging.getLogger(_name).addFilter(_complete)
 
 
 class TaskLog:
@@ -53,11 +79,12 @@ class TaskLog:
     def failed(self, record: Record, error: BaseException) -> None:
         """Log a task that raised."""
         self.logger.error(
-            "Background task '%s' failed after %.3f s: %s: %s",
+            "Background task '%s' failed after %.3f s: %s: %s%s",
             record.name,
             record.duration,
             type(error).__name__,
             error,
+            _context_of(record),
             exc_info=users_part(error),
             extra=log_extra(record),
         )
@@ -65,14 +92,19 @@ class TaskLog:
     def timed_out(self, record: Record) -> None:
         """Log a task whose timeout has expired."""
         self.logger.warning(
-            "Background task '%s' timed out after %s seconds", record.name, record.timeout, extra=log_extra(record)
+            "Background task '%s' timed out after %s seconds, %s%s",
+            record.name,
+            record.timeout,
+            place_of(record),
+            _context_of(record),
+            extra=log_extra(record),
         )
 
     def abandoned(self, names: dict[str, int]) -> None:
         """Log tasks that a closed loop left behind."""
         self.logger.warning(
-            "A closed event loop left %d background tasks behind; they are abandoned: %s",
-            sum(names.values()),
+            "A closed event loop left %s behind, abandoned: %s",
+            numbered(sum(names.values())),
             listed(names),
         )
 
@@ -92,14 +124,16 @@ class TaskLog:
         """Log tasks that did not end, each with the place where it is suspended."""
         for record in records[:MOST_NAMED]:
             self.logger.warning(
-                "Background task '%s' still runs at the end of %s, %s",
+                "Background task '%s' still runs at the end of %s, %s%s",
                 record.name,
                 when,
-                location_of(record.coro),
+                place_of(record),
+                _context_of(record),
                 extra=log_extra(record),
             )
         if len(records) > MOST_NAMED:
-            self.logger.warning("%d more background tasks still run at the end of %s", len(records) - MOST_NAMED, when)
+            count = len(records) - MOST_NAMED
+            self.logger.warning("%s still %s at the end of %s", numbered(count, "more "), runs(count), when)
 
 
 def log_extra(record: Record) -> dict[str, Any]:
@@ -107,20 +141,29 @@ def log_extra(record: Record) -> dict[str, Any]:
     return {"task_id": record.task_id, "task_name": record.name, "task_context": record.context}
 
 
+def place_of(record: Record) -> str:
+    """Return where the coroutine of a task stands, or the function of an executor."""
+    return str(record.coro.location()) if hasattr(record.coro, "location") else location_of(record.coro)
+
+
+def _context_of(record: Record) -> str:
+    """Return the context of a task for the end of a log record, nothing where there is none."""
+    return f"; context: {describe(dict(record.context))}" if record.context else ""
+
+
 def users_part(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
     """Return an error for ``exc_info``, with its traceback from the user's first frame on."""
     return type(error), error, users_traceback(error)
 
 
-def location_of(coro: Any) -> str:
-    """Return the location of a suspended coroutine: file, line and function of its innermost frame."""
-    frame = None
-    while coro is not None and getattr(coro, "cr_frame", None) is not None:
-        frame = coro.cr_frame
-        coro = getattr(coro, "cr_await", None)
-    if frame is None:
-        return "location unknown"
-    return f"at {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+def numbered(count: int, more: str = "") -> str:
+    """Return a number of background tasks as text: "1 background task", "2 background tasks"."""
+    return f"{count} {more}background task{'' if count == 1 else 's'}"
+
+
+def runs(count: int) -> str:
+    """Return the verb to ``numbered``."""
+    return "runs" if count == 1 else "run"
 
 
 def listed(names: dict[str, int]) -> str:

@@ -22,7 +22,7 @@ from bgtasks._idle import IdleWait
 from bgtasks._notifier import Notifier
 from bgtasks._observers import Observer, Observers
 from bgtasks._options import check_options
-from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded
+from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, numbered, runs
 from bgtasks.info import DEFAULT_NAME, ManagerStats, ShutdownStats, TaskInfo, TaskOverflow
 from bgtasks.registry import Record, Registry
 
@@ -287,7 +287,8 @@ class BackgroundTaskManager(Registry):
 
     def _full_text(self, name: str) -> str:
         return (
-            f"{self._max_pending_tasks} tasks are in flight (max_pending_tasks), no capacity for "
+            f"{self._max_pending_tasks} task{' is' if self._max_pending_tasks == 1 else 's are'} in flight "
+            "(max_pending_tasks), no capacity for "
             f"{errors.describe(name)}: await spawn() to wait for it, or raise the limit."
         )
 
@@ -393,9 +394,10 @@ class BackgroundTaskManager(Registry):
             _, remaining = await asyncio.wait(awaited, timeout=self._default_shutdown_timeout)
             if remaining:
                 self._log.logger.warning(
-                    "%d of %d tasks still run %.1f s after cancel_all()",
+                    "%d of %s still %s %.1f s after cancel_all()",
                     len(remaining),
-                    len(awaited),
+                    numbered(len(awaited)),
+                    runs(len(remaining)),
                     self._default_shutdown_timeout,
                 )
 
@@ -418,7 +420,8 @@ class BackgroundTaskManager(Registry):
 
         """
         if not await self._all_ended(timeout, return_exceptions):
-            self._log.logger.warning("%d tasks still run after waiting %s s for all", self._owned(), timeout)
+            owned = self._owned()
+            self._log.logger.warning("%s still %s after waiting %s s for all", numbered(owned), runs(owned), timeout)
 
     async def _all_ended(self, timeout: float | None, return_exceptions: bool) -> bool:
         """Do as ``wait_for_all``, but return False at the timeout instead of logging it."""

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -172,3 +173,81 @@ def test_interpreters_are_refused_if_python_has_none():
     """The message names the release that has interpreters, and the alternative."""
     with pytest.raises(InvalidOptionError, match=r"needs Python 3\.14 or later.*'processes'"):
         BackgroundExecutor(kind="interpreters")
+
+
+ENDLESS = """
+from bgtasks import BackgroundExecutor
+
+def endless(path):
+    import os, time
+    with open(path, "w") as file:
+        print(os.getpid(), file=file)
+    while True:
+        time.sleep(0.01)
+
+def main(folder):
+    import os, time
+    paths = [f"{folder}/{number}" for number in range(2)]
+    with BackgroundExecutor(kind="processes", max_concurrency=2) as submit:
+        for path in paths:
+            submit(endless, path, __cancel_on_exit__=True)
+        while not all(os.path.exists(path) and os.path.getsize(path) for path in paths):
+            time.sleep(0.01)
+        print("running", flush=True)
+        time.sleep(SECONDS)
+
+if __name__ == "__main__":
+    main(sys.argv[2])
+"""
+
+
+def is_running(number):
+    """Say whether there is a process of this number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def run_endless(folder, twin, sent=None):
+    """Run the program, send it a signal if there is one, and wait for the end of its workers; return what it said."""
+    folder.mkdir()
+    with child(
+        folder, ENDLESS.replace("SECONDS", "0" if sent is None else "60"), twin, "asyncio", str(folder)
+    ) as program:
+        program.wait_for("running")
+        if sent is not None:
+            program.process.send_signal(sent)
+        code = program.end()
+    workers = [int((folder / str(number)).read_text()) for number in range(2)]
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "a worker runs on"
+        time.sleep(0.01)
+    return code, [line for line in program.lines if line != "running"]
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_processes_that_are_cancelled_at_the_end_say_nothing(tmp_path, twin, attempt):
+    """The end of the program joins the processes at the same time: neither side may stumble over the other."""
+    assert run_endless(tmp_path / "run", twin) == (0, [])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot send others these signals")
+@pytest.mark.parametrize("attempt", range(4))
+def test_ctrl_c_ends_processes_with_the_programs_traceback_alone(tmp_path, twin, attempt):
+    """What ends up on the terminal is the KeyboardInterrupt of the program, once."""
+    code, lines = run_endless(tmp_path / "run", twin, signal.SIGINT)
+    assert code == -signal.SIGINT
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "Traceback (most recent call last):",
+        "KeyboardInterrupt",
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot send others these signals")
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL] if os.name != "nt" else [])
+def test_processes_end_with_a_parent_that_is_gone(tmp_path, twin, sent):
+    """A parent that was killed cannot end its processes: they notice, and say nothing."""
+    assert run_endless(tmp_path / "run", twin, sent) == (-sent, [])

@@ -104,8 +104,8 @@ async def test_next(task_manager):
     assert result.ret == 1
     result.stdout.re_match_lines(
         [
-            r"The test leaves 1 background tasks:",
-            r"Background task 'watcher' \(forever\), created at .*test_suite.py:\d+ in test_leaves, at .* in .*wait",
+            r"The test leaves 1 background task:",
+            r"Background task 'watcher' \(forever\), created at .*test_suite.py:\d+ in test_leaves, at .*:\d+ in forever \(in asyncio\.Event\.wait\)",
         ]
     )
     line = int(re.findall(r"test_suite.py:(\d+) in test_leaves", result.stdout.str())[0])

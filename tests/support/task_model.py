@@ -347,7 +347,7 @@ class Model:
         task = next((task for task in self.live.values() if task.task_id == task_id), None)
         if task is None:
             self.check_general_log(now, text)
-        elif text == f"Background task '{task.work.name}' timed out after {task.work.timeout} seconds":
+        elif text.startswith(f"Background task '{task.work.name}' timed out after {task.work.timeout} seconds, at "):
             assert task.deadline - TOLERANCE <= now <= task.deadline + LATENESS
             task.expired = True
             task.count_cancel()
@@ -360,19 +360,21 @@ class Model:
         if "Dropped" in text:
             kind, count = self.due.pop(0)
             assert kind == "drop_warning"
-            assert text.startswith(f"{self.cap} tasks are in flight (max_pending_tasks), no capacity for ")
+            count_text = "1 task is" if self.cap == 1 else f"{self.cap} tasks are"
+            assert text.startswith(f"{count_text} in flight (max_pending_tasks), no capacity for ")
             assert text.endswith(f"Dropped {count} so far; the next warning comes in 5 s at the earliest.")
         elif text.startswith("A closed"):
             assert self.phase == "closing"
             counts = Counter(task.work.name for task in self.live.values())
             names = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-            assert text == (
-                f"A closed event loop left {len(self.live)} background tasks behind; they are abandoned: {names}"
-            )
+            left = f"{len(self.live)} background task{'' if len(self.live) == 1 else 's'}"
+            assert text == f"A closed event loop left {left} behind, abandoned: {names}"
         else:
             ending_now = [waiter for waiter in self.waiters.values() if same_time(waiter.deadline, now)]
             assert ending_now
-            assert text.startswith(f"{len(self.live)} tasks still run after waiting ")
+            count = len(self.live)
+            some = "1 background task still runs" if count == 1 else f"{count} background tasks still run"
+            assert text.startswith(f"{some} after waiting ")
 
     # -- when nothing is left to do ------------------------------------------------------------------------------------
 

@@ -24,6 +24,9 @@ class Runner(Protocol):
     def interrupt(self) -> None:
         """Stop the function that runs, if that is possible; called from another thread."""
 
+    def location(self, worker: threading.Thread) -> str:
+        """Return where the function stands that runs for this worker thread, as text for the log."""
+
     def close(self) -> None:
         """Release the resources of the runner; no call runs."""
 
@@ -81,6 +84,10 @@ class Call:
     def is_closed(self) -> bool:
         """True once the function was released."""
         return self.context is None
+
+    def location(self) -> str:
+        """Return where the function stands, as text for the log."""
+        return self.runner.location(self.worker) if self.is_running else "not started"
 
     def close(self) -> None:
         """Release the function and its arguments: they are not needed any more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing import spawn
 from typing import Any, Final
@@ -41,6 +42,10 @@ class InterpreterRunner:
 
     def interrupt(self) -> None:
         """Do nothing: an interpreter cannot be stopped from outside."""
+
+    def location(self, worker: threading.Thread) -> str:
+        """Return where the function stands that runs for this worker thread, as text for the log."""
+        return "in an interpreter of its own"
 
     def close(self) -> None:
         """End the interpreter."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from types import CoroutineType
 from typing import Any, Literal, TypeAlias, get_args
 
 from bgtasks._checks import check_choice
+from bgtasks._locations import location_of_thread
 from bgtasks.executor._call import Call, Runner
 from bgtasks.executor._refusals import wants_loop
 
@@ -34,6 +36,10 @@ class ThreadRunner:
 
     def interrupt(self) -> None:
         """Do nothing: a thread cannot be interrupted."""
+
+    def location(self, worker: threading.Thread) -> str:
+        """Return where the function stands that runs for this worker thread, as text for the log."""
+        return location_of_thread(worker.ident)
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""

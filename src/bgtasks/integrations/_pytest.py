@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from bgtasks._internals import ManagerInternals
+from bgtasks._locations import location_of
 from bgtasks._observers import Observer, all_managers, observe_all, stop_observing_all
-from bgtasks._reporting import location_of
+from bgtasks._reporting import numbered
 from bgtasks._task import retrieve_failure, users_traceback
 from bgtasks.registry import Record
 
@@ -67,7 +68,7 @@ class CheckedTest:
                 failure.task.exception()
         parts = [str(failure) for failure in failures]
         if self._leaks:
-            parts.append("\n".join([f"The test leaves {len(self._leaks)} background tasks:", *self._leaks]))
+            parts.append("\n".join([f"The test leaves {numbered(len(self._leaks))}:", *self._leaks]))
         self._leaks, self._failures = [], []
         return "\n\n".join(parts)
 

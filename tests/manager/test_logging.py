@@ -1,0 +1,101 @@
+"""What the log says: attributes, contexts and places, in the words of the user's program."""
+
+import asyncio
+import logging
+
+import pytest
+from internals import release_closed_loops
+from work import failing, forever, until
+
+
+class Formatted(logging.Handler):
+    """Formats every record with the three attributes, and raises where one lacks them."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.setFormatter(logging.Formatter("%(task_id)s|%(task_name)s|%(task_context)s|%(message)s"))
+        self.lines = []
+
+    def emit(self, record):
+        """Format a record."""
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture
+def formatted():
+    """Have the records of bgtasks formatted with the attributes of tasks."""
+    handler = Formatted()
+    logger = logging.getLogger("bgtasks")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def test_records_about_no_single_task_have_the_attributes_too(make_manager, formatted):
+    """A format that names the attributes of tasks fits every record of bgtasks, those of its publishers included."""
+    manager = make_manager(max_pending_tasks=1, overflow="drop_newest")
+
+    async def leave():
+        manager.create_task(forever(), name="left")
+        assert not manager.fire(forever(), name="dropped")
+        await manager.wait_for_all(timeout=0)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    release_closed_loops(manager)
+    logging.getLogger("bgtasks.events").warning("of a publisher")
+    assert formatted.lines == [
+        "None|None|{}|1 task is in flight (max_pending_tasks), no capacity for 'dropped': await spawn() to wait for it, "
+        "or raise the limit. Dropped 1 so far; the next warning comes in 5 s at the earliest.",
+        "None|None|{}|1 background task still runs after waiting 0 s for all",
+        "None|None|{}|A closed event loop left 1 background task behind, abandoned: left (1)",
+        "None|None|{}|of a publisher",
+    ]
+
+
+async def test_the_text_of_a_failure_names_the_context(make_manager, caplog):
+    """Whoever reads the text alone learns which order it was."""
+    manager = make_manager()
+    with pytest.raises(ValueError, match="order"):
+        await manager.create_task(failing(ValueError("order")), name="charge", context={"order": 7})
+    assert caplog.records[-1].getMessage().endswith(": ValueError: order; context: {'order': 7}")
+    assert caplog.records[-1].task_context == {"order": 7}
+
+
+async def sleeps():
+    """Wait in the standard library."""
+    await asyncio.sleep(60)
+
+
+async def test_a_timeout_says_where_the_task_hung_and_its_context(make_manager, caplog):
+    """The place is in the user's code, with what that one called; no line of asyncio is named."""
+    manager = make_manager()
+    manager.create_task(sleeps(), name="slow", timeout=0.001, context={"order": 8})
+    await until(lambda: not manager.get_task_count())
+    record = next(record for record in caplog.records if "timed out" in record.getMessage())
+    place = f"at {__file__}:{sleeps.__code__.co_firstlineno + 2} in sleeps (in asyncio.sleep)"
+    assert record.getMessage() == (
+        f"Background task 'slow' timed out after 0.001 seconds, {place}; context: {{'order': 8}}"
+    )
+
+
+async def test_a_coroutine_of_the_standard_library_is_named_alone(make_manager, caplog):
+    """Where no frame is the user's there is no line to show."""
+    manager = make_manager()
+    manager.create_task(asyncio.sleep(60), name="slow", timeout=0.001)
+    await until(lambda: not manager.get_task_count())
+    assert "timed out after 0.001 seconds, in asyncio.sleep" in caplog.text
+
+
+async def test_a_future_that_the_user_awaits_is_located_at_the_user(make_manager, caplog):
+    """Nothing was called: there is nothing in parentheses."""
+
+    async def waits():
+        await asyncio.get_running_loop().create_future()
+
+    manager = make_manager()
+    manager.create_task(waits(), name="slow", timeout=0.001)
+    await until(lambda: not manager.get_task_count())
+    assert f"at {__file__}:{waits.__code__.co_firstlineno + 1} in " in caplog.text
+    assert "(in" not in caplog.text
