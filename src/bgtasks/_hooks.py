@@ -39,12 +39,21 @@ class RegistryHooks:
         """
         raise NotImplementedError
 
-    def _report(self, record: Any, error: BaseException | None) -> None:
-        """Report the end of a task, after its bookkeeping and before its references are cut."""
+    def _report(self, record: Any, error: BaseException | None) -> BaseException | None:
+        """Report the end of a task, after its bookkeeping and before its references are cut.
+
+        Returns:
+            What the task raises instead of ``error``; None for that itself.
+
+        """
         raise NotImplementedError
 
     def _on_timeout(self, record: Any) -> None:
         """Cancel a task whose timeout has expired."""
+        raise NotImplementedError
+
+    def _on_loop_ending(self, record: Any) -> None:
+        """Take note that the owner of a loop, which stands, cancels a task."""
         raise NotImplementedError
 
     def _on_abandoned(self, names: dict[str, int]) -> None:

@@ -45,14 +45,27 @@ class IdleWait:
         """Have the waits check again; called when a loop is down to its threshold."""
         self._notifier.notify()
 
-    async def wait(self, timeout: float | None, *, in_task: bool) -> bool:
+    async def wait(
+        self,
+        timeout: float | None,
+        *,
+        in_task: bool,
+        is_over: Callable[[], bool] = lambda: False,
+        is_ready: Callable[[], bool] = lambda: True,
+    ) -> bool:
         """Wait at most ``timeout`` seconds; return whether the manager is idle.
 
         Args:
             timeout: seconds; None for no limit.
             in_task: whether the coroutine that waits belongs to a task that the manager owns.
+            is_over: asked at each ``notify`` whether to wait no longer.
+            is_ready: what has to hold as well.
 
         """
+
+        def is_done() -> bool:
+            return self._is_idle() and is_ready()
+
         loop = asyncio.get_running_loop()
         with self._lock:
             self._waits += 1
@@ -62,7 +75,7 @@ class IdleWait:
             # The other waits have one task less to wait for.
             self.notify()
         try:
-            if not await self._notifier.wait_until(self._is_idle, timeout):
+            if not await self._notifier.wait_until(lambda: is_done() or is_over(), timeout) or not is_done():
                 return False
         finally:
             with self._lock:
@@ -78,7 +91,8 @@ class IdleWait:
     def _is_idle(self) -> bool:
         self._set_thresholds()
         with self._lock:
-            return all([owned <= self._waiting_tasks[loop] for loop, owned in self._owned_by_loop() if loop.is_running()])
+            owned_by_loop = [(loop, owned) for loop, owned in self._owned_by_loop() if loop.is_running()]
+            return all(owned <= self._waiting_tasks[loop] for loop, owned in owned_by_loop)
 
     def _set_thresholds(self) -> None:
         with self._lock:

@@ -50,6 +50,22 @@ class ManagerInternals:
         """Abandon the tasks of closed loops, and log them."""
         self._manager._release_closed_loops()
 
+    def name_what_ends(self) -> None:
+        """Have ``shutdown`` name in the log the tasks that it cancels, whether it drained before or not."""
+        self._manager._names_cancelled = True
+
+    def times(self) -> tuple[float, float]:
+        """Return the manager's own ``default_shutdown_timeout`` and ``drain_timeout``."""
+        return self._manager._default_shutdown_timeout, self._manager._drain_timeout
+
+    def announce(self, cause: str, seconds: float, hint: str) -> None:
+        """Log the tasks that are left, and again every few seconds until they were cancelled; see ``DrainLog``."""
+        self._manager._drain_log.announce(cause, seconds, hint)
+
+    def hurry(self) -> None:
+        """Have ``shutdown`` wait no longer: for tasks to finish, and the second time for cancelled ones to end."""
+        self._manager._hurry()
+
     def make_task_set(
         self,
         on_idle: Callable[[], object],

@@ -29,7 +29,7 @@ def location_of(coro: Any) -> str:
 
 def location_of_thread(ident: int | None) -> str:
     """Return where the function of a thread stands, in the form of ``location_of``."""
-    frame = None if ident is None else sys._current_frames().get(ident)
+    frame = None if ident is None else sys._current_frames().get(ident)  # noqa: SLF001  Python has no other way
     frames: list[FrameType] = []
     while frame is not None:
         frames.append(frame)

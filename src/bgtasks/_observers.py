@@ -22,6 +22,9 @@ class Observer:
     def task_failed(self, record: Record, error: BaseException) -> None:
         """Handle the failure of a task, which is logged afterwards."""
 
+    def task_timed_out(self, record: Record, error: TimeoutError) -> None:
+        """Take note of a task that ended by its timeout, which is in the log."""
+
     def tasks_abandoned(self, names: dict[str, int]) -> None:
         """Handle the tasks that a closed loop left behind: their names, each with the number of tasks."""
 

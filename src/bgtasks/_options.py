@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypedDict, get_args
 
 from bgtasks._checks import check_callable, check_choice, check_count, check_limit, check_seconds
-from bgtasks.info import TaskInfo, TaskOverflow
+from bgtasks.info import TaskInfo, TaskOverflow, TimeoutPolicy
 
 __all__ = ["ManagerOptions", "check_options"]
 
@@ -21,6 +21,7 @@ class ManagerOptions(TypedDict, total=False):
     drain_timeout: float
     on_error: Callable[[TaskInfo, BaseException], object] | None
     history: int
+    timeouts: TimeoutPolicy
 
 
 def check_options(options: ManagerOptions) -> None:
@@ -39,6 +40,8 @@ def check_options(options: ManagerOptions) -> None:
                 check_limit(option, value)
             case "overflow":
                 check_choice(option, value, get_args(TaskOverflow), "to wait for capacity, await spawn()")
+            case "timeouts":
+                check_choice(option, value, get_args(TimeoutPolicy))
             case "on_error":
                 check_callable(option, value)
             case "history":

@@ -75,7 +75,7 @@ cdef extern from "_tracked_task.h":
 
 
 TrackedTask = bgtasks_make_task_type(Task)
-for _name in ("__doc__", "_coro", "cancel", "get_coro"):
+for _name in ("__doc__", "_coro", "cancel", "get_coro", "set_name"):
     setattr(TrackedTask, _name, _task.TrackedTask.__dict__[_name])
 
 # Constants and names of the hot path, as C variables: looking them up in the module's dict costs 4 % of a task.
@@ -211,6 +211,8 @@ cdef class Record:
     cdef unsigned char expired
     # How many concurrency slots it holds.
     cdef unsigned char slots_held
+    # A task that runs as long as the program: counted and shown, waited for only after its cancellation.
+    cdef readonly unsigned char service
     # How its executor treats it at the end of the block, as bits.
     cdef readonly unsigned char flags
 
@@ -219,9 +221,7 @@ cdef class Record:
 
     @property
     def name(self):
-        """The given name; for a task that the task factory built, the task's own."""
-        if self.given_name is None:
-            return "" if self.task is None else self.task.get_name()
+        """The given name; for a task that the task factory built without a name, that of its coroutine."""
         return self.given_name
 
     @property
@@ -266,7 +266,7 @@ cdef class Record:
     cdef dict make_info(self):
         return {
             "task_id": self.task_id,
-            "name": self.given_name if self.given_name is not None else self.name,
+            "name": self.given_name,
             "coroutine": _name_of(self.coro),
             "state": "queued" if self.queued else OUTCOMES[self.state],
             "age_seconds": self.took if self.state != RUNNING else self.records.now() - self.created,
@@ -275,6 +275,20 @@ cdef class Record:
             "done": self.state != RUNNING,
             "cancelled": self.state == CANCELLED or self.state == TIMED_OUT,
         }
+
+    def rename(self, name: str) -> None:
+        """Give a task that the task factory built, and that has not ended, another name: loops may name it late."""
+        cdef LoopRecords records = self.records
+        cdef NameStats old = self.name_stats
+        cdef object old_name = self.given_name
+        if not self.observed or self.state != RUNNING:
+            return
+        self.given_name = name
+        self.name_stats = records.stats_of(name)
+        self.name_stats.started += 1
+        old.started -= 1
+        if not old.started:
+            records.names.pop(old_name, None)
 
     def complete(self, result: Result) -> Result:
         """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
@@ -291,12 +305,13 @@ cdef class Record:
             self.release()
         return 0
 
-    def fail(self, error: BaseException) -> None:
-        """Finish the record of a task whose coroutine raised ``error``."""
+    def fail(self, error: BaseException) -> BaseException | None:
+        """Finish the record of a task whose coroutine raised ``error``; return what to raise instead, or None."""
         cdef LoopRecords records = self.records
         cdef object task = self.task
+        cdef object replacement
         if self.state != RUNNING:
-            return
+            return None
         if task is None:
             # An eager task that has not left its constructor.
             task = self.task = current_task(records.loop)
@@ -314,9 +329,12 @@ cdef class Record:
                 records.finish(self, TIMED_OUT, None)
             else:
                 records.finish(self, CANCELLED, None)
-            self.report(error)
+            replacement = self.report(error)
+            if replacement is not None and task is not None:
+                task.add_done_callback(retrieve_failure)
         finally:
             self.release()
+        return replacement
 
     def finish_unentered(self, task: Task[Any]) -> None:
         """Finish the record of a task that ended without entering its coroutine; do nothing for any other task."""
@@ -384,7 +402,9 @@ cdef class Record:
             self.finish_completed()
             raise
         except BaseException as raised:
-            self.fail(raised)
+            replacement = self.fail(raised)
+            if replacement is not None:
+                raise replacement from raised
             raise
 
     def close(self):
@@ -442,16 +462,20 @@ cdef class Record:
             # The call refers to its record, and the cycle collector does not see records.
             self.coro = None
 
-    cdef int report(self, object error) except -1:
+    cdef object report(self, object error):
         cdef RegistryCore registry = self.records.registry
-        if self.state != FAILED and registry._muted is not None and registry._muted.get(registry._muted_level) is False:
-            return 0
+        if (
+            self.state != FAILED
+            and self.state != TIMED_OUT
+            and registry._muted is not None
+            and registry._muted.get(registry._muted_level) is False
+        ):
+            return None
         try:
-            registry._report(self, error)
+            return registry._report(self, error)
         except BaseException:
             self.release()
             raise
-        return 0
 
     cdef int release(self) except -1:
         self.task = None
@@ -509,14 +533,18 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
 cdef int _fail(Record record) except -1:
     """Finish the record of a task whose coroutine raised; its error stays in the error indicator."""
     cdef object error = bgtasks_take_error()
+    cdef object replacement
     cdef PyObject* handled = PyErr_GetHandledException()
     # Hooks and logging handlers may ask for the exception that is being handled.
     PyErr_SetHandledException(<PyObject*>error)
     try:
-        record.fail(error)
+        replacement = record.fail(error)
     finally:
         PyErr_SetHandledException(handled)
         Py_XDECREF(handled)
+    if replacement is not None:
+        replacement.__cause__ = error
+        error = replacement
     bgtasks_put_error(error)
     return 0
 
@@ -808,7 +836,7 @@ cdef class LoopRecords:
     cdef bint has_factory_attribute
     cdef PyObject* first_record
     cdef PyObject* last_record
-    # Tasks that have not ended: those that the manager owns, and those that are only observed.
+    # Tasks that have not ended: those that the manager owns, and those that are observed or services.
     cdef readonly Py_ssize_t owned
     cdef readonly Py_ssize_t observed
     # Owned tasks that wait for a concurrency slot.
@@ -902,8 +930,7 @@ cdef class LoopRecords:
         record.seconds = timeout
         record.wheel_slot = NOT_ARMED
         record.observed = observed
-        if not observed:
-            record.given_name = name
+        record.given_name = name
 
         record.previous_record = self.last_record
         if self.last_record is NULL:
@@ -921,6 +948,13 @@ cdef class LoopRecords:
             self.owned += 1
         stats.started += 1
         return record
+
+    cdef int make_service(self, Record record) except -1:
+        """Have the manager not wait for a task that was just enrolled."""
+        record.service = True
+        self.owned -= 1
+        self.observed += 1
+        return 0
 
     cdef NameStats stats_of(self, object name):
         cdef object stats = self.names.get(name)
@@ -1003,6 +1037,8 @@ cdef class LoopRecords:
 
     cdef inline bint acquire_slots(self, Record record) except -1:
         """Acquire the concurrency slots that a task needs; return False if it has to wait for one."""
+        if record.service:
+            return True
         record.slots = self.registry._slots if record.task_set is None else record.task_set.slots
         return record.slots is None or record.slots.acquire(record)
 
@@ -1108,7 +1144,7 @@ cdef class LoopRecords:
         if record.queued:
             record.queued = False
             self.queued -= 1
-        if record.observed:
+        if record.observed or record.service:
             self.observed -= 1
         else:
             self.owned -= 1
@@ -1447,6 +1483,7 @@ cdef class RegistryCore:
         context: Mapping[str, Any] | None = None,
         eager_start: bool = False,
         contextvars_context: Context | None = None,
+        service: bool = False,
     ) -> Task[Result]:
         """Start a coroutine in the background and keep it until it ends.
 
@@ -1457,6 +1494,9 @@ cdef class RegistryCore:
             context: a mapping for the task's log records.
             eager_start: run up to the first suspension before this call returns (from Python 3.12 on; else ignored).
             contextvars_context: the ``contextvars.Context`` to run in; a copy of the current one by default.
+            service: True for a task that runs as long as the program, such as a heartbeat: neither ``wait_for_all`` nor
+                draining waits for it, ``shutdown`` cancels it after all others have had their time, and it counts
+                neither in ``max_concurrency`` nor in ``max_pending_tasks``.
 
         Returns:
             The task.
@@ -1472,9 +1512,11 @@ cdef class RegistryCore:
         After any of these errors the coroutine is closed.
         """
         cdef LoopRecords records = self.records_here(coro)
+        cdef Record record
         cdef double seconds
+        cdef bint is_service = service
         try:
-            if (self._shut or self._cap) and self.must_ask(records):
+            if (self._shut or (self._cap and not is_service)) and self.must_ask(records):
                 self._admit(coro, name, False)
             if type(name) is not str:
                 name = _DEFAULT_NAME if name is None else str(name)
@@ -1483,7 +1525,10 @@ cdef class RegistryCore:
                 check_context(coro, context)
             if contextvars_context is not None and not isinstance(contextvars_context, _Context):
                 refuse_contextvars_context(coro, contextvars_context)
-            return records.launch(records.enroll(coro, name, seconds, context, False), eager_start, contextvars_context)
+            record = records.enroll(coro, name, seconds, context, False)
+            if is_service:
+                records.make_service(record)
+            return records.launch(record, eager_start, contextvars_context)
         except BaseException:
             errors.close_refused(coro)
             raise
@@ -1544,7 +1589,8 @@ cdef class RegistryCore:
         """Build a task for ``loop.set_task_factory(manager.task_factory)``, which tracks every task of the program.
 
         Such tasks are observed, not owned: they are counted, timed and shown, and ``cancel`` reaches them by id or
-        name. Caps and ``shutdown`` leave them alone, and their exceptions are handled as without a manager.
+        name, which is that of the coroutine unless the task was given one. Caps and ``shutdown`` leave them alone, and
+        their exceptions are handled as without a manager.
 
         Args:
             loop: the loop of the task.
@@ -1561,7 +1607,8 @@ cdef class RegistryCore:
             return Task(coro, loop=loop, **kwargs)
         try:
             records = self.records_of(loop)
-            record = records.enroll(coro, _name_of(coro), 0.0, None, True)
+            name = kwargs.get("name")
+            record = records.enroll(coro, _name_of(coro) if name is None else str(name), 0.0, None, True)
         except BaseException:
             errors.close_refused(coro)
             raise

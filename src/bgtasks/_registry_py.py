@@ -128,6 +128,7 @@ class Record:
         "queued",
         "records",
         "seconds",
+        "service",
         "slots",
         "slots_held",
         "state",
@@ -154,7 +155,7 @@ class Record:
     # Where it needs its first concurrency slot, None if no limit applies to it; and how many slots it holds.
     slots: Slots | None
     slots_held: int
-    given_name: str | None
+    given_name: str
     given_context: Mapping[str, Any] | None
     # A time on the loop's clock, and two durations, in seconds.
     created: float
@@ -170,6 +171,8 @@ class Record:
     paused: bool
     # Its timeout has expired.
     expired: bool
+    # A task that runs as long as the program: counted and shown, waited for only after its cancellation.
+    service: bool
     # How its executor treats it at the end of the block, as bits.
     flags: int
 
@@ -178,10 +181,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The given name; for a task that the task factory built, the task's own."""
-        if self.given_name is None:
-            task = self.task
-            return "" if task is None else str(task.get_name())
+        """The given name; for a task that the task factory built without a name, that of its coroutine."""
         return self.given_name
 
     @property
@@ -238,6 +238,19 @@ class Record:
             "cancelled": self.state in (CANCELLED, TIMED_OUT),
         }
 
+    def rename(self, name: str) -> None:
+        """Give a task that the task factory built, and that has not ended, another name: loops may name it late."""
+        records = self.records
+        if not self.observed or self.state != RUNNING:
+            return
+        old, old_name = self.name_stats, self.given_name
+        self.given_name = name
+        self.name_stats = records.names.get(name) or records.stats_of(name)
+        self.name_stats.started += 1
+        old.started -= 1
+        if not old.started:
+            records.names.pop(old_name, None)
+
     def complete(self, result: Result) -> Result:
         """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
         if self.state != RUNNING:
@@ -249,10 +262,10 @@ class Record:
             _release(self)
         return result
 
-    def fail(self, error: BaseException) -> None:
-        """Finish the record of a task whose coroutine raised ``error``."""
+    def fail(self, error: BaseException) -> BaseException | None:  # noqa: PLR0912  one branch per outcome
+        """Finish the record of a task whose coroutine raised ``error``; return what to raise instead, or None."""
         if self.state != RUNNING:
-            return
+            return None
         records = self.records
         task = self.task
         if task is None:
@@ -272,7 +285,7 @@ class Record:
                 records.finish(self, TIMED_OUT, None)
             else:
                 records.finish(self, CANCELLED, None)
-            _report(self, error)
+            return _report_end(self, error, task)
         finally:
             _release(self)
 
@@ -364,15 +377,27 @@ class Record:
             self.coro = None
 
 
-def _report(record: Record, error: BaseException | None) -> None:
+def _report(record: Record, error: BaseException | None) -> BaseException | None:
     registry = record.records.registry
-    if record.state != FAILED and registry._muted is not None and registry._muted.get(registry._muted_level) is False:
-        return
+    if (
+        record.state not in (FAILED, TIMED_OUT)
+        and registry._muted is not None
+        and registry._muted.get(registry._muted_level) is False
+    ):
+        return None
     try:
-        registry._report(record, error)
+        return registry._report(record, error)
     except BaseException:
         _release(record)
         raise
+
+
+def _report_end(record: Record, error: BaseException, task: Any) -> BaseException | None:
+    """Report a task that raised; return what it raises instead, or None."""
+    replacement = _report(record, error)
+    if replacement is not None and task is not None:
+        task.add_done_callback(retrieve_failure)
+    return replacement
 
 
 def _release(record: Record) -> None:
@@ -568,7 +593,7 @@ class LoopRecords:
         stock = getattr(type(loop), "time", None) is BaseEventLoop.time or type(loop).__module__ == "uvloop"
         self.now: Callable[[], float] = monotonic if stock else partial(_time_of, self.loop_ref)
         self.records: dict[int, Record] = {}
-        # Tasks that have not ended: those that the manager owns, and those that are only observed.
+        # Tasks that have not ended: those that the manager owns, and those that are observed or services.
         self.owned: int = 0
         self.observed: int = 0
         # Owned tasks that wait for a concurrency slot.
@@ -625,7 +650,7 @@ class LoopRecords:
         record.seconds = timeout
         record.tick = -1
         record.observed = observed
-        record.given_name = None if observed else name
+        record.given_name = name
         record.task = None
         record.turn = None
         record.slots = None
@@ -636,6 +661,7 @@ class LoopRecords:
         record.expired = False
         record.queued = False
         record.paused = False
+        record.service = False
         record.task_set = None
         record.flags = 0
         if self.next_id == self.last_id:
@@ -656,6 +682,12 @@ class LoopRecords:
             self.owned = live
         stats.started = started
         return record
+
+    def make_service(self, record: Record) -> None:
+        """Have the manager not wait for a task that was just enrolled."""
+        record.service = True
+        self.owned -= 1
+        self.observed += 1
 
     def stats_of(self, name: str) -> NameStats:
         if len(self.names) >= MAX_NAMES:
@@ -725,6 +757,8 @@ class LoopRecords:
 
     def acquire_slots(self, record: Record) -> bool:
         """Acquire the concurrency slots that a task needs; return False if it has to wait for one."""
+        if record.service:
+            return True
         slots = record.slots = self.registry._slots if record.task_set is None else record.task_set.slots
         return slots is None or slots.acquire(record)
 
@@ -815,7 +849,7 @@ class LoopRecords:
         if record.queued:
             record.queued = False
             self.queued -= 1
-        if record.observed:
+        if record.observed or record.service:
             self.observed -= 1
         else:
             self.owned -= 1
@@ -1119,6 +1153,7 @@ class RegistryCore(RegistryHooks):
         context: Mapping[str, Any] | None = None,
         eager_start: bool = False,
         contextvars_context: Context | None = None,
+        service: bool = False,
     ) -> Task[Result]:
         """Start a coroutine in the background and keep it until it ends.
 
@@ -1129,6 +1164,9 @@ class RegistryCore(RegistryHooks):
             context: a mapping for the task's log records.
             eager_start: run up to the first suspension before this call returns (from Python 3.12 on; else ignored).
             contextvars_context: the ``contextvars.Context`` to run in; a copy of the current one by default.
+            service: True for a task that runs as long as the program, such as a heartbeat: neither ``wait_for_all`` nor
+                draining waits for it, ``shutdown`` cancels it after all others have had their time, and it counts
+                neither in ``max_concurrency`` nor in ``max_pending_tasks``.
 
         Returns:
             The task.
@@ -1146,7 +1184,7 @@ class RegistryCore(RegistryHooks):
         """
         records = _records_here(self, coro)
         try:
-            if (self._shut or self._cap) and _must_ask(self, records):
+            if (self._shut or (self._cap and not service)) and _must_ask(self, records):
                 self._admit(coro, name, False)
             if type(name) is not str:
                 name = DEFAULT_NAME if name is None else str(name)
@@ -1155,9 +1193,10 @@ class RegistryCore(RegistryHooks):
                 check_context(coro, context)
             if contextvars_context is not None and not isinstance(contextvars_context, Context):
                 refuse_contextvars_context(coro, contextvars_context)
-            return records.launch(  # type: ignore[no-any-return]
-                records.enroll(coro, name, seconds, context, False), eager_start, contextvars_context
-            )
+            record = records.enroll(coro, name, seconds, context, False)
+            if service:
+                records.make_service(record)
+            return records.launch(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
         except BaseException:
             errors.close_refused(coro)
             raise
@@ -1218,7 +1257,8 @@ class RegistryCore(RegistryHooks):
         """Build a task for ``loop.set_task_factory(manager.task_factory)``, which tracks every task of the program.
 
         Such tasks are observed, not owned: they are counted, timed and shown, and ``cancel`` reaches them by id or
-        name. Caps and ``shutdown`` leave them alone, and their exceptions are handled as without a manager.
+        name, which is that of the coroutine unless the task was given one. Caps and ``shutdown`` leave them alone, and
+        their exceptions are handled as without a manager.
 
         Args:
             loop: the loop of the task.
@@ -1235,7 +1275,8 @@ class RegistryCore(RegistryHooks):
             return Task(coro, loop=loop, **options)  # type: ignore[arg-type, unused-ignore]
         try:
             records = _records_of(self, loop)
-            record = records.enroll(coro, _name_of(coro), 0.0, None, True)
+            name = options.get("name")
+            record = records.enroll(coro, _name_of(coro) if name is None else str(name), 0.0, None, True)
         except BaseException:
             errors.close_refused(coro)
             raise

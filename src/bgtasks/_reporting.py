@@ -108,6 +108,19 @@ class TaskLog:
             listed(names),
         )
 
+    def cancelled_by_loop(self, names: dict[str, int]) -> None:
+        """Log tasks that the owner of their loop cancels, for nobody has shut the manager down."""
+        self.logger.warning(
+            "The event loop ends and cancels %s, which nobody waited for: %s. Shut the manager down first: enter it "
+            "with 'async with', or await shutdown()",
+            numbered(sum(names.values())),
+            listed(names),
+        )
+
+    def cancelled_by_shutdown(self, names: dict[str, int], initial: int) -> None:
+        """Log tasks that ``shutdown`` cancelled, after their time to finish."""
+        self.logger.warning("Shutdown cancelled %d of %s: %s", sum(names.values()), numbered(initial), listed(names))
+
     def dropped(self, name: str, reason: str, in_flight: int, total: int) -> None:
         """Log a task that was dropped at the limit; called at most once per ``DROP_WARNING_INTERVAL``."""
         self.logger.warning(

@@ -38,6 +38,7 @@ Result = TypeVar("Result")
 AROUND: Final = frozenset({__name__, "bgtasks._registry"})
 
 _cancel = asyncio.Task.cancel
+_set_name = asyncio.Task.set_name
 # The attribute if there is one: in early releases of 3.12, get_coro() crashes on an eager task that has ended.
 _wrapper_attribute = getattr(asyncio.Task, "_coro", None)
 _get_wrapper = asyncio.Task.get_coro if _wrapper_attribute is None else _wrapper_attribute.__get__
@@ -56,7 +57,7 @@ class TaskRecord(Protocol):
 
     @property
     def registry(self) -> Any:
-        """The registry that keeps the record, None once it was taken back."""
+        """The registry that keeps the record; None after the end of the task, or if the task could not be built."""
 
     paused: bool
 
@@ -66,8 +67,11 @@ class TaskRecord(Protocol):
     def complete(self, result: Result, /) -> Result:
         """Finish the record of a task that returned."""
 
-    def fail(self, error: BaseException, /) -> None:
-        """Finish the record of a task that raised."""
+    def fail(self, error: BaseException, /) -> BaseException | None:
+        """Finish the record of a task that raised; return what the task raises instead, or None."""
+
+    def rename(self, name: str, /) -> None:
+        """Give a task that the task factory built another name."""
 
     def finish_unentered(self, task: asyncio.Task[Any], /) -> None:
         """Finish the record of a task that never entered its coroutine."""
@@ -107,7 +111,19 @@ class TrackedTask(asyncio.Task[Any]):
         if type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED:
             self._record.paused = True
             wrapper.send(None)
+        if _get_running_loop() is None:
+            # No code of the program runs: the loop's owner cancels what the program has left, as asyncio.run does.
+            registry = self._record.registry
+            if registry is not None:
+                registry._on_loop_ending(self._record)  # noqa: SLF001  the hook of the registry
         return _cancel(self, msg=msg)
+
+    def set_name(self, value: object, /) -> None:
+        """Set the name, as ``asyncio.Task.set_name`` does; one that the task factory built has it everywhere."""
+        _set_name(self, value)
+        record = record_of(self)
+        if record is not None:
+            record.rename(self.get_name())
 
 
 # asyncio prints this name in repr() and in "Task exception was never retrieved", and people search logs for it.
@@ -163,8 +179,14 @@ async def run(coro: Awaitable[Any], record: TaskRecord) -> Any:
                 return None
         return record.complete(await coro)
     except BaseException as error:
-        record.fail(error)
-        raise
+        replacement = record.fail(error)
+        if replacement is None:
+            raise
+        try:
+            raise replacement from error
+        finally:
+            # Its traceback keeps this frame: the frame must not keep it.
+            del replacement
 
 
 async def run_queued(coro: Awaitable[Any], record: TaskRecord) -> Any:
@@ -179,8 +201,13 @@ async def run_queued(coro: Awaitable[Any], record: TaskRecord) -> Any:
         record.begin()
         return record.complete(await coro)
     except BaseException as error:
-        record.fail(error)
-        raise
+        replacement = record.fail(error)
+        if replacement is None:
+            raise
+        try:
+            raise replacement from error
+        finally:
+            del replacement
 
 
 def do_nothing() -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "TaskInfo",
     "TaskOverflow",
     "TaskState",
+    "TimeoutPolicy",
 ]
 
 # The name of a task without a given name.
@@ -34,6 +35,9 @@ TaskState: TypeAlias = Literal["queued", "running", "completed", "failed", "canc
 # ``spool`` to the disk.
 Overflow: TypeAlias = Literal["raise", "drop_newest", "drop_oldest", "block", "spool"]
 TaskOverflow: TypeAlias = Literal["raise", "drop_newest"]
+
+# What awaiting a task whose timeout is over raises: the CancelledError of its cancellation, or a TimeoutError.
+TimeoutPolicy: TypeAlias = Literal["cancel", "raise"]
 
 
 class TaskInfo(TypedDict):

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from asyncio.events import _get_running_loop
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
 from bgtasks import errors
 from bgtasks._checks import check_seconds
+from bgtasks._drain_log import DrainLog
 from bgtasks._fork import follow_forks
 from bgtasks._handover import Handovers
 from bgtasks._idle import IdleWait
@@ -23,7 +25,7 @@ from bgtasks._notifier import Notifier
 from bgtasks._observers import Observer, Observers
 from bgtasks._options import check_options
 from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, numbered, runs
-from bgtasks.info import DEFAULT_NAME, ManagerStats, ShutdownStats, TaskInfo, TaskOverflow
+from bgtasks.info import DEFAULT_NAME, ManagerStats, ShutdownStats, TaskInfo, TaskOverflow, TimeoutPolicy
 from bgtasks.registry import Record, Registry
 
 __all__ = ["Attachable", "BackgroundTaskManager"]
@@ -68,8 +70,11 @@ class BackgroundTaskManager(Registry):
             None for no limit. A running task that awaits a queued one of its own manager holds the slot that the queued
             one needs.
         drain_timeout: seconds that ``shutdown`` lets tasks finish before it cancels them, >= 0.
-        on_error: called as ``on_error(info, exception)`` for each task that failed, after the log record.
+        on_error: called as ``on_error(info, exception)`` for each task that failed, after the log record; for one that
+            timed out with a ``TimeoutError``.
         history: how many finished tasks ``get_history`` remembers.
+        timeouts: what awaiting a task raises whose timeout is over: ``"cancel"`` the ``CancelledError`` of its
+            cancellation, ``"raise"`` a ``TimeoutError``.
 
     Raises:
         InvalidOptionError: an argument has an invalid value.
@@ -95,6 +100,7 @@ class BackgroundTaskManager(Registry):
         drain_timeout: float = 0.0,
         on_error: Callable[[TaskInfo, BaseException], object] | None = None,
         history: int = 0,
+        timeouts: TimeoutPolicy = "cancel",
     ) -> None:
         check_options(
             {
@@ -105,6 +111,7 @@ class BackgroundTaskManager(Registry):
                 "drain_timeout": drain_timeout,
                 "on_error": on_error,
                 "history": history,
+                "timeouts": timeouts,
             }
         )
         self._log = self._make_log()
@@ -120,6 +127,7 @@ class BackgroundTaskManager(Registry):
         self._max_pending_tasks = max_pending_tasks
         self._overflow: TaskOverflow = overflow
         self._on_error = on_error
+        self._timeouts: TimeoutPolicy = timeouts
         self._dropped = 0
         self._last_drop_warning = -DROP_WARNING_INTERVAL
         self._phase: Literal["open", "draining", "cancelling", "closed"] = "open"
@@ -128,6 +136,15 @@ class BackgroundTaskManager(Registry):
         # Guards the phase and the drop counter, which several threads change.
         self._policy_lock = threading.RLock()
         self._idle = IdleWait(self._owned_by_loop, self._set_idle_threshold)
+        self._drain_log = DrainLog(lambda: self._log.logger, lambda: self._names_of(self._waited_for()))
+        # Whether shutdown names what it cancels although it did not drain, and how often it was asked to hurry.
+        self._names_cancelled = False
+        self._hurries = 0
+        # What shutdown cancelled, and the names of what it left behind and logged.
+        self._cancelled: list[Record] = []
+        self._left: Counter[str] = Counter()
+        # The tasks that the owner of a loop cancels, by name.
+        self._cancelled_by_loop: Counter[str] = Counter()
         self._closed = Notifier()
         self._capacity = Notifier()
         self._observers = Observers(self)
@@ -416,7 +433,7 @@ class BackgroundTaskManager(Registry):
 
         Raises:
             InvalidTimeoutError: ``timeout`` is not a finite number, or is negative.
-            BaseException: the first failure of a task during the wait.
+            BaseException: the first failure of a task during the wait; for a task that timed out a ``TimeoutError``.
 
         """
         if not await self._all_ended(timeout, return_exceptions):
@@ -440,8 +457,11 @@ class BackgroundTaskManager(Registry):
 
     async def _wait_idle(self, timeout: float | None) -> bool:
         """Wait until every task that the manager owns has ended, except those that wait for this themselves."""
+        return await self._idle.wait(timeout, in_task=self._is_in_owned_task())
+
+    def _is_in_owned_task(self) -> bool:
         current = self._current_record()
-        return await self._idle.wait(timeout, in_task=current is not None and not current.observed)
+        return current is not None and not (current.observed or current.service)
 
     def _on_idle(self) -> None:
         self._idle.notify()
@@ -501,52 +521,105 @@ class BackgroundTaskManager(Registry):
                 if self._phase == "open":
                     self._phase = "draining"
         if not is_first:
-            if self._current_record() is None:
-                await self._closed.wait_until(self._is_closed, timeout + drain)
-            return self._shutdown_stats("already_shutdown", 0, begun)
+            return await self._shutdown_again(timeout + drain, begun)
+        initial = 0
         try:
-            initial = await self._end_all(timeout, drain)
+            self._shut = True
+            self._release_closed_loops()
+            self._capacity.notify()
+            initial = len(self._waited_for())
+            await self._end_all(timeout, drain)
         except asyncio.CancelledError:
             try:
                 if self._phase == "draining":
                     self._cancel_others()
                 await self._absorb_cancellations(timeout)
+                self._report_stragglers()
             finally:
-                self._set_closed()
+                self._set_closed(initial, drain)
             raise
         except BaseException:
             # It did not do what it is for: another call may.
             self._is_ending = False
+            self._drain_log.stop()
             raise
-        self._set_closed()
+        self._set_closed(initial, drain)
         return self._shutdown_stats("completed", initial, begun)
 
-    async def _end_all(self, timeout: float, drain: float) -> int:
-        """Do the work of ``shutdown``; return how many tasks there were."""
-        self._shut = True
-        self._release_closed_loops()
-        self._capacity.notify()
-        initial = len(self._others())
+    async def _end_all(self, timeout: float, drain: float) -> None:
+        """Do the work of ``shutdown``."""
         if drain > 0:
-            await self._wait_idle(drain)
+            await self._drain(drain)
         end = time.monotonic() + timeout
         await self._end_attached("flush", min(timeout / 2, LONGEST_FLUSH))
         self._cancel_others()
         # However little time is left: in this iteration of the loop tasks take their cancellation.
         await asyncio.sleep(0)
-        if not await self._wait_idle(max(end - time.monotonic(), 0)):
-            self._log.still_running(self._others(), "shutdown")
+        if not await self._wait_cancelled(max(end - time.monotonic(), 0)):
+            self._report_stragglers()
             self._cancel_others()
-            await self._wait_idle(SECOND_CANCEL_GRACE)
+            await self._wait_cancelled(SECOND_CANCEL_GRACE, can_hurry=False)
         await self._end_attached("close", max(end - time.monotonic(), SECOND_CANCEL_GRACE))
-        return initial
 
-    def _set_closed(self) -> None:
+    def _set_closed(self, initial: int, drain: float) -> None:
+        self._drain_log.stop()
         self._phase = "closed"
+        if drain > 0 or self._names_cancelled:
+            self._report_cancelled(initial)
         self._closed.notify()
+
+    async def _shutdown_again(self, timeout: float, begun: float) -> ShutdownStats:
+        """Wait for the end of the shutdown that goes on, but not from inside of a task that it waits for."""
+        if self._current_record() is None:
+            await self._closed.wait_until(self._is_closed, timeout)
+        return self._shutdown_stats("already_shutdown", 0, begun)
 
     def _is_closed(self) -> bool:
         return self._phase == "closed"
+
+    async def _drain(self, timeout: float) -> None:
+        """Let tasks finish, and say in the log what is left meanwhile."""
+        self._drain_log.begin(timeout)
+        await self._idle.wait(timeout, in_task=self._is_in_owned_task(), is_over=lambda: self._hurries > 0)
+        self._drain_log.stop()
+
+    async def _wait_cancelled(self, timeout: float, *, can_hurry: bool = True) -> bool:
+        """Wait until all cancelled tasks have ended, the services on this loop included."""
+        loop = asyncio.get_running_loop()
+        services = [record.task for record in self._others() if record.service and record.loop is loop]
+        for task in services:
+            task.add_done_callback(lambda _: self._idle.notify())
+        return await self._idle.wait(
+            timeout,
+            in_task=self._is_in_owned_task(),
+            is_over=lambda: can_hurry and self._hurries > 1,
+            is_ready=lambda: all(task.done() for task in services),
+        )
+
+    def _hurry(self) -> None:
+        """Have ``shutdown`` wait no longer: for tasks to finish, and the second time for cancelled ones to end."""
+        self._hurries += 1
+        self._idle.notify()
+
+    def _report_stragglers(self) -> None:
+        """Name in the log the tasks that did not end after their cancellation."""
+        others = self._others()
+        self._left = self._names_of(others)
+        self._log.still_running(others, "shutdown")
+
+    def _report_cancelled(self, initial: int) -> None:
+        """Name in the log the tasks that ``shutdown`` cancelled and that ended by it."""
+        names = self._names_of([record for record in self._cancelled if record.outcome == "cancelled"])
+        self._cancelled.clear()
+        if names:
+            self._log.cancelled_by_shutdown(names, max(initial, names.total()))
+
+    def _names_of(self, records: Sequence[Record]) -> Counter[str]:
+        return Counter(record.name for record in records)
+
+    def _waited_for(self) -> list[Record]:
+        """Return the records of the others that draining waits for: all but services."""
+        return [record for record in self._others() if not record.service]
 
     def _others(self) -> list[Record]:
         """Return the records of all tasks that the manager owns but the calling one."""
@@ -558,6 +631,7 @@ class BackgroundTaskManager(Registry):
         # Logged once: a second round is for tasks that swallowed the first cancellation.
         if others and self._phase != "cancelling":
             self._log.cancelling(len(others))
+            self._cancelled = [record for record in others if not record.service]
         self._phase = "cancelling"
         for record in others:
             self._request_cancel(record)
@@ -614,12 +688,26 @@ class BackgroundTaskManager(Registry):
 
     # -- reporting ------------------------------------------------------------------------------------------------
 
-    def _report(self, record: Record, error: BaseException | None) -> None:
+    def _report(self, record: Record, error: BaseException | None) -> BaseException | None:
         if record.outcome == "failed":
             if error is not None and not record.observed:
                 self._report_failure(record, error)
-        elif self._log.is_debug():
+            return None
+        if self._log.is_debug():
             guarded(record, self._log.ended, record)
+        return self._report_expired(record, error) if record.outcome == "timed_out" else None
+
+    def _report_expired(self, record: Record, error: BaseException | None) -> BaseException | None:
+        """Report a task that ended by its timeout, which is in the log; return what it raises, None for its own."""
+        text = f"background task {record.name!r} timed out after {record.timeout} seconds"
+        failure = error if isinstance(error, TimeoutError) else TimeoutError(text)
+        for observer in self._observers.all():
+            guarded(record, observer.task_timed_out, record, failure)
+        task_set = record.task_set
+        is_reported = task_set is None or task_set.owner.accept_failure(record, failure)
+        if is_reported and self._on_error is not None:
+            guarded(record, self._on_error, record.info(), failure)
+        return failure if self._timeouts == "raise" else None
 
     def _report_failure(self, record: Record, error: BaseException) -> None:
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
@@ -645,8 +733,28 @@ class BackgroundTaskManager(Registry):
         super()._release_closed_loops()
         self._handovers.fail_on_closed_loops()
 
+    def _on_loop_ending(self, record: Record) -> None:
+        loop = record.loop
+        if record.observed or self._phase != "open" or loop is None or loop.is_running():
+            return
+        if not self._cancelled_by_loop:
+            # The owner runs the loop once more, for the tasks to end. By then all have been cancelled.
+            loop.call_soon(self._report_loop_ending, loop)
+        self._cancelled_by_loop[record.name] += 1
+
+    def _report_loop_ending(self, loop: asyncio.AbstractEventLoop) -> None:
+        names, self._cancelled_by_loop = self._cancelled_by_loop, Counter()
+        tasks = [record.task for record in self._live_records() if record.loop is loop and not record.observed]
+        # Else somebody cancelled one of them, and the loop goes on.
+        if all(task is None or task.cancelling() for task in tasks):
+            self._log.cancelled_by_loop(names)
+
     def _on_abandoned(self, names: dict[str, int]) -> None:
-        self._log.abandoned(names)
+        # The tasks that shutdown left behind are in the log.
+        unlogged = Counter(names) - self._left
+        self._left -= Counter(names)
+        if unlogged:
+            self._log.abandoned(unlogged)
         for observer in self._observers.all():
             try:
                 observer.tasks_abandoned(names)
@@ -661,6 +769,10 @@ class _FailureCollector(Observer):
         self._failures: list[BaseException] = []
 
     def task_failed(self, record: Record, error: BaseException) -> None:
+        """Keep the error."""
+        self._failures.append(error)
+
+    def task_timed_out(self, record: Record, error: TimeoutError) -> None:
         """Keep the error."""
         self._failures.append(error)
 

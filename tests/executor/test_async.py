@@ -134,10 +134,11 @@ async def test_everything_shows_in_info_statistics_and_history(make):
 
 
 async def test_a_timeout_cancels_the_task(make, caplog):
-    """__timeout__ is seconds, counted from the start; the outcome is timed_out."""
+    """__timeout__ is seconds, counted from the start; the outcome is timed_out, and the block raises it."""
     executor = make()
-    async with executor as submit:
-        task = submit(forever, __timeout__=0.01)
+    with pytest.raises(TimeoutError, match=r"'forever' timed out after 0\.01 seconds"):
+        async with executor as submit:
+            task = submit(forever, __timeout__=0.01)
     assert task.cancelled()
     assert executor.manager.stats()["timed_out"] == 1
     assert "timed out after 0.01 seconds" in caplog.text
@@ -175,7 +176,7 @@ async def test_slots_are_released_at_every_end(make):
         for _ in range(20):
             tasks += [
                 submit(failing_later, ValueError("x"), __reraise_on_exit__=False),
-                submit(forever, __timeout__=0.001),
+                submit(forever, __timeout__=0.001, __reraise_on_exit__=False),
                 submit(forever),
                 submit(value),
             ]
@@ -424,7 +425,7 @@ async def test_hooks_decide_which_failures_the_exit_reports_and_raises(make_mana
         def _reports(self, error):
             return not isinstance(error, KeyError)
 
-        def _reraises(self, future):
+        def _reraises(self, future, error):
             return future not in self.spared
 
     with pytest.raises(ValueError, match="second"):

@@ -473,7 +473,7 @@ def test_hooks_decide_which_failures_the_exit_reports_and_raises(make_manager, c
         def _reports(self, error):
             return not isinstance(error, KeyError)
 
-        def _reraises(self, future):
+        def _reraises(self, future, error):
             return future not in self.spared
 
     with pytest.raises(ValueError, match="second"):

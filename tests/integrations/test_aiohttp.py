@@ -57,7 +57,7 @@ async def test_unfinished_tasks_are_named(caplog):
     app = application([], options={"drain_timeout": 0.0})
     async with TestClient(TestServer(app)) as client:
         await client.get("/sub/start")
-    assert "Shutdown cancelled 1 of 1 background tasks: work (1)" in caplog.text
+    assert "Shutdown cancelled 1 of 1 background task: work (1)" in caplog.text
 
 
 async def start_and_stop(runner):

@@ -82,7 +82,7 @@ async def test_a_container_has_one_manager_and_options_reach_it(caplog):
     assert manager._max_pending_tasks == 3
     manager.create_task(forever(), name="work")
     await container.close()
-    assert "Shutdown cancelled 1 of 1 background tasks: work (1)" in caplog.text
+    assert "Shutdown cancelled 1 of 1 background task: work (1)" in caplog.text
 
 
 def test_refuses_options_outside_their_values():

@@ -62,7 +62,7 @@ def test_unfinished_tasks_are_named(caplog):
     with TestClient(app) as client:
         client.get("/start")
     assert app.state.task_manager.stats()["cancelled"] == 1
-    assert "Shutdown cancelled 1 of 1 background tasks: work (1)" in caplog.text
+    assert "Shutdown cancelled 1 of 1 background task: work (1)" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["before", "after"])

@@ -83,7 +83,7 @@ def test_unfinished_tasks_are_named(inner, caplog):
     app = Starlette(lifespan=lifespan(inner, drain_timeout=0.0))
     with TestClient(app):
         pass
-    assert "Shutdown cancelled 1 of 1 background tasks: service (1)" in caplog.text
+    assert "Shutdown cancelled 1 of 1 background task: service (1)" in caplog.text
 
 
 def test_functions_of_an_executor_do_not_use_the_threads_of_the_framework():

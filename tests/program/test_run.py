@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import signal
 import sys
 import threading
@@ -200,7 +201,7 @@ def test_a_signal_ends_tasks_then_main_then_the_process(tmp_path, twin, loop_nam
     with child(tmp_path, PROGRAM.replace("OPTIONS", ""), twin, loop_name) as program:
         program.wait_for("ready")
         program.process.send_signal(number)
-        program.wait_for("no new background tasks, 1000 have to end first")
+        program.wait_for("1000 background tasks are left")
         program.tell()
         assert program.end() == status
     printed = [line for line in program.lines if line.startswith(("tasks ended", "pool", "after", "atexit"))]
@@ -214,7 +215,7 @@ def test_a_second_signal_ends_the_program_at_once(tmp_path, twin, loop_name):
     with child(tmp_path, PROGRAM.replace("OPTIONS", "drain_timeout=3600.0"), twin, loop_name) as program:
         program.wait_for("ready")
         program.process.send_signal(signal.SIGTERM)
-        program.wait_for("SIGTERM: no new")
+        program.wait_for("SIGTERM: 1")
         program.process.send_signal(signal.SIGTERM)
         assert program.end() == 143
     assert "WARNING Shutdown cancelled 1000 of 1000 background tasks: work (1000)" in program.lines
@@ -243,7 +244,11 @@ def test_a_task_that_swallows_its_cancellation_does_not_delay_the_end(tmp_path, 
         program.wait_for("ready")
         program.process.send_signal(signal.SIGTERM)
         assert program.end() == 143
-    assert "1 background tasks outlast the shutdown: stubborn (1)" in program.output
+    # Once at the signal, once as what remains, and not a third time when the loop is closed.
+    about = [line for line in program.lines if "stubborn" in line]
+    assert len(about) == 2, about
+    assert about[0].startswith("WARNING SIGTERM: 1 background task is left, with at most ")
+    assert re.search(r"'stubborn' still runs at the end of shutdown, at .* \(in asyncio\.Event\.wait\)$", about[1])
     assert "Task was destroyed" not in program.output
     assert "Traceback" not in program.output
 
@@ -283,7 +288,7 @@ def test_an_error_of_main_while_it_drains_is_not_lost(tmp_path, twin, loop_name)
     with child(tmp_path, program_text.replace("\n    ", "\n"), twin, loop_name) as program:
         program.wait_for("ready")
         program.process.send_signal(signal.SIGTERM)
-        program.wait_for("SIGTERM: no new")
+        program.wait_for("SIGTERM: 1")
         program.tell()
         assert program.end() == 1
     assert "ValueError: lost?" in program.output
@@ -311,7 +316,7 @@ def test_a_handler_of_the_program_is_called_instead_of_the_default(tmp_path, twi
     with child(tmp_path, program_text.replace("\n    ", "\n"), twin, loop_name) as program:
         program.wait_for("ready")
         program.process.send_signal(signal.SIGTERM)
-        program.wait_for("SIGTERM: no new")
+        program.wait_for("SIGTERM: 1")
         program.tell()
         assert program.end() == 0
     assert program.lines[-3:] == ["task ends", "handler", "main ends"]
@@ -335,7 +340,7 @@ def test_a_signal_while_the_tasks_drain_after_main_has_its_effect_after_them(tmp
     with child(tmp_path, program_text.replace("\n    ", "\n"), twin, loop_name) as program:
         program.wait_for("draining")
         program.process.send_signal(signal.SIGTERM)
-        program.wait_for("SIGTERM: no new")
+        program.wait_for("SIGTERM: 1")
         program.tell()
         assert program.end() == 143
     assert program.lines[-1] == "task ends"

@@ -27,19 +27,43 @@ def observing(make_manager):
     return Observing()
 
 
-async def test_tasks_of_other_code_are_counted_and_shown(observing):
-    """Tasks of other code are counted by the name of their coroutine and shown by their own name."""
+async def test_tasks_of_others_are_seen(observing):
+    """Tasks that know nothing of the manager have the name they were given, or else that of their coroutine."""
     with observing as manager:
         async with asyncio.TaskGroup() as group:
             task = group.create_task(asyncio.sleep(0.001), name="other")
             group.create_task(value())
+            group.create_task(asyncio.sleep(0.001))
             await asyncio.sleep(0)
-            (info,) = manager.get_task_info()
+            info, other = manager.get_task_info()
+            assert other["name"] == "sleep"
             assert (info["name"], info["coroutine"], info["state"]) == ("other", "sleep", "running")
             assert manager.get_task(info["task_id"]) is task
     stats = manager.stats()
-    assert (stats["started"], stats["completed"]) == (2, 2)
-    assert stats["names"]["sleep"]["completed"] == 1
+    assert (stats["started"], stats["completed"]) == (3, 3)
+    assert {name: counters["completed"] for name, counters in stats["names"].items()} == {
+        "theirs": 1,
+        "value": 1,
+        "sleep": 1,
+    }
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["given", "set"])
+async def test_a_task_has_one_name(observing, late):
+    """Info, history, statistics and cancel know a task by the same name, whenever the loop gave it."""
+    with observing as manager:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(forever(), **({} if late else {"name": "given"}))
+        if late:
+            task.set_name("given")
+        assert [info["name"] for info in manager.get_task_info()] == ["given"]
+        assert list(manager.stats()["names"]) == ["given"]
+        await asyncio.sleep(0)
+        assert manager.cancel("given") == 1
+        await asyncio.wait([task])
+    stats = manager.stats()["names"]
+    assert {name: counters["cancelled"] for name, counters in stats.items()} == {"given": 1}
+    assert task.get_name() == "given"
 
 
 async def test_the_loop_reports_errors_of_observed_tasks(observing, caplog, loop_errors):

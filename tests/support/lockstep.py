@@ -32,6 +32,9 @@ class Interruption(BaseException):
 class Payload:
     """An object in the coroutine and the context of a task, which must be freed after the task."""
 
+    def __repr__(self) -> str:
+        return "payload"
+
 
 @dataclass(frozen=True)
 class Work:

@@ -80,7 +80,9 @@ class Expected:
 
     def log_text(self) -> str:
         """Return the message of the log record at its end."""
-        return LOG_TEXTS[self.outcome].format(name=self.work.name, duration=self.duration, error=self.error)
+        text = LOG_TEXTS[self.outcome].format(name=self.work.name, duration=self.duration, error=self.error)
+        has_context = self.outcome == "failed" and self.work.has_context
+        return f"{text}; context: {{'payload': payload}}" if has_context else text
 
 
 @dataclass
@@ -288,6 +290,10 @@ class Model:
             waiter.saw_idle |= not self.live
             if outcome == "failed":
                 waiter.failures.append(f"{how}: {task.key}")
+            elif outcome == "timed_out":
+                work = task.work
+                text = f"background task {work.name!r} timed out after {work.timeout} seconds"
+                waiter.failures.append(f"TimeoutError: {text}")
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 
@@ -340,6 +346,8 @@ class Model:
             self.due.append(("hook", task_id, outcome, True, task.how))
         elif self.verbose:
             self.due.append(("log", logging.DEBUG, task.log_text(), task_id))
+        if outcome == "timed_out":
+            self.due.append(("hook", task_id, outcome, True, "TimeoutError"))
 
     def on_log(self, now: float, level: int, text: str, task_id: int | None) -> None:
         """Read a warning; records of other levels are expected after a report."""

@@ -357,9 +357,9 @@ class Flusher:
         resumed = time.perf_counter()
         while linger is self._linger:
             try:
-                if not route.has_waiting and not await _is_due(linger, idle):
-                    if route.is_idle and not self._pending.is_needed:
-                        return
+                is_due = route.has_waiting or await _is_due(linger, idle)
+                if not is_due and route.is_idle and not self._pending.is_needed:
+                    return
                 await route.step()
             except Exception:
                 # A bug in bgtasks or in a hook must not stop the other batches.

@@ -16,7 +16,7 @@ from bgtasks import errors
 from bgtasks._handover import Handovers
 from bgtasks._internals import ManagerInternals
 from bgtasks.executor import _refusals
-from bgtasks.executor._base import CANCEL_ON_EXIT, RERAISE_ON_EXIT, ExecutorBase
+from bgtasks.executor._base import CANCEL_ON_EXIT, RERAISE_ON_EXIT, RERAISE_TIMEOUT, ExecutorBase
 from bgtasks.executor._submit import AsyncSubmit, typed_async_submit
 from bgtasks.manager import BackgroundTaskManager
 from bgtasks.registry import Record
@@ -182,8 +182,10 @@ class AsyncBackgroundExecutor(ExecutorBase):
         if self._is_ending_all:
             raise asyncio.CancelledError
         # The future's failure is raised in place of the task's: the submitter holds the future.
-        task = self._create_task(coro, *arguments, flags & ~RERAISE_ON_EXIT)
-        if flags & RERAISE_ON_EXIT:
+        is_raised = flags & RERAISE_ON_EXIT
+        own_flags = flags & ~RERAISE_ON_EXIT | (RERAISE_TIMEOUT if is_raised else 0)
+        task = self._create_task(coro, *arguments, own_flags)
+        if is_raised:
             task.add_done_callback(partial(self._keep_handed_over, self.manager.get_task_id(task) or 0, future))
         if self._is_exiting:
             self._cancel_late(task, flags)
@@ -198,7 +200,10 @@ class AsyncBackgroundExecutor(ExecutorBase):
 
     def _accept_failure(self, record: Record, error: BaseException) -> bool:
         """Keep a failed task for the end of the block; return whether the manager reports it."""
-        if record.flags & RERAISE_ON_EXIT:
+        if record.outcome == "timed_out":
+            if record.flags & (RERAISE_ON_EXIT | RERAISE_TIMEOUT):
+                self._failures.keep(record.task_id, record.task, error)
+        elif record.flags & RERAISE_ON_EXIT:
             self._failures.keep(record.task_id, record.task)
         return super()._accept_failure(record, error)
 

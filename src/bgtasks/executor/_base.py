@@ -8,17 +8,21 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 from bgtasks.registry import Record
 
-__all__ = ["CANCEL_ON_EXIT", "RERAISE_ON_EXIT", "AnyFuture", "ExecutorBase"]
+__all__ = ["CANCEL_ON_EXIT", "RERAISE_ON_EXIT", "RERAISE_TIMEOUT", "AnyFuture", "ExecutorBase"]
 
-# The flags of a record: how its executor treats the task at the end of the block.
+# The flags of a record: what its executor is to do with the task at the end of the block. Another thread that handed
+# the task over has a future of its own, which is raised anew instead of the task, save for a timeout.
 CANCEL_ON_EXIT: Final = 1
 RERAISE_ON_EXIT: Final = 2
+RERAISE_TIMEOUT: Final = 4
 
 AnyFuture: TypeAlias = asyncio.Future[Any] | concurrent.futures.Future[Any]
 
 
-class Failures(dict[int, AnyFuture]):
+class Failures(dict[int, tuple[AnyFuture, BaseException | None]]):
     """The futures that failed and may be re-raised at the end of the block, by the order of their submission.
+
+    With each goes what to raise, where that is not its own exception: a task that timed out was cancelled.
 
     Args:
         decides_late: True to keep every failure; otherwise only the one submitted first is kept, which saves memory.
@@ -29,16 +33,16 @@ class Failures(dict[int, AnyFuture]):
         super().__init__()
         self._decides_late = decides_late
 
-    def keep(self, order: int, future: AnyFuture) -> None:
+    def keep(self, order: int, future: AnyFuture, error: BaseException | None = None) -> None:
         """Keep a failure if it may be the one to raise."""
         if self._decides_late or not self:
-            self[order] = future
+            self[order] = future, error
         elif order < (first := next(iter(self))):
             del self[first]
-            self[order] = future
+            self[order] = future, error
 
-    def in_order(self) -> list[AnyFuture]:
-        """Return the futures in the order of their submission."""
+    def in_order(self) -> list[tuple[AnyFuture, BaseException | None]]:
+        """Return the futures and errors in the order of their submission."""
         return [self[order] for order in sorted(self)]
 
 
@@ -61,7 +65,7 @@ class ExecutorBase:
         """Return whether a failure goes to the log and to the manager's ``on_error``."""
         return True
 
-    def _reraises(self, future: AnyFuture) -> bool:
+    def _reraises(self, future: AnyFuture, error: BaseException) -> bool:
         """Return whether the failure of this future is raised; called at the end of the block."""
         return True
 
@@ -72,12 +76,12 @@ class ExecutorBase:
         if kind is not None:
             return
         try:
-            for future in failures:
-                if self._reraises(future):
-                    failure = future.exception()
-                    assert failure is not None, "it failed"
+            for future, error in failures:
+                failure = future.exception() if error is None else error
+                assert failure is not None, "it failed"
+                if self._reraises(future, failure):
                     raise failure
         finally:
             # The traceback of the raised failure keeps this frame, which must not keep the futures.
             failures.clear()
-            future = failure = None  # type: ignore[assignment]
+            future = error = failure = None  # type: ignore[assignment]

@@ -124,6 +124,7 @@ class FrameworkManager(BackgroundTaskManager):
         context: Mapping[str, Any] | None = None,
         eager_start: bool = False,
         contextvars_context: contextvars.Context | None = None,
+        service: bool = False,
     ) -> asyncio.Task[Result]:
         """Do as ``BackgroundTaskManager.create_task``, but return None for a task that is dropped at the limit.
 
@@ -138,6 +139,7 @@ class FrameworkManager(BackgroundTaskManager):
                 context=context,
                 eager_start=eager_start,
                 contextvars_context=contextvars_context,
+                service=service,
             )
         except errors.TaskRejectedError:
             self._count_drop(name)

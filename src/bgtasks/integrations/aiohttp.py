@@ -14,10 +14,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final, Unpack
 
 from bgtasks import errors
-from bgtasks._options import ManagerOptions, check_options
+from bgtasks._options import ManagerOptions
 from bgtasks.integrations._extra import extra
 from bgtasks.manager import BackgroundTaskManager
-from bgtasks.program._draining import running
+from bgtasks.program._draining import check_program_options, running
 
 with extra("aiohttp", "aiohttp"):
     from aiohttp import web
@@ -27,7 +27,9 @@ __all__ = ["TASK_MANAGER", "cleanup_context", "task_manager"]
 TASK_MANAGER: Final = web.AppKey("task_manager", BackgroundTaskManager)
 
 
-def cleanup_context(**options: Unpack[ManagerOptions]) -> Callable[[web.Application], AsyncIterator[None]]:
+def cleanup_context(
+    *, shutdown_deadline: float | None = None, **options: Unpack[ManagerOptions]
+) -> Callable[[web.Application], AsyncIterator[None]]:
     """Return a cleanup context that gives the application a manager, in ``app[TASK_MANAGER]``.
 
     aiohttp ends cleanup contexts in the reverse order: append this one last, so that its tasks end before the others
@@ -35,6 +37,8 @@ def cleanup_context(**options: Unpack[ManagerOptions]) -> Callable[[web.Applicat
     tasks in the log.
 
     Args:
+        shutdown_deadline: seconds from the signal that ends the server to the end of the shutdown, the requests' time
+            included; both timeouts are shortened in proportion. None for their sum.
         options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
             ``default_shutdown_timeout`` 5.
 
@@ -42,11 +46,11 @@ def cleanup_context(**options: Unpack[ManagerOptions]) -> Callable[[web.Applicat
         InvalidOptionError: an option has an invalid value.
 
     """
-    check_options(options)
+    check_program_options(options, shutdown_deadline)
 
     async def with_manager(app: web.Application) -> AsyncIterator[None]:
-        async with running(options) as manager:
-            app[TASK_MANAGER] = manager
+        async with running(options, shutdown_deadline) as ending:
+            app[TASK_MANAGER] = ending.manager
             yield
 
     return with_manager

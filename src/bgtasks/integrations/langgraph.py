@@ -94,10 +94,10 @@ class _Rules:
         """
         return self._was_given_manager and not isinstance(error, _load().bubble_up)
 
-    def _reraises(self, future: AnyFuture) -> bool:
+    def _reraises(self, future: AnyFuture, error: BaseException) -> bool:
         """Raise no interrupt, and no failure that the run has handled by the time of the exit."""
         langgraph = _load()
-        return not isinstance(future.exception(), langgraph.bubble_up) and future not in langgraph.skipped
+        return not isinstance(error, langgraph.bubble_up) and future not in langgraph.skipped
 
 
 class BackgroundExecutor(_Rules, executor.BackgroundExecutor):

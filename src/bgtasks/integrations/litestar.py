@@ -21,10 +21,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Unpack
 
 from bgtasks import errors
-from bgtasks._options import ManagerOptions, check_options
+from bgtasks._options import ManagerOptions
 from bgtasks.integrations._extra import extra
 from bgtasks.manager import BackgroundTaskManager
-from bgtasks.program._draining import running
+from bgtasks.program._draining import check_program_options, running
 
 with extra("litestar", "Litestar"):
     from litestar import Litestar
@@ -33,13 +33,17 @@ with extra("litestar", "Litestar"):
 __all__ = ["lifespan", "task_manager"]
 
 
-def lifespan(**options: Unpack[ManagerOptions]) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
+def lifespan(
+    *, shutdown_deadline: float | None = None, **options: Unpack[ManagerOptions]
+) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     """Return a lifespan that gives the application a manager, in ``app.state.task_manager``.
 
     Litestar ends lifespans in the reverse order: put this one last, so that its tasks end before the others close their
     resources. At the end the manager refuses new work, drains, cancels, and names unfinished tasks in the log.
 
     Args:
+        shutdown_deadline: seconds from the signal that ends the server to the end of the shutdown, the requests' time
+            included; both timeouts are shortened in proportion. None for their sum.
         options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
             ``default_shutdown_timeout`` 5.
 
@@ -47,12 +51,12 @@ def lifespan(**options: Unpack[ManagerOptions]) -> Callable[[Litestar], Abstract
         InvalidOptionError: an option has an invalid value.
 
     """
-    check_options(options)
+    check_program_options(options, shutdown_deadline)
 
     @contextlib.asynccontextmanager
     async def with_manager(app: Litestar) -> AsyncIterator[None]:
-        async with running(options) as manager:
-            app.state.task_manager = manager
+        async with running(options, shutdown_deadline) as ending:
+            app.state.task_manager = ending.manager
             yield
 
     return with_manager

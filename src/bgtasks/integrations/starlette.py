@@ -17,10 +17,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar, Unpack
 
 from bgtasks import errors
-from bgtasks._options import ManagerOptions, check_options
+from bgtasks._options import ManagerOptions
 from bgtasks.integrations._extra import extra
 from bgtasks.manager import BackgroundTaskManager
-from bgtasks.program._draining import close, running
+from bgtasks.program._draining import check_program_options, running
 
 with extra("starlette", "Starlette"):
     from starlette.applications import Starlette
@@ -33,6 +33,8 @@ App = TypeVar("App", bound=Starlette)
 
 def lifespan(
     inner: Callable[[App], AbstractAsyncContextManager[Mapping[str, Any] | None]] | None = None,
+    *,
+    shutdown_deadline: float | None = None,
     **options: Unpack[ManagerOptions],
 ) -> Callable[[App], AbstractAsyncContextManager[Mapping[str, Any]]]:
     """Return a lifespan that gives the application a manager, which ends before ``inner`` does.
@@ -45,6 +47,8 @@ def lifespan(
     Args:
         inner: the application's own lifespan: a function that takes the application and returns an async context
             manager, as ``@asynccontextmanager`` makes them.
+        shutdown_deadline: seconds from the signal that ends the server to the end of the shutdown, the requests' time
+            included; both timeouts are shortened in proportion. None for their sum.
         options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
             ``default_shutdown_timeout`` 5.
 
@@ -57,17 +61,18 @@ def lifespan(
             "a lifespan is a function that takes the application and returns an async context manager: decorate it "
             f"with @contextlib.asynccontextmanager; got {errors.describe(inner)}"
         )
-    check_options(options)
+    check_program_options(options, shutdown_deadline)
 
     @contextlib.asynccontextmanager
     async def with_manager(app: App) -> AsyncIterator[Mapping[str, Any]]:
-        async with running(options) as manager:
+        async with running(options, shutdown_deadline) as ending:
+            manager = ending.manager
             app.state.task_manager = manager
             async with contextlib.nullcontext() if inner is None else inner(app) as state:
                 try:
                     yield {"task_manager": manager, **(state or {})}
                 finally:
-                    await close(manager)
+                    await ending.close()
 
     return with_manager
 

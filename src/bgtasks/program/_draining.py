@@ -1,71 +1,147 @@
-"""Managers with the lifetime of a server or a program: they drain, and log the tasks that did not end."""
+"""Managers that live as long as a server or a program, and end within one deadline from the signal on."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from collections import Counter
+import time
 from collections.abc import AsyncIterator
 from typing import Final
 
-from bgtasks._options import ManagerOptions
-from bgtasks._reporting import listed
-from bgtasks.info import ManagerStats
+from bgtasks._checks import check_optional_seconds
+from bgtasks._internals import ManagerInternals
+from bgtasks._options import ManagerOptions, check_options
 from bgtasks.manager import BackgroundTaskManager
+from bgtasks.program._listening import SignalListener, name_of
 
-__all__ = ["close", "new_manager", "running"]
+__all__ = ["Ending", "check_program_options", "new_manager", "running"]
 
 logger = logging.getLogger("bgtasks")
 
 # Their sum stays below the 30 s that container runtimes leave between SIGTERM and SIGKILL.
 DRAIN_TIMEOUT: Final = 20.0
 SHUTDOWN_TIMEOUT: Final = 5.0
+# Seconds of a deadline for what shutdown does after its timeout: tasks that are cancelled once more.
+RESERVE: Final = 0.2
+
+
+def check_program_options(options: ManagerOptions, shutdown_deadline: float | None) -> None:
+    """Check the options of a manager, and the deadline.
+
+    Raises:
+        InvalidOptionError: one is outside its values.
+
+    """
+    check_options(options)
+    check_optional_seconds("shutdown_deadline", shutdown_deadline, none="for the sum of both timeouts")
 
 
 def new_manager(options: ManagerOptions) -> BackgroundTaskManager:
     """Return a manager that drains for 20 s and waits 5 s for cancelled tasks, unless ``options`` say otherwise."""
     usual: ManagerOptions = {"drain_timeout": DRAIN_TIMEOUT, "default_shutdown_timeout": SHUTDOWN_TIMEOUT}
     usual.update(options)
-    return BackgroundTaskManager(**usual)
+    manager = BackgroundTaskManager(**usual)
+    ManagerInternals(manager).name_what_ends()
+    return manager
 
 
 @contextlib.asynccontextmanager
-async def running(options: ManagerOptions) -> AsyncIterator[BackgroundTaskManager]:
-    """Make a manager with ``new_manager``, and close it at the end, also after an exception of the body."""
+async def running(options: ManagerOptions, shutdown_deadline: float | None) -> AsyncIterator[Ending]:
+    """Make a manager with ``new_manager``, and end it at the end, also after an exception of the body.
+
+    In the main thread SIGINT and SIGTERM are noticed, and passed on to the server that handles them: see ``Ending``.
+
+    """
     async with new_manager(options) as manager:
-        try:
-            yield manager
-        finally:
-            await close(manager)
+        ending = Ending(manager, shutdown_deadline)
+        with SignalListener(asyncio.get_running_loop(), ending.on_signal):
+            try:
+                yield ending
+            finally:
+                await ending.close()
 
 
-async def close(manager: BackgroundTaskManager, *, drain: float | None = None) -> None:
-    """Shut a manager down, and name in the log the tasks that did not end by themselves.
+class Ending:
+    """The end of a manager: one deadline for draining and cancelling, which counts from the signal.
+
+    A server that got a signal ends its requests first. Meanwhile the manager goes on, and says in the log what is left.
+    When only the time for cancelling is left, it shuts down although requests may still run. The second signal of a
+    kind ends the draining, the third one the waiting for cancelled tasks.
 
     Args:
         manager: the manager.
-        drain: seconds to let tasks finish, >= 0; the manager's ``drain_timeout`` by default.
+        deadline: seconds from the signal, or from the first call of ``close``, to the end of the shutdown; None for the
+            sum of the manager's ``drain_timeout`` and ``default_shutdown_timeout``.
 
     """
-    before = manager.stats()
-    remaining: list[str] = []
-    try:
-        remaining = (await manager.shutdown(drain=drain))["remaining_names"]
-    finally:
-        _report(before, manager.stats(), remaining)
 
+    def __init__(self, manager: BackgroundTaskManager, deadline: float | None) -> None:
+        self.manager = manager
+        self._internals = ManagerInternals(manager)
+        self._deadline = sum(self._internals.times()) if deadline is None else deadline
+        self._since: float | None = None
+        self._early: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-def _report(before: ManagerStats, after: ManagerStats, remaining: list[str]) -> None:
-    cancelled = {
-        name: stats["cancelled"] - (before["names"][name]["cancelled"] if name in before["names"] else 0)
-        for name, stats in after["names"].items()
-    }
-    if after["cancelled"] > before["cancelled"]:
-        logger.warning(
-            "Shutdown cancelled %d of %d background tasks: %s",
-            after["cancelled"] - before["cancelled"],
-            before["in_flight"],
-            listed(cancelled),
-        )
-    if remaining:
-        logger.warning("%d background tasks outlast the shutdown: %s", len(remaining), listed(Counter(remaining)))
+    def begin(self, cause: str, since: float, hint: str) -> None:
+        """Count from now on, and say in the log what is left; later calls are ignored.
+
+        Args:
+            cause: why the program ends.
+            since: when that began, on the monotonic clock.
+            hint: what can be done about it.
+
+        """
+        if self._since is None:
+            self._since = since
+            self._internals.announce(cause, self._shares()[1], hint)
+
+    def _shares(self, drain: float | None = None) -> tuple[float, float]:
+        """Return the seconds for cancelled tasks and for draining: the manager's own, shortened to the deadline."""
+        timeout, usual_drain = self._internals.times()
+        drain = usual_drain if drain is None else drain
+        since = time.monotonic() if self._since is None else self._since
+        left = max(since + self._deadline - time.monotonic(), 0.0)
+        if timeout + drain <= left:
+            return timeout, drain
+        share = max(left - RESERVE, 0.0) / (timeout + drain)
+        return timeout * share, drain * share
+
+    async def close(self, *, drain: float | None = None) -> None:
+        """Shut the manager down within what is left of the deadline.
+
+        Args:
+            drain: seconds to let tasks finish, >= 0; the manager's ``drain_timeout`` by default.
+
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+        timeout, drain = self._shares(drain)
+        await self.manager.shutdown(timeout, drain=drain)
+
+    def on_signal(self, number: int, count: int, since: float) -> None:
+        """Take note of a signal that a server handles, on the loop.
+
+        Args:
+            number: the number of the signal.
+            count: how often it came.
+            since: when, on the monotonic clock.
+
+        """
+        name = name_of(number)
+        if self._since is None:
+            self.begin(name, since, f". A second {name} cancels them")
+            timer_loop = asyncio.get_running_loop()
+            self._timer = timer_loop.call_later(max(self._shares()[1], 0.0), self._end_early)
+        elif count == 2:
+            logger.warning("%s again: background tasks are cancelled", name)
+            self._internals.hurry()
+            self._end_early()
+        elif count > 2:
+            self._internals.hurry()
+
+    def _end_early(self) -> None:
+        """Shut down although the server still waits for requests."""
+        if self._early is None:
+            self._early = asyncio.get_running_loop().create_task(self.close(drain=0.0), name="bgtasks shutdown")

@@ -14,7 +14,7 @@ from bgtasks import errors
 from bgtasks._internals import ManagerInternals
 from bgtasks._options import ManagerOptions
 from bgtasks.manager import BackgroundTaskManager
-from bgtasks.program._draining import new_manager
+from bgtasks.program._draining import check_program_options, new_manager
 from bgtasks.program._signals import SignalHolder
 
 __all__ = ["run"]
@@ -29,6 +29,7 @@ def run(
     *,
     debug: bool | None = None,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    shutdown_deadline: float | None = None,
     **options: Unpack[ManagerOptions],
 ) -> Result:
     """Run ``main(manager)`` on a new event loop, as ``asyncio.run`` would, and shut its background tasks down cleanly.
@@ -49,6 +50,8 @@ def run(
         main: a coroutine function that takes the manager.
         debug: the loop's debug mode; None for asyncio's own choice.
         loop_factory: makes the loop; None for uvloop's if uvloop is installed, otherwise asyncio's.
+        shutdown_deadline: seconds from the signal, or from the end of ``main``, to the end of the shutdown; both
+            timeouts are shortened in proportion. None for their sum.
         options: those of ``BackgroundTaskManager``; by default ``drain_timeout`` is 20 and
             ``default_shutdown_timeout`` 5.
 
@@ -82,7 +85,8 @@ def run(
             "run() starts an event loop, but one already runs in this thread: await main(manager) inside "
             "'async with BackgroundTaskManager() as manager' and 'async with drain_on_signals(manager)'"
         )
-    program = _Program(main, new_manager(options))
+    check_program_options(options, shutdown_deadline)
+    program = _Program(main, new_manager(options), shutdown_deadline)
     try:
         with asyncio.Runner(debug=debug, loop_factory=loop_factory or _fastest_loop()) as runner:
             result: Result = runner.run(program.run())
@@ -100,9 +104,13 @@ class _Program:
     """The coroutine around ``main``."""
 
     def __init__(
-        self, main: Callable[[BackgroundTaskManager], Coroutine[Any, Any, Any]], manager: BackgroundTaskManager
+        self,
+        main: Callable[[BackgroundTaskManager], Coroutine[Any, Any, Any]],
+        manager: BackgroundTaskManager,
+        shutdown_deadline: float | None,
     ) -> None:
         self.manager = manager
+        self._deadline = shutdown_deadline
         self.internals = ManagerInternals(manager)
         # The number of the signal that ended the program.
         self.ended_by: int | None = None
@@ -112,7 +120,9 @@ class _Program:
     async def run(self) -> Any:
         """Run ``main``, then shut the manager down, with signals held back in between."""
         self._task = asyncio.current_task()
-        signals = SignalHolder(self.manager, asyncio.get_running_loop(), default=self._end_main)
+        signals = SignalHolder(
+            self.manager, asyncio.get_running_loop(), default=self._end_main, shutdown_deadline=self._deadline
+        )
         try:
             async with self.manager:
                 with signals:

@@ -7,22 +7,26 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
+from bgtasks._checks import check_optional_seconds
+from bgtasks._internals import ManagerInternals
 from bgtasks.manager import BackgroundTaskManager
-from bgtasks.program import _draining
+from bgtasks.program._draining import Ending
+from bgtasks.program._listening import SIGNALS, name_of
 
 __all__ = ["SignalHolder", "drain_on_signals"]
 
 logger = logging.getLogger("bgtasks")
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-
 
 @contextlib.asynccontextmanager
-async def drain_on_signals(manager: BackgroundTaskManager) -> AsyncIterator[bool]:
+async def drain_on_signals(
+    manager: BackgroundTaskManager, *, shutdown_deadline: float | None = None
+) -> AsyncIterator[bool]:
     """Hold SIGINT and SIGTERM back, inside this context, until the manager has shut down.
 
     The first signal calls ``manager.shutdown()``: new work is refused, tasks get the manager's ``drain_timeout`` to
@@ -37,6 +41,11 @@ async def drain_on_signals(manager: BackgroundTaskManager) -> AsyncIterator[bool
 
     Args:
         manager: the manager to shut down; give it a ``drain_timeout``, which is 0 by default.
+        shutdown_deadline: seconds from the signal to the end of the shutdown, which shortens both timeouts in
+            proportion; None for their sum.
+
+    Raises:
+        InvalidOptionError: ``shutdown_deadline`` is no number of seconds.
 
     Yields:
         True if signals are held back. False outside the main thread, where Python does not allow it: a warning is
@@ -50,7 +59,10 @@ async def drain_on_signals(manager: BackgroundTaskManager) -> AsyncIterator[bool
         >>> asyncio.run(main())
 
     """
-    holder = SignalHolder(manager, asyncio.get_running_loop(), default=signal.raise_signal)
+    check_optional_seconds("shutdown_deadline", shutdown_deadline, none="for the sum of both timeouts")
+    holder = SignalHolder(
+        manager, asyncio.get_running_loop(), default=signal.raise_signal, shutdown_deadline=shutdown_deadline
+    )
     with holder:
         try:
             yield holder.is_active
@@ -66,19 +78,29 @@ class SignalHolder:
         manager: the manager to shut down.
         loop: the loop that runs in this thread.
         default: called with the number of a signal that had no handler, in place of the default action.
+        shutdown_deadline: as for ``Ending``.
 
     """
 
     def __init__(
-        self, manager: BackgroundTaskManager, loop: asyncio.AbstractEventLoop, *, default: Callable[[int], object]
+        self,
+        manager: BackgroundTaskManager,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        default: Callable[[int], object],
+        shutdown_deadline: float | None,
     ) -> None:
         self.held: list[int] = []
         self._manager = manager
+        self._internals = ManagerInternals(manager)
+        self._internals.name_what_ends()
+        self._ending = Ending(manager, shutdown_deadline)
+        # When the first signal came, on the monotonic clock.
+        self._first_at = 0.0
         self._loop = loop
         self._default = default
         self._previous: dict[int, Any] = {}
         self._closing: asyncio.Task[None] | None = None
-        self._is_cut_short = False
         self._is_over = False
 
     @property
@@ -97,7 +119,7 @@ class SignalHolder:
         for number in SIGNALS:
             previous = signal.getsignal(number)
             if previous is None:
-                logger.warning("%s has a handler that Python cannot restore; it is left alone", _name(number))
+                logger.warning("%s has a handler that Python cannot restore; it is left alone", name_of(number))
             elif previous is not signal.SIG_IGN:
                 self._previous[number] = previous
                 signal.signal(number, self._on_signal)
@@ -120,6 +142,7 @@ class SignalHolder:
         if self._is_over or self._loop.is_closed():
             self._pass_on(number, frame)
         else:
+            self._first_at = self._first_at or time.monotonic()
             self._loop.call_soon_threadsafe(self._hold, number)
 
     def _hold(self, number: int) -> None:
@@ -129,31 +152,20 @@ class SignalHolder:
         is_first = not self.held
         if number not in self.held:
             self.held.append(number)
+        name = name_of(number)
         if is_first:
-            logger.info(
-                "%s: no new background tasks, %d have to end first", _name(number), self._manager.get_task_count()
-            )
+            self._ending.begin(name, self._first_at, f". A second {name} cancels them")
             self._begin(None)
             return
-        logger.warning("%s again: background tasks are cancelled", _name(number))
-        self._is_cut_short = True
+        logger.warning("%s again: background tasks are cancelled", name)
         self._restore()
-        if self._closing is not None:
-            # Not now: a task that is cancelled before its first step never begins to shut down.
-            self._loop.call_soon(self._closing.cancel)
+        self._internals.hurry()
 
     def _begin(self, drain: float | None) -> None:
         if self._closing is None:
-            self._closing = self._loop.create_task(self._shut_down(drain), name="bgtasks shutdown")
+            self._closing = self._loop.create_task(self._ending.close(drain=drain), name="bgtasks shutdown")
             # In a callback of the loop: a SystemExit or KeyboardInterrupt of a handler then belongs to no task.
             self._closing.add_done_callback(lambda _: self._pass_held_on())
-
-    async def _shut_down(self, drain: float | None) -> None:
-        try:
-            await _draining.close(self._manager, drain=drain)
-        except asyncio.CancelledError:
-            if not self._is_cut_short:
-                raise
 
     def _pass_held_on(self) -> None:
         """Let the held signals take effect, once."""
@@ -175,7 +187,3 @@ class SignalHolder:
             # A handler that was set later may have saved this one: leave it, because this one passes signals on.
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, previous)
-
-
-def _name(number: int) -> str:
-    return signal.Signals(number).name
