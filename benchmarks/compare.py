@@ -457,11 +457,14 @@ def main() -> None:
         "info": lambda options: compare_info(100_000, 9),
     }
     parser = argparse.ArgumentParser(description="Compare ways to run background tasks.")
-    parser.add_argument("part", nargs="*", choices=[*parts, []], help="parts to run; all by default")
+    parser.add_argument("part", nargs="*", help=f"parts to run: {', '.join(parts)}; all by default")
     parser.add_argument("--burst", type=int, default=1000, help="tasks started before the loop runs them (1000)")
     parser.add_argument("--rounds", type=int, default=151, help="rounds of the part 'tasks' (151)")
     parser.add_argument("--in-flight", type=int, default=1_000_000, help="tasks of the part 'scale' (1000000)")
     options = parser.parse_args()
+    unknown = set(options.part) - set(parts)
+    if unknown:
+        parser.error(f"unknown part: {', '.join(sorted(unknown))}")
     print(f"# CPython {platform.python_version()}, {platform.machine()}")
     for name in options.part or parts:
         parts[name](options)

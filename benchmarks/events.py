@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import gc
 import importlib
+import logging
 import platform
 import resource
 import statistics
@@ -270,6 +271,8 @@ def main() -> int:
     unknown = set(arguments.parts) - {*PARTS, "flat"}
     if unknown:
         parser.error(f"unknown part: {', '.join(sorted(unknown))}")
+    # A producer that is faster than the sink has events refused, and tries again: no loss to warn of.
+    logging.getLogger("bgtasks.events").setLevel(logging.ERROR)
     print(f"CPython {platform.python_version()}, uvloop {uvloop.__version__}, msgspec {msgspec.__version__}")
     for name in arguments.parts or PARTS:
         if name == "flat":

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import contextlib
 import gc
 import json
-import multiprocessing
 import os
-import signal
 import warnings
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from bgtasks import BackgroundExecutor
 
 __all__ = ["Definitions", "Event", "encode"]
 
@@ -63,25 +61,28 @@ class Definitions:
         return f"{text}, {self.skipped:,} more do not parse" if self.skipped else text
 
     async def read(self) -> AsyncGenerator[list[Event], None]:
-        """Yield the definitions, those of a few files at a time."""
-        loop = asyncio.get_running_loop()
+        """Yield the definitions, those of a few files at a time.
+
+        Raises:
+            WorkerDiedError: a process that parsed was killed.
+
+        """
         workers = min(os.cpu_count() or 1, MAX_WORKERS)
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker)
         parsed: deque[asyncio.Future[_Parsed]] = deque()
-        try:
-            for paths in _batches_of_paths(self.root):
-                with _ctrl_c_ignored():
-                    parsed.append(loop.run_in_executor(pool, _parse_files, self.root, paths))
-                if len(parsed) > 2 * workers:
+        with BackgroundExecutor(kind="processes", max_concurrency=workers) as submit:
+            try:
+                for paths in _batches_of_paths(self.root):
+                    # Whoever reads no further, or is cancelled, does not wait for files that nobody wants any more.
+                    future = submit(_parse_files, self.root, paths, __cancel_on_exit__=True, __reraise_on_exit__=False)
+                    parsed.append(asyncio.wrap_future(future))
+                    if len(parsed) > 2 * workers:
+                        yield self._count(await parsed.popleft())
+                while parsed:
                     yield self._count(await parsed.popleft())
-            while parsed:
-                yield self._count(await parsed.popleft())
-        finally:
-            for future in parsed:
-                # If the pool broke, asyncio would log "exception was never retrieved" for these futures.
-                if not future.cancel():
-                    future.exception()
-            pool.shutdown(wait=False)
+            finally:
+                for waiting in parsed:
+                    # A failure that nobody reads is no news for the log.
+                    waiting.cancel()
 
     def _count(self, parsed: _Parsed) -> list[Event]:
         self.files += parsed.files
@@ -104,20 +105,8 @@ def _batches_of_paths(root: Path) -> Iterator[list[str]]:
         yield paths
 
 
-@contextlib.contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C in processes that are started meanwhile: a terminal sends it to all, the program ends its own."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def _prepare_worker() -> None:
-    """Set up a process that does nothing but parse."""
-    # On Windows it is not inherited.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _prepare_process() -> None:
+    """Set up a process that does nothing but parse; again and again, which does no harm."""
     # The compiler's warnings about this source do not belong in the report.
     warnings.simplefilter("ignore")
     # A syntax tree has no cycles: the collector would find nothing, in a sixth of the time.
@@ -126,6 +115,7 @@ def _prepare_worker() -> None:
 
 def _parse_files(root: Path, paths: list[str]) -> _Parsed:
     """Return the definitions in some files, and how many of the files do parse and do not."""
+    _prepare_process()
     events: list[Event] = []
     skipped = 0
     for path in paths:

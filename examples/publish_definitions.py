@@ -8,7 +8,7 @@
 
 The events go into a file of JSON lines or, with ``--redis``, into a stream. At the end the sink is read back and
 compared with what was published. Exit status: 0 if every event arrived, 1 if not, 2 for bad arguments, 130 after
-Ctrl-C.
+Ctrl-C and 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import importlib.util
 import logging
 import math
 import platform
+import signal
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import BrokenExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -35,14 +35,17 @@ from definitions import Definitions, Event
 from lines import Lines
 from sinks import Announcement, Contents, Destination, JsonlFile, RedisStream, checksum_of
 
+import bgtasks
 from bgtasks import BackgroundTaskManager
-from bgtasks.errors import BgtasksError
+from bgtasks.errors import BgtasksError, WorkerDiedError
 from bgtasks.events import IMPLEMENTATION, Publisher, PublisherStats
 
 # How many events are published before the loop runs other callbacks, in a millisecond or two.
 EVENTS_AT_ONCE: Final = 500
 # Seconds for what is left to write when a sink recovers at the last moment.
 DRAIN_MARGIN: Final = 5.0
+# Seconds for all of it after a signal: container runtimes kill after 30.
+SHUTDOWN_DEADLINE: Final = 25.0
 LOG_RECORDS_SHOWN: Final = 10
 GAPS_SHOWN: Final = 10
 
@@ -121,15 +124,15 @@ class Run:
 
         Raises:
             OSError: the source cannot be read any further.
-            BrokenExecutor: a process that reads for the source died.
+            WorkerDiedError: a process that reads for the source died.
 
         """
         async with contextlib.aclosing(source.read()) as batches:
             while (events := await self._next(batches)) is not None:
                 for start in range(0, len(events), EVENTS_AT_ONCE):
-                    await self._publish(events[start : start + EVENTS_AT_ONCE])
+                    is_open = await self._publish(events[start : start + EVENTS_AT_ONCE])
                     await asyncio.sleep(0)
-                    if self.published == self._limit or self._publisher.stats()["dropped"]:
+                    if not is_open or self.published == self._limit or self._publisher.stats()["dropped"]:
                         return
 
     async def _next(self, batches: AsyncGenerator[list[Event], None]) -> list[Event] | None:
@@ -139,13 +142,16 @@ class Run:
         finally:
             self.source_seconds += time.perf_counter() - asked
 
-    async def _publish(self, events: list[Event]) -> None:
+    async def _publish(self, events: list[Event]) -> bool:
+        """Publish some events; return False once the publisher is closed, as it is after a signal."""
         for event in events[: self._limit - self.published]:
             number = self.published + 1
             # It waits while the queue is full.
-            await self._publisher.publish(Announcement.of(number, event))
+            if not await self._publisher.publish(Announcement.of(number, event)):
+                return False
             self.published = number
             self.checksum += checksum_of(number, event.payload)
+        return True
 
 
 class Outcome(NamedTuple):
@@ -156,55 +162,54 @@ class Outcome(NamedTuple):
     seconds: float
     loop: str
     halt: str
-    was_interrupted: bool
 
 
-async def publish(source: Source, destination: Destination, options: Options, screen: Screen) -> Outcome:
-    """Publish the events of a source until the source ends, an event is lost or Ctrl-C comes.
+class Publication:
+    """Publishes the events of a source until the source ends, an event is lost or a signal comes."""
 
-    Raises:
-        OSError, BgtasksError: the sink cannot be opened.
+    def __init__(self, source: Source, destination: Destination, options: Options, screen: Screen) -> None:
+        self._source = source
+        self._destination = destination
+        self._options = options
+        self._screen = screen
+        # What was published, also if a signal ended it; None before the sink was open.
+        self.outcome: Outcome | None = None
 
-    """
-    manager = BackgroundTaskManager(default_shutdown_timeout=options.retry_for + DRAIN_MARGIN)
-    publisher = Publisher(
-        destination.make_sink(),
-        max_events=options.queue,
-        overflow="block",
-        retry_for=options.retry_for,
-        name="publisher",
-        # It shows the publisher's task, and its shutdown flushes and closes the publisher.
-        manager=manager,
-        connect=True,
-    )
-    run = Run(publisher, options.limit)
-    halt = ""
-    was_interrupted = False
-    begun = time.perf_counter()
-    progress = None
-    try:
+    async def main(self, manager: BackgroundTaskManager) -> None:
+        """Publish.
+
+        Raises:
+            OSError, BgtasksError: the sink cannot be opened.
+
+        """
+        publisher = Publisher(
+            self._destination.make_sink(),
+            max_events=self._options.queue,
+            overflow="block",
+            retry_for=self._options.retry_for,
+            name="publisher",
+            # It shows the publisher's task, and its shutdown flushes and closes the publisher.
+            manager=manager,
+            connect=True,
+        )
         await publisher.start()
-        progress = asyncio.create_task(_show_progress(publisher, screen))
-        await run.publish_all(source)
-        await manager.shutdown()
-    except asyncio.CancelledError:
-        # The first Ctrl-C cancels this coroutine, a second one stops the loop.
-        was_interrupted = True
-        halt = "Ctrl-C"
-    except (OSError, BrokenExecutor) as error:
-        if progress is None:
-            raise
-        halt = f"the source cannot be read to its end: {error}"
-    finally:
-        await manager.shutdown()
-        if progress is not None:
+        run = Run(publisher, self._options.limit)
+        halt = ""
+        begun = time.perf_counter()
+        progress = manager.create_task(_show_progress(publisher, self._screen), name="progress", service=True)
+        try:
+            await run.publish_all(self._source)
+        except (OSError, WorkerDiedError) as error:
+            halt = f"the source cannot be read to its end: {error}"
+        finally:
+            # After a signal that is done already: the manager was shut down first.
+            await manager.shutdown()
             progress.cancel()
-    stats = publisher.stats()
-    if stats["dropped"] and not halt:
-        halt = f"an event did not arrive: {stats['last_error']}"
-    seconds = time.perf_counter() - begun
-    loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
-    return Outcome(run, stats, seconds, loop, halt, was_interrupted)
+            stats = publisher.stats()
+            if stats["dropped"] and not halt:
+                halt = f"an event did not arrive: {stats['last_error']}"
+            loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+            self.outcome = Outcome(run, stats, time.perf_counter() - begun, loop, halt)
 
 
 async def _show_progress(publisher: Publisher, screen: Screen) -> None:
@@ -319,22 +324,40 @@ def main() -> int:
             source = _source(options.file, stack)
             destination = _destination(options, stack)
             destination.refuse_used()
-            runner = stack.enter_context(asyncio.Runner(loop_factory=_loop_factory(options.loop)))
-            outcome = runner.run(publish(source, destination, options, screen))
+            publication = Publication(source, destination, options, screen)
+            status, halt = _run(publication, options)
         except (OSError, ImportError, BgtasksError) as error:
             print(f"publish_definitions: {error}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            return 130
         finally:
             screen.finish()
+        outcome = publication.outcome
+        if outcome is None:
+            return status
         try:
             contents = destination.read_back(outcome.run.published)
         except (OSError, BgtasksError) as error:
             print(f"publish_definitions: the sink cannot be read back: {error}", file=sys.stderr)
             return 1
+        outcome = outcome._replace(halt=outcome.halt or halt)
         all_arrived = report(outcome, source, destination, contents)
-    return 130 if outcome.was_interrupted else 0 if all_arrived else 1
+    return status or (0 if all_arrived else 1)
+
+
+def _run(publication: Publication, options: Options) -> tuple[int, str]:
+    """Run it; return the exit status of the signal that ended it and the name of that, 0 and "" if none did."""
+    try:
+        bgtasks.run(
+            publication.main,
+            loop_factory=_loop_factory(options.loop),
+            shutdown_deadline=SHUTDOWN_DEADLINE,
+            default_shutdown_timeout=options.retry_for + DRAIN_MARGIN,
+        )
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT, "Ctrl-C"
+    except SystemExit:
+        return 128 + signal.SIGTERM, "SIGTERM"
+    return 0, ""
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import tokenize
 import uuid
 from pathlib import Path
@@ -230,3 +232,30 @@ def test_ctrl_c(loop, sink):
     assert b"stopped    Ctrl-C" in report
     assert b"sink: 2 of 2 events found, none lost, none twice" in report
     assert [record["text"] for *_, record in events_in(sink)] == ["one", "two"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal can be sent to one process there")
+def test_sigterm(loop, tmp_path):
+    """SIGTERM in the middle ends it as Ctrl-C does: a report, no temporary folder left, no process either."""
+    command = [sys.executable, str(PROGRAM), "--loop", loop]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, start_new_session=True
+    ) as process:
+        assert b" published" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        report = process.stdout.read().decode()
+        assert process.wait(timeout=60) == 143
+    assert "stopped    SIGTERM" in report
+    (found,) = re.findall(r"^sink: ([\d,]+) of ([\d,]+) events found, none lost, none twice$", report, re.MULTILINE)
+    assert found[0] == found[1] != "0"
+    assert not list(tmp_path.iterdir())
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            # All that it started belongs to its process group.
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "a process is left"
+        time.sleep(0.01)

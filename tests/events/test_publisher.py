@@ -747,3 +747,18 @@ async def test_a_closed_publisher_with_events_left_warns_once_and_is_released(ca
     await asyncio.sleep(0)
     await until(lambda: gc.collect() >= 0 and flusher() is None)
     assert caplog.text.count("loses events") == 1
+
+
+async def test_the_loss_warning_names_the_error_that_the_statistics_name(caplog):
+    """One error, in one wording, that says once what it is."""
+    publisher = Publisher(MemorySink(), encode="now")
+    await publisher.start()
+    assert not publisher.emit({"event": object()})
+    async with asyncio.timeout(10):
+        while "loses events" not in caplog.text:
+            await asyncio.sleep(0)
+    last_error = publisher.stats()["last_error"]
+    assert f"(last error: {last_error})" in caplog.text
+    assert last_error.startswith("EncodeError: an event of type dict cannot be encoded: it holds object, <object ")
+    assert last_error.count("EncodeError") == 1
+    await publisher.close()

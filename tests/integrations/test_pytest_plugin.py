@@ -105,9 +105,8 @@ async def test_next(task_manager):
     result.stdout.re_match_lines(
         [
             r"The test leaves 1 background task:",
-            r"Background task 'watcher' \(forever\), created at .*test_suite.py:\d+ "
-            r"in test_leaves, at .*:\d+ in forever "
-            r"\(in asyncio\.Event\.wait\)",
+            r"Background task 'watcher' \(forever\), created at .*test_suite.py:\d+ in test_leaves, at .*:\d+ in "
+            r"forever \(in asyncio\.Event\.wait\)",
         ]
     )
     line = int(re.findall(r"test_suite.py:(\d+) in test_leaves", result.stdout.str())[0])

@@ -284,3 +284,13 @@ async def test_a_server_without_memory_is_tried_again(start_server, key, caplog)
         await publisher.close()
         assert client.info("stats")["total_connections_received"] == connections
     assert numbers_in(in_redis(server.url, key)) == [*range(5)] * 2
+
+
+@pytest.mark.parametrize("url", ["redis:/x", "localhost:6379", "http://localhost"])
+def test_a_url_that_is_none_is_refused(url):
+    """Not taken for the server on this machine, as redis-py does; no password gets into the message."""
+    with pytest.raises(InvalidOptionError, match="url must begin with redis://, rediss:// or unix://"):
+        RedisSink(url)
+    with pytest.raises(InvalidOptionError) as caught:
+        RedisSink("redis:/user:secret@host")
+    assert "secret" not in str(caught.value)

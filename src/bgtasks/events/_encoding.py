@@ -75,7 +75,9 @@ class JsonEncoder:
         try:
             return encode(event)
         except Exception as error:
-            raise EncodeError(f"an event of type {_name_of(kind)} cannot be encoded: {text_of(error)}") from error
+            # What it holds is the reason, in an error of this class already.
+            reason = str(error) if isinstance(error, EncodeError) else text_of(error)
+            raise EncodeError(f"an event of type {_name_of(kind)} cannot be encoded: {reason}") from error
 
     def encode_batch(self, events: Sequence[object]) -> Encoded:
         """Return the JSON of events, and those that cannot be encoded with their errors."""

@@ -258,12 +258,22 @@ def _from_url(url: str, kwargs: dict[str, object]) -> tuple[Callable[[], object]
         once = ClientRetry(NoBackoff(), 0)
         return redis.asyncio.Redis.from_url(url, single_connection_client=True, retry=once, **kwargs)
 
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        # redis-py takes "redis:/x" for the server on this machine.
+        raise InvalidOptionError(
+            f"url must begin with redis://, rediss:// or unix://, for example redis://localhost:6379/0; got {_shown(url)}"
+        )
     try:
         address = redis.asyncio.ConnectionPool.from_url(url).connection_kwargs
     except ValueError as error:
         raise InvalidOptionError(f"url: {error}; for example redis://localhost:6379/0") from error
     place = address.get("path") or f"{address.get('host', 'localhost')}:{address.get('port', 6379)}"
     return make_client, f"Redis at {place}"
+
+
+def _shown(url: str) -> str:
+    """Return a URL for a message, without a user and a password."""
+    return describe(url.rpartition("@")[2])
 
 
 def _tagged(key: str) -> str:
