@@ -542,8 +542,9 @@ class BackgroundTaskManager(Registry):
             # It did not do what it is for: another call may.
             self._is_ending = False
             self._drain_log.stop()
-            raise
-        self._set_closed(initial, drain)
+            self._phase = "closed"
+            self._report_cancelled(initial, drain)
+            self._closed.notify()
         return self._shutdown_stats("completed", initial, begun)
 
     async def _end_all(self, timeout: float, drain: float) -> None:
@@ -607,11 +608,11 @@ class BackgroundTaskManager(Registry):
         self._left = self._names_of(others)
         self._log.still_running(others, "shutdown")
 
-    def _report_cancelled(self, initial: int) -> None:
-        """Name in the log the tasks that ``shutdown`` cancelled and that ended by it."""
+    def _report_cancelled(self, initial: int, drain: float) -> None:
+        """Name in the log the tasks that ``shutdown`` cancelled and that ended by it, if they had been let finish."""
         names = self._names_of([record for record in self._cancelled if record.outcome == "cancelled"])
         self._cancelled.clear()
-        if names:
+        if names and (drain > 0 or self._names_cancelled):
             self._log.cancelled_by_shutdown(names, max(initial, names.total()))
 
     def _names_of(self, records: Sequence[Record]) -> Counter[str]:

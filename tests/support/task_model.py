@@ -377,6 +377,11 @@ class Model:
             names = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
             left = f"{len(self.live)} background task{'' if len(self.live) == 1 else 's'}"
             assert text == f"A closed event loop left {left} behind, abandoned: {names}"
+        elif text.startswith(("Shutdown: ", "Shutdown cancelled ")) or " left after " in text:
+            # Draining names what is left and what it cancels; which those are is told by the other records.
+            listed = text.rpartition(": ")[2]
+            names = {task.work.name for task in (*self.live.values(), *self.ended.values())}
+            assert {part.partition(" (")[0] for part in listed.split(", ")} <= names
         else:
             ending_now = [waiter for waiter in self.waiters.values() if same_time(waiter.deadline, now)]
             assert ending_now
