@@ -33,6 +33,7 @@ from bgtasks.info import (
     TaskInfo,
     TaskOverflow,
     TaskState,
+    TimeoutPolicy,
 )
 from bgtasks.manager import Attachable, BackgroundTaskManager
 from bgtasks.program import drain_on_signals, run
@@ -75,6 +76,7 @@ __all__ = [
     "TaskOverflow",
     "TaskRejectedError",
     "TaskState",
+    "TimeoutPolicy",
     "WorkerDiedError",
     "drain_on_signals",
     "run",

@@ -75,8 +75,8 @@ class FinishedTask(TypedDict):
 class NameStats(TypedDict):
     """Counters and durations of all tasks of one name; a percentile is None before the first task ended.
 
-    Durations are counted in buckets, eight for each doubling from a microsecond on. A percentile is the middle of a bucket:
-    at most 6.25 % off, rounded to three digits.
+    Durations are counted in buckets, eight for each doubling from a microsecond on. A percentile is the middle of a
+    bucket: at most 6.25 % off, rounded to three digits.
     """
 
     started: int

@@ -261,7 +261,8 @@ def _from_url(url: str, kwargs: dict[str, object]) -> tuple[Callable[[], object]
     if not url.startswith(("redis://", "rediss://", "unix://")):
         # redis-py takes "redis:/x" for the server on this machine.
         raise InvalidOptionError(
-            f"url must begin with redis://, rediss:// or unix://, for example redis://localhost:6379/0; got {_shown(url)}"
+            "url must begin with redis://, rediss:// or unix://, for example redis://localhost:6379/0; "
+            f"got {_shown(url)}"
         )
     try:
         address = redis.asyncio.ConnectionPool.from_url(url).connection_kwargs
