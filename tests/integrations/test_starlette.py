@@ -86,6 +86,29 @@ def test_unfinished_tasks_are_named(inner, caplog):
     assert "Shutdown cancelled 1 of 1 background task: service (1)" in caplog.text
 
 
+def test_a_straggler_is_named_once(caplog):
+    """With a lifespan inside the manager is shut down before that ends; nothing is said a second time afterwards."""
+    release = []
+
+    async def stubborn():
+        while not release:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.001)
+
+    @contextlib.asynccontextmanager
+    async def own(app):
+        app.state.task_manager.create_task(stubborn(), name="stubborn")
+        await asyncio.sleep(0)
+        yield
+        release.append("now")
+
+    app = Starlette(lifespan=lifespan(own, drain_timeout=0.0, default_shutdown_timeout=0.01))
+    with TestClient(app):
+        pass
+    (named,) = [record.getMessage() for record in caplog.records if "stubborn" in record.getMessage()]
+    assert named.startswith("Background task 'stubborn' still runs at the end of shutdown, at ")
+
+
 def test_functions_of_an_executor_do_not_use_the_threads_of_the_framework():
     """Sync endpoints answer while a thousand functions hang in an executor."""
     gate = threading.Event()
