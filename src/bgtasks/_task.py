@@ -122,7 +122,8 @@ class TrackedTask(asyncio.Task[Any]):
         """Set the name, as ``asyncio.Task.set_name`` does; one that the task factory built has it everywhere."""
         _set_name(self, value)
         record = record_of(self)
-        if record is not None:
+        # The loops of early releases of 3.13 set None where no name was given.
+        if record is not None and value is not None:
             record.rename(self.get_name())
 
 
