@@ -2,10 +2,15 @@
 
 import asyncio
 import logging
+import re
+import threading
+import time
 
 import pytest
 from internals import release_closed_loops
 from work import failing, forever, until
+
+from bgtasks import BackgroundExecutor
 
 
 class Formatted(logging.Handler):
@@ -99,3 +104,24 @@ async def test_a_future_that_the_user_awaits_is_located_at_the_user(make_manager
     await until(lambda: not manager.get_task_count())
     assert f"at {__file__}:{waits.__code__.co_firstlineno + 1} in " in caplog.text
     assert "(in" not in caplog.text
+
+
+def hangs(event):
+    """Wait in the standard library, in a thread."""
+    event.wait(60)
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_a_function_that_times_out_is_located_too(make_manager, caplog, kind):
+    """In a thread at the user's line; of another process its number is known."""
+    event = threading.Event()
+    executor = BackgroundExecutor(kind=kind, manager=make_manager())
+    with executor as submit:
+        if kind == "threads":
+            submit(hangs, event, __name__="slow", __timeout__=0.05, __reraise_on_exit__=False)
+            place = re.escape(f"at {__file__}:{hangs.__code__.co_firstlineno + 2} in hangs (in threading.Event.wait)")
+        else:
+            submit(time.sleep, 60, __name__="slow", __timeout__=0.5, __reraise_on_exit__=False)
+            place = r"in process \d+"
+    event.set()
+    assert re.search(rf"'slow' timed out after [\d.]+ seconds, {place}$", caplog.text, re.MULTILINE), caplog.text

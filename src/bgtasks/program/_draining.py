@@ -79,7 +79,8 @@ class Ending:
     def __init__(self, manager: BackgroundTaskManager, deadline: float | None) -> None:
         self.manager = manager
         self._internals = ManagerInternals(manager)
-        self._deadline = sum(self._internals.times()) if deadline is None else deadline
+        # Long enough for both in full, whatever passes between the signal and the shutdown that it begins.
+        self._deadline = sum(self._internals.times()) + 2 * RESERVE if deadline is None else deadline
         self._since: float | None = None
         self._early: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -119,6 +120,9 @@ class Ending:
             self._timer.cancel()
         timeout, drain = self._shares(drain)
         await self.manager.shutdown(timeout, drain=drain)
+        if self._early is not None and self._early is not asyncio.current_task():
+            # It has shut the manager down, and ends in this moment.
+            await asyncio.wait((self._early,))
 
     def on_signal(self, number: int, count: int, since: float) -> None:
         """Take note of a signal that a server handles, on the loop.
