@@ -48,7 +48,12 @@ def extensions() -> list[Extension]:
     registry = Extension(
         "bgtasks._registry",
         ["src/bgtasks/_registry.pyx"],
-        depends=[f"src/bgtasks/{name}.h" for name in ("_clock", "_coroutine", "_tracked_task", "_weak")],
+        depends=[
+            "src/bgtasks/_clock.h",
+            "src/bgtasks/_coroutine.h",
+            "src/bgtasks/_tracked_task.h",
+            "src/bgtasks/_weak.h",
+        ],
         include_dirs=["src/bgtasks"],
         define_macros=macros,
         optional=BUILD == "auto",

@@ -91,8 +91,9 @@ class IdleWait:
     def _is_idle(self) -> bool:
         self._set_thresholds()
         with self._lock:
-            owned_by_loop = [(loop, owned) for loop, owned in self._owned_by_loop() if loop.is_running()]
-            return all(owned <= self._waiting_tasks[loop] for loop, owned in owned_by_loop)
+            return all(
+                [owned <= self._waiting_tasks[loop] for loop, owned in self._owned_by_loop() if loop.is_running()]
+            )
 
     def _set_thresholds(self) -> None:
         with self._lock:

@@ -977,12 +977,16 @@ cdef class LoopRecords:
         """Build and return the task of a record. If that fails, remove the record and close the coroutine."""
         cdef object task
         cdef object wrapper = record
+        # Here and in create_task() and fire() not "except", which saves the handled exception at the entry.
+        cdef bint is_built = False
         # Close the batch of fire(): it starts before this task, and what fire() defers from now on starts after it.
         self.batch = None
         try:
             record.created = self.now()
             if context is not None or eager or self.registry._slots is not None or self.task_factory() is not None:
-                return self.launch_specially(record, eager, context)
+                task = self.launch_specially(record, eager, context)
+                is_built = True
+                return task
             if record.seconds > 0:
                 self.arm(record)
             wrapper = _around(record)
@@ -991,9 +995,10 @@ cdef class LoopRecords:
                 self.options["name"] = record.given_name
                 self.options_name = record.given_name
             task = PyObject_Call(_TrackedTask, (wrapper,), self.options)
-        except BaseException:
-            self.discard(record, wrapper)
-            raise
+            is_built = True
+        finally:
+            if not is_built:
+                self.discard(record, wrapper)
         bgtasks_set_record(task, record)
         record.task = task
         return task
@@ -1515,6 +1520,8 @@ cdef class RegistryCore:
         cdef Record record
         cdef double seconds
         cdef bint is_service = service
+        cdef object task
+        cdef bint is_started = False
         try:
             if (self._shut or (self._cap and not is_service)) and self.must_ask(records):
                 self._admit(coro, name, False)
@@ -1528,10 +1535,12 @@ cdef class RegistryCore:
             record = records.enroll(coro, name, seconds, context, False)
             if is_service:
                 records.make_service(record)
-            return records.launch(record, eager_start, contextvars_context)
-        except BaseException:
-            errors.close_refused(coro)
-            raise
+            task = records.launch(record, eager_start, contextvars_context)
+            is_started = True
+        finally:
+            if not is_started:
+                errors.close_refused(coro)
+        return task
 
     def fire(
         self,
@@ -1560,8 +1569,10 @@ cdef class RegistryCore:
         cdef LoopRecords records = self.records_here(coro)
         cdef Record record = None
         cdef double seconds
+        cdef bint is_done = False
         try:
             if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name, True):
+                is_done = True
                 return False
             if type(name) is not str:
                 name = _DEFAULT_NAME if name is None else str(name)
@@ -1573,11 +1584,12 @@ cdef class RegistryCore:
                 records.defer(record)
             else:
                 records.launch(record, False, None)
-        except BaseException:
-            if record is not None:
-                records.discard(record, record)
-            errors.close_refused(coro)
-            raise
+            is_done = True
+        finally:
+            if not is_done:
+                if record is not None:
+                    records.discard(record, record)
+                errors.close_refused(coro)
         return True
 
     def task_factory(

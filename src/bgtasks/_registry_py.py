@@ -714,9 +714,7 @@ class LoopRecords:
             self.discard(record, wrapper)
             raise
         task._record = record
-        record.task = task
-        if task._source_traceback:
-            _hide_own_frames(task)
+        self.follow(record, task)
         return task
 
     def launch_in_set(self, record: Record, eager: bool, context: Context | None) -> Any:

@@ -194,6 +194,116 @@ def test_a_prefork_server_publishes_from_every_worker(run, tmp_path):
     assert len(ids) == len(set(ids)) == 8
 
 
+def test_events_are_sent_without_a_loop_and_their_age_is_right(run):
+    """A thread with a loop of its own sends them, and ends; a loop that comes along takes over."""
+    done = run("""
+        import asyncio, threading, time
+        from bgtasks.events import Publisher
+        from bgtasks.events.sinks.memory import MemorySink
+        publisher = Publisher(MemorySink())
+        def until(condition):
+            end = time.monotonic() + 20
+            while not condition():
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        begun = time.monotonic()
+        for number in range(1000):
+            assert publisher.emit({"n": number})
+        age = publisher.stats()["oldest_age_seconds"]
+        assert 0 < age <= time.monotonic() - begun, age
+        until(lambda: publisher.stats()["delivered"] == 1000)
+        assert publisher.stats()["oldest_age_seconds"] == 0
+        until(lambda: threading.active_count() == 1)
+        publisher.emit({"n": 1000})
+        until(lambda: publisher.stats()["delivered"] == 1001)
+        async def main():
+            async with publisher:
+                assert publisher._flusher.loop is asyncio.get_running_loop()
+                publisher.emit({"n": 1001})
+        asyncio.run(main())
+        until(lambda: threading.active_count() == 1)
+        print(len(publisher.sink.events), publisher.stats()["delivered"])
+        """)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout == "1002 1002\n"
+
+
+def test_what_the_last_loop_left_is_sent_without_one(run):
+    """The sink was down while the loop ran, and comes up later."""
+    done = run("""
+        import asyncio, time
+        from bgtasks.events import Publisher, Sink
+        class Down(Sink):
+            events = []
+            is_down = True
+            async def write(self, batch, batch_id):
+                if self.is_down:
+                    raise OSError("down")
+                self.events += batch
+        publisher = Publisher(Down())
+        async def main():
+            publisher.emit({"n": 1})
+            await publisher.flush(0.01)
+        asyncio.run(main())
+        assert not Down.events
+        Down.is_down = False
+        end = time.monotonic() + 20
+        while not Down.events:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        print(Down.events)
+        """)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[b'{\"n\":1}']\n"
+
+
+CHILDREN = """
+    import concurrent.futures, multiprocessing, sys
+    from bgtasks.events import Publisher
+    from bgtasks.events.sinks.jsonl import JsonlSink
+    publisher = Publisher(JsonlSink("events-{pid}.jsonl"))
+    own = []
+    def use_the_parents(count):
+        for number in range(count):
+            assert publisher.emit({"n": number})
+    def use_its_own(count):
+        if not own:
+            own.append(Publisher(JsonlSink("own-{pid}.jsonl")))
+        for number in range(count):
+            assert own[0].emit({"n": number})
+    if __name__ == "__main__":
+        context = multiprocessing.get_context(sys.argv[1])
+        for function in (use_the_parents, use_its_own):
+            child = context.Process(target=function, args=(500,))
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+            with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+                list(pool.map(function, [100] * 5))
+    """
+
+
+@ON_UNIX
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_the_events_of_a_child_of_multiprocessing_are_sent_before_it_ends(twin, tmp_path, method):
+    """It ends without atexit where it was forked; a worker of a pool is such a child."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(CHILDREN))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", program, method],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": SOURCES, "BGTASKS_IMPLEMENTATION": twin},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("events", "own"):
+        assert sum(len(lines(path)) for path in tmp_path.glob(f"{name}-*.jsonl")) == 1000
+
+
 WITHOUT = """
 import sys
 class Missing:

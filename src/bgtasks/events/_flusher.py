@@ -222,11 +222,12 @@ class Flusher:
         else:
             await asyncio.wait((asyncio.wrap_future(future),))
 
-    async def run_on_loop(self, coro: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine on the flusher's loop, or here if that does not run; return what it returns."""
+    async def run_on_loop(self, function: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """Run a coroutine function on the flusher's loop, or here if that does not run; return what it returns."""
         loop = self.loop
         if loop is None or loop is asyncio.get_running_loop() or not loop.is_running():
-            return await coro
+            return await function()
+        coro = function()
         future = loop_thread.run(loop, coro)
         if future is None:
             if loop.is_closed() or loop is not self.loop:

@@ -273,20 +273,44 @@ cdef class EventQueue:
         cdef list batch = []
         cdef object event
         cdef int64_t left = batch_bytes
-        cdef Py_ssize_t most = min(<Py_ssize_t>events, self._count)
-        # The batch is whole before the first event leaves the queue.
-        while len(batch) < most:
-            event = self._slots[(self._head + len(batch)) & self._mask]
-            left -= PyBytes_GET_SIZE(event) if PyBytes_CheckExact(event) else self._mean
-            if left < 0 and batch:
-                break
-            batch.append(event)
-        for _ in range(len(batch)):
-            self._pop()
+        cdef int64_t size
+        cdef Py_ssize_t most = events
+        cdef bint is_done = False
+        try:
+            while self._count and len(batch) < most:
+                event = self._slots[self._head]
+                size = PyBytes_GET_SIZE(event) if PyBytes_CheckExact(event) else -1
+                left -= self._mean if size < 0 else size
+                if left < 0 and batch:
+                    break
+                # What can fail comes first.
+                batch.append(event)
+                self._slots[self._head] = None
+                self._head = (self._head + 1) & self._mask
+                self._count -= 1
+                if size < 0:
+                    self._others -= 1
+                else:
+                    self._bytes -= size
+            is_done = True
+        finally:
+            if not is_done:
+                self._put_back(batch)
         self._in_flight += len(batch)
         if not self._count and self._mask >= LARGEST_KEPT:
             self._shrink()
         return batch
+
+    cdef int _put_back(self, list batch) except -1:
+        for event in reversed(batch):
+            self._head = (self._head - 1) & self._mask
+            self._slots[self._head] = event
+            self._count += 1
+            if PyBytes_CheckExact(event):
+                self._bytes += PyBytes_GET_SIZE(event)
+            else:
+                self._others += 1
+        return 0
 
     cdef int _shrink(self) except -1:
         try:

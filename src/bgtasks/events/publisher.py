@@ -341,11 +341,16 @@ class Publisher(BasePublisher):
         self._queue.close()
         # Events that wait for capacity are now refused.
         self._pending.capacity.notify()
-        return await self._flusher.run_on_loop(self._close_once(timeout))
+        return await self._flusher.run_on_loop(partial(self._close_once, timeout))
 
     async def _close_once(self, timeout: float) -> FlushReport:
         if self._closing is None or self._closing.get_loop() is not asyncio.get_running_loop():
-            self._closing = asyncio.ensure_future(self._close(timeout, self._queue.counters()))
+            coro = self._close(timeout, self._queue.counters())
+            try:
+                self._closing = asyncio.get_running_loop().create_task(coro)
+            except BaseException:
+                coro.close()
+                raise
         # Cancelling one caller must not lose the events of the others.
         return await outcome_of(self._closing)
 
