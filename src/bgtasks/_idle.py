@@ -91,9 +91,10 @@ class IdleWait:
     def _is_idle(self) -> bool:
         self._set_thresholds()
         with self._lock:
-            return all(
-                [owned <= self._waiting_tasks[loop] for loop, owned in self._owned_by_loop() if loop.is_running()]
-            )
+            for loop, owned in self._owned_by_loop():
+                if owned > self._waiting_tasks[loop] and loop.is_running():
+                    return False
+        return True
 
     def _set_thresholds(self) -> None:
         with self._lock:

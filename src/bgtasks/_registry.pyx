@@ -1134,7 +1134,7 @@ cdef class LoopRecords:
 
     # In one body in spite of its branches: every task passes here, and each further call would show.
     cdef int unlink(self, Record record) except -1:
-        """Remove a record from the list and from all counts, then tell those that wait for that."""
+        """Remove a record from the list and from all counts, then notify those that wait for that."""
         if record.previous_record is NULL:
             self.first_record = record.next_record
         else:

@@ -279,12 +279,10 @@ class Record:
                 records.finish(self, ABANDONED, None)
             elif not isinstance(error, CancelledError):
                 records.finish(self, FAILED, error)
-                if not self.observed and task is not None:
-                    task.add_done_callback(retrieve_failure)
-            elif self.expired and task.cancelling() <= 1:
-                records.finish(self, TIMED_OUT, None)
+                _retrieve(self, task)
             else:
-                records.finish(self, CANCELLED, None)
+                timed_out = self.expired and task.cancelling() <= 1
+                records.finish(self, TIMED_OUT if timed_out else CANCELLED, None)
             return _report_end(self, error, task)
         finally:
             _release(self)
@@ -375,6 +373,11 @@ class Record:
             _release(self)
             # The call refers to its record.
             self.coro = None
+
+
+def _retrieve(record: Record, task: Any) -> None:
+    if not record.observed and task is not None:
+        task.add_done_callback(retrieve_failure)
 
 
 def _report(record: Record, error: BaseException | None) -> BaseException | None:
@@ -842,7 +845,7 @@ class LoopRecords:
             timer.cancel()
 
     def unlink(self, record: Record) -> None:
-        """Remove a record from the list and from all counts, then tell those that wait for that."""
+        """Remove a record from the list and from all counts, then notify those that wait for that."""
         del self.records[record.task_id]
         if record.queued:
             record.queued = False

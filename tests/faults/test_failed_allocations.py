@@ -16,7 +16,8 @@ from bgtasks.events import Publisher
 from bgtasks.events.sinks.memory import MemorySink
 from bgtasks.executor import AsyncBackgroundExecutor, BackgroundExecutor
 
-# Not on a loop with eager tasks: a constructor that fails there leaves asyncio's current task wrong. Nor on uvloop, which loses the wake-up of a task whose handle it cannot make.
+# Not on a loop with eager tasks: a constructor that fails there leaves asyncio's current task wrong. Nor on uvloop: it
+# loses the wake-up of a task whose handle it cannot make.
 pytestmark = [NEEDS_TESTCAPI, pytest.mark.loops("asyncio")]
 
 ENDS = ("completed", "failed", "cancelled", "timed_out", "abandoned")
