@@ -658,6 +658,7 @@ cdef class Slots:
     cdef int hand_on(self) except -1:
         """Pass free slots on to the tasks that wait for them."""
         cdef Record record
+        cdef bint is_asked, is_granted
         while self.first_waiting is not NULL and self.used < self.limit:
             record = <Record>self.first_waiting
             _remove(&self.first_waiting, record)
@@ -665,14 +666,17 @@ cdef class Slots:
             record.slots_held += 1
             if self.next_stage is not None and not self.next_stage.acquire(record):
                 continue
+            is_asked = False
             try:
-                if grant_turn(record.records.held_loop, record.turn):
-                    continue
-            except BaseException:
-                # It stays the next one.
-                record.slots.give_up(record)
-                _prepend(&record.slots.first_waiting, record)
-                raise
+                is_granted = grant_turn(record.records.held_loop, record.turn)
+                is_asked = True
+            finally:
+                if not is_asked:
+                    # It stays the next one.
+                    record.slots.give_up(record)
+                    _prepend(&record.slots.first_waiting, record)
+            if is_granted:
+                continue
             # Its loop is closed, and it will never run: what it just acquired is free again.
             record.slots.give_up(record)
         return 0
@@ -1011,6 +1015,7 @@ cdef class LoopRecords:
         """Launch a task that starts eagerly, runs in a given context, needs a slot or is built by a factory."""
         cdef object factory, task
         cdef object wrapper = record
+        cdef bint is_built = False
         try:
             record.created = self.now()
             if self.acquire_slots(record):
@@ -1033,9 +1038,10 @@ cdef class LoopRecords:
                     wrapper = self.native_wrapper(record)
                 task = self.build(record, wrapper, eager, context)
                 bgtasks_set_record(task, record)
-        except BaseException:
-            self.discard(record, wrapper)
-            raise
+            is_built = True
+        finally:
+            if not is_built:
+                self.discard(record, wrapper)
         if record.state == RUNNING:
             record.task = task
         return task
@@ -1165,6 +1171,12 @@ cdef class LoopRecords:
 
     cdef int leave(self, Record record) except -1:
         """Have the slots and the executor of a record take note of its end, whatever fails meanwhile."""
+        if record.task_set is None:
+            try:
+                record.slots.release(record)
+            finally:
+                self.on_left()
+            return 0
         try:
             if record.slots is not None:
                 record.slots.release(record)
