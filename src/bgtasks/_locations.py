@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -13,9 +13,6 @@ from typing import Any, Final
 __all__ = ["location_of", "location_of_thread"]
 
 OWN_FOLDER: Final = str(Path(__file__).parent)
-# Where installed packages are. It may lie inside the folder of the standard library.
-SITE_FOLDERS: Final = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
-STDLIB_FOLDERS: Final = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
 
 
 def location_of(coro: Any) -> str:
@@ -67,9 +64,18 @@ def _location_in(frames: list[FrameType]) -> str:
 
 def _is_users(frame: FrameType, package: str) -> bool:
     """Return whether a frame is the user's; ``package`` is the one that the task's own coroutine comes from."""
-    if _is_below(frame, SITE_FOLDERS):
+    if _is_below(frame, _folders("purelib", "platlib")):
         return _package_of(frame) == package
-    return not (_is_below(frame, STDLIB_FOLDERS) or _is_below(frame, (OWN_FOLDER,)) or _is_frozen(frame))
+    return not (_is_below(frame, _folders("stdlib", "platstdlib")) or _is_below(frame, (OWN_FOLDER,)) or _is_frozen(frame))
+
+
+@cache
+def _folders(*names: str) -> tuple[str, ...]:
+    """Return the folders of the standard library or of installed packages; the latter may lie inside the former."""
+    # Late: it costs a millisecond at import, and most programs never need it.
+    import sysconfig
+
+    return tuple({sysconfig.get_path(name) for name in names})
 
 
 def _is_below(frame: FrameType, folders: tuple[str, ...]) -> bool:

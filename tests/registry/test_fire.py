@@ -100,7 +100,7 @@ async def test_its_timeout_is_kept(make_manager, caplog):
     manager = make_manager()
     with caplog.at_level(logging.CRITICAL):
         manager.fire(forever(), timeout=0.002)
-        await manager.wait_for_all()
+        await manager.wait_for_all(return_exceptions=True)
     assert manager.stats()["timed_out"] == 1
 
 

@@ -67,7 +67,7 @@ def test_never_early_and_at_most_a_tick_late(request, twin_name, tasks):
             await asyncio.sleep(pause)
             manager.create_task(work(loop.time(), timeout, ends), timeout=timeout)
             timed_out += ends is None
-        await manager.wait_for_all()
+        await manager.wait_for_all(return_exceptions=True)
         await asyncio.sleep(0)
         assert not [handle for handle in loop._scheduled if not handle.cancelled()]
         return timed_out
@@ -103,7 +103,7 @@ def test_quick_tasks_leave_nothing_behind(make_manager):
         tasks, scheduled = len(asyncio.all_tasks()), len(loop._scheduled)
         for _ in range(1000):
             manager.create_task(asyncio.sleep(0.001), timeout=30)
-        await manager.wait_for_all()
+        await manager.wait_for_all(return_exceptions=True)
         await asyncio.sleep(0)
         assert len(asyncio.all_tasks()) == tasks
         assert len(loop._scheduled) == scheduled
@@ -218,5 +218,5 @@ async def test_real_clocks_are_never_early(make_manager):
 
     for timeout in (0.0004, 0.001, 0.0023, 0.005, 0.01):
         manager.create_task(work(time.monotonic(), timeout), timeout=timeout)
-    await manager.wait_for_all()
+    await manager.wait_for_all(return_exceptions=True)
     assert manager.stats()["timed_out"] == 5
