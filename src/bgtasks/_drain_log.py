@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from bgtasks._reporting import listed, numbered
@@ -64,7 +65,7 @@ class DrainLog:
     def begin(self, seconds: float) -> None:
         """Begin as ``announce`` does, in a moment, unless that was done."""
         if self._timer is None:
-            self._look_later(SILENCE, lambda: self.announce("Shutdown", seconds))
+            self._look_later(SILENCE, partial(self.announce, "Shutdown", seconds))
 
     def stop(self) -> None:
         """Say nothing more."""

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from bgtasks._notifier import Notifier
 
@@ -62,10 +63,8 @@ class IdleWait:
             is_ready: what has to hold as well.
 
         """
-
-        def is_done() -> bool:
-            return self._is_idle() and is_ready()
-
+        # No function is made in here: CPython 3.12 and 3.13 crash if it cannot be allocated.
+        is_ended = partial(self._is_ended, is_ready, is_over)
         loop = asyncio.get_running_loop()
         with self._lock:
             self._waits += 1
@@ -75,7 +74,7 @@ class IdleWait:
             # The other waits have one task less to wait for.
             self.notify()
         try:
-            if not await self._notifier.wait_until(lambda: is_done() or is_over(), timeout) or not is_done():
+            if not await self._notifier.wait_until(is_ended, timeout) or not (self._is_idle() and is_ready()):
                 return False
         finally:
             with self._lock:
@@ -87,6 +86,9 @@ class IdleWait:
         # The notification comes from inside the last task's last step: one iteration later its callbacks have run, too.
         await asyncio.sleep(0)
         return True
+
+    def _is_ended(self, is_ready: Callable[[], bool], is_over: Callable[[], bool]) -> bool:
+        return (self._is_idle() and is_ready()) or is_over()
 
     def _is_idle(self) -> bool:
         self._set_thresholds()

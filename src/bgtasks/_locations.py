@@ -66,7 +66,8 @@ def _is_users(frame: FrameType, package: str) -> bool:
     """Return whether a frame is the user's; ``package`` is the one that the task's own coroutine comes from."""
     if _is_below(frame, _folders("purelib", "platlib")):
         return _package_of(frame) == package
-    return not (_is_below(frame, _folders("stdlib", "platstdlib")) or _is_below(frame, (OWN_FOLDER,)) or _is_frozen(frame))
+    is_library = _is_below(frame, _folders("stdlib", "platstdlib"))
+    return not (is_library or _is_below(frame, (OWN_FOLDER,)) or _is_frozen(frame))
 
 
 @cache

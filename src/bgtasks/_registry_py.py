@@ -262,7 +262,7 @@ class Record:
             _release(self)
         return result
 
-    def fail(self, error: BaseException) -> BaseException | None:  # noqa: PLR0912  one branch per outcome
+    def fail(self, error: BaseException) -> BaseException | None:
         """Finish the record of a task whose coroutine raised ``error``; return what to raise instead, or None."""
         if self.state != RUNNING:
             return None

@@ -12,6 +12,7 @@ from asyncio.events import _get_running_loop
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from operator import methodcaller
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
@@ -529,6 +530,7 @@ class BackgroundTaskManager(Registry):
             self._capacity.notify()
             initial = len(self._waited_for())
             await self._end_all(timeout, drain)
+            self._set_closed(initial, drain)
         except asyncio.CancelledError:
             try:
                 if self._phase == "draining":
@@ -563,11 +565,10 @@ class BackgroundTaskManager(Registry):
         await self._end_attached("close", max(end - time.monotonic(), SECOND_CANCEL_GRACE))
 
     def _set_closed(self, initial: int, drain: float) -> None:
-        self._drain_log.stop()
         self._phase = "closed"
-        if drain > 0 or self._names_cancelled:
-            self._report_cancelled(initial)
         self._closed.notify()
+        self._drain_log.stop()
+        self._report_cancelled(initial, drain)
 
     async def _shutdown_again(self, timeout: float, begun: float) -> ShutdownStats:
         """Wait for the end of the shutdown that goes on, but not from inside of a task that it waits for."""
@@ -581,7 +582,7 @@ class BackgroundTaskManager(Registry):
     async def _drain(self, timeout: float) -> None:
         """Let tasks finish, and say in the log what is left meanwhile."""
         self._drain_log.begin(timeout)
-        await self._idle.wait(timeout, in_task=self._is_in_owned_task(), is_over=lambda: self._hurries > 0)
+        await self._idle.wait(timeout, in_task=self._is_in_owned_task(), is_over=self._is_hurried)
         self._drain_log.stop()
 
     async def _wait_cancelled(self, timeout: float, *, can_hurry: bool = True) -> bool:
@@ -589,18 +590,27 @@ class BackgroundTaskManager(Registry):
         loop = asyncio.get_running_loop()
         services = [record.task for record in self._others() if record.service and record.loop is loop]
         for task in services:
-            task.add_done_callback(lambda _: self._idle.notify())
+            task.add_done_callback(self._on_service_end)
         return await self._idle.wait(
             timeout,
             in_task=self._is_in_owned_task(),
-            is_over=lambda: can_hurry and self._hurries > 1,
-            is_ready=lambda: all(task.done() for task in services),
+            is_over=self._is_hurried_again if can_hurry else _never,
+            is_ready=partial(_are_done, services),
         )
+
+    def _on_service_end(self, _: asyncio.Task[Any]) -> None:
+        self._idle.notify()
 
     def _hurry(self) -> None:
         """Have ``shutdown`` wait no longer: for tasks to finish, and the second time for cancelled ones to end."""
         self._hurries += 1
         self._idle.notify()
+
+    def _is_hurried(self) -> bool:
+        return self._hurries > 0
+
+    def _is_hurried_again(self) -> bool:
+        return self._hurries > 1
 
     def _report_stragglers(self) -> None:
         """Name in the log the tasks that did not end after their cancellation."""
@@ -616,7 +626,7 @@ class BackgroundTaskManager(Registry):
             self._log.cancelled_by_shutdown(names, max(initial, names.total()))
 
     def _names_of(self, records: Sequence[Record]) -> Counter[str]:
-        return Counter(record.name for record in records)
+        return Counter([record.name for record in records])
 
     def _waited_for(self) -> list[Record]:
         """Return the records of the others that draining waits for: all but services."""
@@ -761,6 +771,14 @@ class BackgroundTaskManager(Registry):
                 observer.tasks_abandoned(names)
             except Exception:
                 logger.exception("An observer failed")
+
+
+def _never() -> bool:
+    return False
+
+
+def _are_done(tasks: Sequence[asyncio.Task[Any]]) -> bool:
+    return all(map(methodcaller("done"), tasks))
 
 
 class _FailureCollector(Observer):
