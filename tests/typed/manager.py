@@ -24,6 +24,7 @@ from bgtasks import (
     TaskInfo,
     TaskOverflow,
     TaskState,
+    TimeoutPolicy,
 )
 
 
@@ -233,11 +234,13 @@ class Settings(TypedDict):
     """A program's own settings, in the types of the options."""
 
     overflow: TaskOverflow
+    timeouts: TimeoutPolicy
 
 
 def named_types(settings: Settings, overflow: Overflow, outcome: Outcome, state: TaskState) -> None:
     """The closed sets of values have names."""
-    BackgroundTaskManager(overflow=settings["overflow"])
+    BackgroundTaskManager(overflow=settings["overflow"], timeouts=settings["timeouts"])
+    BackgroundTaskManager(timeouts="kill")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     BackgroundTaskManager(overflow=overflow)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     overflow = settings["overflow"]
     other: Outcome = state  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]

@@ -70,6 +70,12 @@ class FrameworkLog(TaskLog):
         text = f"Background task raised an exception - {record.name}: {error} (duration={record.duration:.2f}s)"
         self.logger.error(text, exc_info=users_part(error), extra=log_extra(record))
 
+    def timed_out(self, record: Record) -> None:
+        """Log a task whose timeout has expired, in the framework's words."""
+        self.logger.warning(
+            "Background task '%s' timed out after %s seconds", record.name, record.timeout, extra=log_extra(record)
+        )
+
     def dropped(self, name: str, reason: str, in_flight: int, total: int) -> None:
         """Log a task that was dropped at the limit."""
         self.logger.warning(
