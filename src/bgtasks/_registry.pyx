@@ -432,6 +432,7 @@ cdef class Record:
         self.created = self.records.now()
         # What can fail comes first: of a task that could not begin the coroutine is closed as one that still waits.
         self.records.arm(self)
+        self.records.want_timer(self)
         self.queued = False
         self.records.queued -= 1
         self.turn = None
@@ -1005,6 +1006,8 @@ cdef class LoopRecords:
                 self.discard(record, wrapper)
         bgtasks_set_record(task, record)
         record.task = task
+        if record.seconds > 0 and self.lacks_timer(record):
+            self.want_timer_of(record, wrapper, task)
         return task
 
     cdef object launch_in_set(self, Record record, bint eager, object context):
@@ -1030,6 +1033,7 @@ cdef class LoopRecords:
                 eager = context is None
             if not record.queued:
                 self.arm(record)
+                self.want_timer(record)
             if not self.builds_tasks(factory):
                 wrapper = self.native_wrapper(record)
                 task = self.build_by_factory(record, wrapper, context)
@@ -1202,7 +1206,7 @@ cdef class LoopRecords:
     # -- timeouts -------------------------------------------------------------------------------------------------
 
     cdef int arm(self, Record record) except -1:
-        """Start the timeout of a record, if it has one."""
+        """Put a record into the wheel, if it has a timeout; ``want_timer`` sees to the loop's timer."""
         cdef double deadline
         cdef uint64_t tick
         if record.seconds <= 0:
@@ -1221,10 +1225,32 @@ cdef class LoopRecords:
         if <double>tick < deadline:
             tick += 1
         self.wheel.arm(record, tick)
-        if not self.timer_wanted and (self.timer is None or record.tick < self.timer_tick):
-            # One loop timer for all tasks, set once per iteration: a task that ends within it never gets a timer.
+        return 0
+
+    cdef inline bint lacks_timer(self, Record record):
+        """Return whether a record is armed, and no timer of the loop comes in time for it."""
+        return (
+            record.wheel_slot != NOT_ARMED
+            and not self.timer_wanted
+            and (self.timer is None or record.tick < self.timer_tick)
+        )
+
+    cdef int want_timer(self, Record record) except -1:
+        """Have the loop's timer set in time for a record: in the next iteration, once for all tasks of this one."""
+        if self.lacks_timer(record):
             self.held_loop.call_soon(self.set_timer)
             self.timer_wanted = True
+        return 0
+
+    cdef int want_timer_of(self, Record record, object wrapper, object task) except -1:
+        """Do as ``want_timer`` after the first step of a new task: one that ends in it never gets a timer."""
+        try:
+            self.want_timer(record)
+        except BaseException:
+            # The loop will step it all the same; without a coroutine it ends at once.
+            task.add_done_callback(retrieve_failure)
+            self.discard(record, wrapper)
+            raise
         return 0
 
     def set_timer(self):
@@ -1325,6 +1351,7 @@ cdef class LoopRecords:
                     record.task = task
                     if record.seconds > 0:
                         self.arm(record)
+                        self.want_timer(record)
         finally:
             if index < len(batch):
                 # What was raised stops the loop, or was a failure of ours: the others start when it goes on.

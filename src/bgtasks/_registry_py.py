@@ -342,6 +342,7 @@ class Record:
         queued = records.queued - 1
         # What can fail comes first: of a task that could not begin the coroutine is closed as one that still waits.
         records.arm(self)
+        records.want_timer(self)
         self.queued = False
         records.queued = queued
         self.turn = None
@@ -718,6 +719,8 @@ class LoopRecords:
             raise
         task._record = record
         self.follow(record, task)
+        if record.seconds > 0 and self.lacks_timer(record):
+            self.want_timer_of(record, wrapper, task)
         return task
 
     def launch_in_set(self, record: Record, eager: bool, context: Context | None) -> Any:
@@ -740,6 +743,7 @@ class LoopRecords:
                 eager = context is None
             if not record.queued:
                 self.arm(record)
+                self.want_timer(record)
             wrapper = _wrap(record, run_queued if record.queued else run)
             if not self.builds_tasks(factory):
                 task = self.build_by_factory(record, wrapper, context)
@@ -888,7 +892,7 @@ class LoopRecords:
     # -- timeouts -------------------------------------------------------------------------------------------------
 
     def arm(self, record: Record) -> None:
-        """Start the timeout of a record, if it has one."""
+        """Put a record into the wheel, if it has a timeout; ``want_timer`` sees to the loop's timer."""
         if record.seconds <= 0:
             return
         deadline = (record.created + record.seconds - self.wheel_start) * TICKS_PER_SECOND
@@ -896,10 +900,26 @@ class LoopRecords:
             return
         # The first tick at or after the deadline: never early, less than a tick late.
         self.wheel.arm(record, math.ceil(deadline) if deadline > 0 else 0)
-        if not self.timer_wanted and (self.timer is None or record.tick < self.timer_tick):
-            # One loop timer for all tasks, set once per iteration: a task that ends within it never gets a timer.
+
+    def lacks_timer(self, record: Record) -> bool:
+        """Return whether a record is armed, and no timer of the loop comes in time for it."""
+        return record.tick >= 0 and not self.timer_wanted and (self.timer is None or record.tick < self.timer_tick)
+
+    def want_timer(self, record: Record) -> None:
+        """Have the loop's timer set in time for a record: in the next iteration, once for all tasks of this one."""
+        if self.lacks_timer(record):
             self.held_loop.call_soon(self.set_timer)
             self.timer_wanted = True
+
+    def want_timer_of(self, record: Record, wrapper: Coroutine[Any, Any, Any], task: Any) -> None:
+        """Do as ``want_timer`` after the first step of a new task: one that ends in it never gets a timer."""
+        try:
+            self.want_timer(record)
+        except BaseException:
+            # The loop will step it all the same; without a coroutine it ends at once.
+            task.add_done_callback(retrieve_failure)
+            self.discard(record, wrapper)
+            raise
 
     def set_timer(self) -> None:
         """Schedule ``wake`` for the earliest slot in use."""
@@ -993,6 +1013,7 @@ class LoopRecords:
         del task
         if record.state == RUNNING and record.seconds > 0:
             self.arm(record)
+            self.want_timer(record)
 
     def fail_unbuilt(self, record: Record, wrapper: Coroutine[Any, Any, Any] | None, error: BaseException) -> None:
         """Finish, as failed, a record that ``fire`` accepted and whose task could not be built."""

@@ -96,11 +96,11 @@ async def test_a_start_that_fails_leaves_nothing_and_the_next_ones_run(make_mana
                 if start == "task_factory":
                     # The dict of its options is made before it begins.
                     coro.close()
-                assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED, number
             sweep.meet(error)
-            del coro
             await assert_serves(manager)
             await asyncio.sleep(0)
+            assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED, number
+            del coro
             assert len(ran) == (error is None), number
             ran.clear()
             assert others_errors(loop_errors) == []
@@ -179,8 +179,9 @@ def test_a_function_that_cannot_be_submitted_leaves_nothing_for_the_block_to_wai
 async def test_a_shutdown_that_fails_can_be_called_again(make_manager, loop_errors):
     """It refuses new work meanwhile; the second call ends what the first one left."""
     without_debug()
+    sweep = Sweep()
+    # What follows the wait may allocate nothing.
     for step in range(2):
-        sweep = Sweep()
         for number in sweep:
             manager, error = make_manager(), None
             for _ in range(3):
