@@ -247,7 +247,7 @@ CALLS = {
 async def test_a_publish_or_flush_that_fails_leaves_a_publisher_that_delivers(
     queue_of_twin, loop_errors, call, is_first
 ):
-    """Whatever step of theirs fails."""
+    """Whatever step of them fails."""
     without_debug()
     for step in range(2):
         publisher = memory_publisher()

@@ -54,12 +54,12 @@ async def test_tasks_of_a_factory_are_not_claimed(make_manager, caplog):
     previous = loop.get_task_factory()
     loop.set_task_factory(manager.task_factory)
     try:
-        theirs = loop.create_task(forever(), name="theirs")
+        other = loop.create_task(forever(), name="other")
     finally:
         loop.set_task_factory(previous)
-    manager.create_task(value()).add_done_callback(lambda _: theirs.cancel())
+    manager.create_task(value()).add_done_callback(lambda _: other.cancel())
     await manager.shutdown()
-    await asyncio.wait([theirs])
+    await asyncio.wait([other])
     assert not warnings_of(caplog)
 
 

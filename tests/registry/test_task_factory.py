@@ -42,7 +42,7 @@ async def test_tasks_of_others_are_seen(observing):
     stats = manager.stats()
     assert (stats["started"], stats["completed"]) == (3, 3)
     assert {name: counters["completed"] for name, counters in stats["names"].items()} == {
-        "theirs": 1,
+        "other": 1,
         "value": 1,
         "sleep": 1,
     }
