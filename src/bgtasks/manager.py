@@ -544,9 +544,7 @@ class BackgroundTaskManager(Registry):
             # It did not do what it is for: another call may.
             self._is_ending = False
             self._drain_log.stop()
-            self._phase = "closed"
-            self._report_cancelled(initial, drain)
-            self._closed.notify()
+            raise
         return self._shutdown_stats("completed", initial, begun)
 
     async def _end_all(self, timeout: float, drain: float) -> None:

@@ -179,9 +179,8 @@ def test_a_function_that_cannot_be_submitted_leaves_nothing_for_the_block_to_wai
 async def test_a_shutdown_that_fails_can_be_called_again(make_manager, loop_errors):
     """It refuses new work meanwhile; the second call ends what the first one left."""
     without_debug()
-    sweep = Sweep()
-    # What follows the wait may allocate nothing.
     for step in range(2):
+        sweep = Sweep()
         for number in sweep:
             manager, error = make_manager(), None
             for _ in range(3):

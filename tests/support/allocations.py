@@ -65,8 +65,8 @@ class Sweep:
         self._calm = 0
 
     def __iter__(self) -> Iterator[int]:
-        """Give one number after another; a second sweep of the same kind may meet no failure."""
-        number = self._calm = 0
+        """Give one number after another."""
+        number = 0
         while self._calm < CALM:
             self._calm += 1
             yield number

@@ -74,7 +74,7 @@ class OrderedTimer(asyncio.TimerHandle):
 
     def __init__(self, when: float, callback: Callable[..., object], *args: Any) -> None:
         super().__init__(when, callback, *args)
-        self.order = (when, callback.__name__ == "wake", next(self.numbers))
+        self.order = (when, getattr(callback, "__name__", None) == "wake", next(self.numbers))
 
     def __lt__(self, other: OrderedTimer) -> bool:
         return self.order < other.order
