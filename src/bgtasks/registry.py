@@ -34,9 +34,9 @@ else:
 class Registry(RegistryCore, RegistryHooks):
     """The records of all event loops of one manager, and the queries about them.
 
-    A manager derives from it; nothing else does. Questions may be asked from any thread and change nothing: what a
-    closed loop left behind is let go of when the next loop is used, and by ``shutdown``. No loop is kept alive that has
-    no live record.
+    Only managers derive from it. Queries may be called from any thread and change nothing: the records of a closed loop
+    are released when the manager is first used on another loop, and by ``shutdown``. It keeps no loop alive that has no
+    live record.
 
     Args:
         history: how many finished tasks to remember as plain values; 0 for none.
