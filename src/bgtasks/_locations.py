@@ -32,7 +32,7 @@ def location_of_thread(ident: int | None) -> str:
         frames.append(frame)
         frame = frame.f_back
     frames.reverse()
-    # Below the user's function stands the thread that runs it, with frames of ours and of the standard library.
+    # Below the user's function stands the thread that runs it, with frames of bgtasks and of the standard library.
     own = max((index for index, each in enumerate(frames) if _is_below(each, (OWN_FOLDER,))), default=-1)
     return _location_in(frames[own + 1 :])
 

@@ -1354,7 +1354,7 @@ cdef class LoopRecords:
                         self.want_timer(record)
         finally:
             if index < len(batch):
-                # What was raised stops the loop, or was a failure of ours: the others start when it goes on.
+                # The error stops the loop, or was raised by bgtasks: the other tasks start when the loop goes on.
                 self.loop.call_soon(self.start_batch, batch[index:])
 
     cdef int fail_unbuilt(self, Record record, object wrapper, object error) except -1:

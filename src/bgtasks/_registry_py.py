@@ -988,7 +988,7 @@ class LoopRecords:
                     self.start_deferred(record)
         finally:
             if index < len(batch):
-                # What was raised stops the loop, or was a failure of ours: the others start when it goes on.
+                # The error stops the loop, or was raised by bgtasks: the other tasks start when the loop goes on.
                 loop: Any = self.loop
                 loop.call_soon(self.start_batch, batch[index:])
 

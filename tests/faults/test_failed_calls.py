@@ -23,7 +23,7 @@ from bgtasks.executor import BackgroundExecutor
 
 
 class Refusing:
-    """A loop whose ``call_soon`` fails while it is told to; for tasks, their own calls do not come here."""
+    """A loop whose ``call_soon`` fails while that is switched on; the calls of tasks do not come here."""
 
     def __init__(self, monkeypatch, kind):
         self.monkeypatch = monkeypatch

@@ -18,7 +18,7 @@ NEEDS_TESTCAPI = pytest.mark.skipif(
     not hasattr(_testcapi, "set_nomemory"), reason="this Python was built without _testcapi, which fails allocations"
 )
 
-# A sweep is over when so many calls in a row met no failed allocation.
+# A sweep is over when this number of calls in a row met no failed allocation.
 CALM = 10
 # What asyncio itself says of a task whose constructor failed; nobody else could keep it from that.
 ASYNCIOS_OWN = ("Task was destroyed but it is pending!", "cannot reuse already awaited coroutine")

@@ -378,7 +378,7 @@ class Model:
             left = f"{len(self.live)} background task{'' if len(self.live) == 1 else 's'}"
             assert text == f"A closed event loop left {left} behind, abandoned: {names}"
         elif text.startswith(("Shutdown: ", "Shutdown cancelled ")) or " left after " in text:
-            # Draining names what is left and what it cancels; which those are is told by the other records.
+            # Draining names what is left and what it cancels, which the other log records tell.
             listed = text.rpartition(": ")[2]
             names = {task.work.name for task in (*self.live.values(), *self.ended.values())}
             assert {part.partition(" (")[0] for part in listed.split(", ")} <= names
