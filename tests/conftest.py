@@ -25,13 +25,13 @@ from bgtasks import _registry_py
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add options for the tested twins, and for the coroutines that tasks of the compiled twin step."""
     parser.addoption("--twin", choices=["both", *MODULES], default="both", help="the registries to test")
-    parser.addoption("--native", action="store_true", help="have tasks step native coroutines, as from Python 3.14 on")
+    parser.addoption("--native", action="store_true", help="have all tasks step native coroutines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the coroutines that tasks of the compiled registry step, and have Ctrl-C work as in a terminal."""
     if config.option.native:
-        core_module("cython").use_native_coroutines(True)
+        core_module("cython").use_wrapper("native")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # Background jobs of a shell without job control ignore SIGINT, and so do their children.
         signal.signal(signal.SIGINT, signal.default_int_handler)

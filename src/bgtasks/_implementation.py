@@ -1,13 +1,14 @@
-"""Chooses which of two twins runs: the compiled one or the pure-Python one."""
+"""Chooses which of two twins runs, the compiled one or the pure-Python one, and what the tasks of the former step."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from typing import Literal
+from typing import Any, Literal, get_args
 
 Implementation = Literal["cython", "python"]
+Wrapper = Literal["auto", "native", "record"]
 
 
 def choose(extension: str, what: str) -> Implementation:
@@ -25,9 +26,7 @@ def choose(extension: str, what: str) -> Implementation:
         ImportError: the value is unknown, or ``cython`` is required and the extension was not built.
 
     """
-    choice = os.environ.get("BGTASKS_IMPLEMENTATION", "auto")
-    if choice not in ("auto", "cython", "python"):
-        raise ImportError(f"BGTASKS_IMPLEMENTATION={choice!r} is unknown; it takes one of: auto, cython, python")
+    choice = _read("BGTASKS_IMPLEMENTATION", ("auto", "cython", "python"))
     if choice == "python" or (choice == "auto" and not _has_gil()):
         return "python"
     try:
@@ -48,6 +47,24 @@ def choose(extension: str, what: str) -> Implementation:
             raise
         return "python"
     return "cython"
+
+
+def choose_wrapper() -> Wrapper:
+    """Return what ``BGTASKS_WRAPPER`` asks tasks of the compiled registry to step: ``auto``, ``native`` or ``record``.
+
+    Raises:
+        ImportError: the value is unknown.
+
+    """
+    choice: Wrapper = _read("BGTASKS_WRAPPER", get_args(Wrapper))
+    return choice
+
+
+def _read(variable: str, values: tuple[str, ...]) -> Any:
+    choice = os.environ.get(variable, "auto")
+    if choice not in values:
+        raise ImportError(f"{variable}={choice!r} is unknown; it takes one of: {', '.join(values)}")
+    return choice
 
 
 def _has_gil() -> bool:

@@ -25,6 +25,7 @@ from weakref import ref
 
 from bgtasks import _task, errors
 from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
+from bgtasks._implementation import Wrapper, choose_wrapper
 from bgtasks._statistics import MAX_NAMES, OUTCOMES
 from bgtasks._task import (
     close_quietly, dismiss, do_nothing, drive, finish_unentered, grant_turn, is_running, retrieve_failure, run,
@@ -90,13 +91,19 @@ cdef double INFINITY = float("inf")
 # Whether tasks step a native coroutine around the user's, or their record, which is faster. From Python 3.14 on,
 # ``python -m asyncio pstree`` reads the coroutines of a task from the memory of the process and follows only native
 # ones. Before, every reader asks TrackedTask, which returns the user's coroutine.
-cdef bint _native = sys.version_info >= (3, 14)
+cdef bint _native
+# The same for the tasks of fire, which is called where speed counts.
+cdef bint _native_fire
 
 
-def use_native_coroutines(wanted: bool) -> None:
-    """Choose what new tasks step, native coroutines or their records; for the tests."""
-    global _native
-    _native = wanted
+def use_wrapper(wrapper: Wrapper) -> None:
+    """Choose what new tasks step; the import does, and the tests."""
+    global _native, _native_fire
+    _native = wrapper == "native" or (wrapper == "auto" and sys.version_info >= (3, 14))
+    _native_fire = wrapper == "native"
+
+
+use_wrapper(choose_wrapper())
 
 
 cdef enum:
@@ -1335,7 +1342,7 @@ cdef class LoopRecords:
                 record.created = self.last_end
                 wrapper = record
                 try:
-                    wrapper = _around(record)
+                    wrapper = _wrap(record, _run) if _native_fire else record
                     if record.given_name is not name:
                         options["name"] = name = record.given_name
                     options["context"] = record.turn

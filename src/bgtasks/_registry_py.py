@@ -25,6 +25,7 @@ from bgtasks import errors
 from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
 from bgtasks._fork import at_fork
 from bgtasks._hooks import RegistryHooks
+from bgtasks._implementation import choose_wrapper
 from bgtasks._statistics import MAX_NAMES, OUTCOMES
 from bgtasks._task import (
     TrackedTask,
@@ -44,6 +45,9 @@ from bgtasks.info import DEFAULT_NAME, TaskFactoryOptions, TaskInfo
 __all__ = ["LoopRecords", "NameStats", "Record", "RegistryCore", "TaskSet", "TrackedTask"]
 
 Result = TypeVar("Result")
+
+# All tasks step native coroutines here; an unknown value is an error all the same.
+choose_wrapper()
 
 RUNNING, COMPLETED, FAILED, CANCELLED, TIMED_OUT, ABANDONED = range(6)
 

@@ -1,8 +1,8 @@
 """The task type that shows the user's frames, and the native coroutines that run around the user's coroutine.
 
-The compiled registry needs these coroutines only for tasks of a foreign task factory, and from Python 3.14 on, where
-``python -m asyncio pstree`` reads them from the process and follows only native ones. Its other tasks step their
-records.
+The compiled registry needs these coroutines only for tasks of a foreign task factory, and where ``BGTASKS_WRAPPER``
+asks for them, as it does by default for ``create_task`` from Python 3.14 on: there ``python -m asyncio pstree`` reads
+the coroutines of a task from the process and follows only native ones. Its other tasks step their records.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ Result = TypeVar("Result")
 
 # The modules whose frames stand between a task and the user's coroutine.
 AROUND: Final = frozenset({__name__, "bgtasks._registry"})
+
+# The records whose native coroutine ``cancel`` is entering, so nearly always empty: to test it costs a task nothing, to
+# read ``paused`` from its record costs it 6 %. A list, because several threads may append and remove.
+entering: list[TaskRecord] = []
 
 _cancel = asyncio.Task.cancel
 _set_name = asyncio.Task.set_name
@@ -109,8 +113,13 @@ class TrackedTask(asyncio.Task[Any]):
         """
         wrapper: Any = _get_wrapper(self)
         if type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED:
-            self._record.paused = True
-            wrapper.send(None)
+            record = self._record
+            record.paused = True
+            entering.append(record)
+            try:
+                wrapper.send(None)
+            finally:
+                entering.remove(record)
         if _get_running_loop() is None:
             # No code of the program runs: the loop's owner cancels what the program has left, as asyncio.run does.
             registry = self._record.registry
@@ -173,7 +182,7 @@ def pause() -> Generator[None, None, None]:
 async def run(coro: Awaitable[Any], record: TaskRecord) -> Any:
     """Run the user's coroutine and finish its record when it ends, not a loop iteration later."""
     try:
-        if record.paused:
+        if entering and record.paused:
             await pause()
             record.paused = False
             if record.registry is None:
@@ -193,7 +202,7 @@ async def run(coro: Awaitable[Any], record: TaskRecord) -> Any:
 async def run_queued(coro: Awaitable[Any], record: TaskRecord) -> Any:
     """Wait for the turn of a queued task, then do as ``run`` does."""
     try:
-        if record.paused:
+        if entering and record.paused:
             await pause()
             record.paused = False
             if record.registry is None:

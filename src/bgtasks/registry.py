@@ -1,7 +1,8 @@
 """The bookkeeping of a manager: picks the compiled or the pure-Python hot half, and adds the cold half.
 
 ``BGTASKS_IMPLEMENTATION`` chooses: ``auto`` (the default) uses the compiled one if it was built and the GIL is on,
-``cython`` requires it, ``python`` uses the other. ``IMPLEMENTATION`` is the one that runs.
+``cython`` requires it, ``python`` uses the other. ``IMPLEMENTATION`` is the one that runs. ``BGTASKS_WRAPPER`` chooses
+what the tasks of the compiled one step; the other has native coroutines alone.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ import bgtasks
 
 def run(code, path=None, **environment):
     """Run a program in an interpreter of its own; return the completed process."""
-    variables = {key: value for key, value in os.environ.items() if key != "BGTASKS_IMPLEMENTATION"}
+    ours = ("BGTASKS_IMPLEMENTATION", "BGTASKS_WRAPPER")
+    variables = {key: value for key, value in os.environ.items() if key not in ours}
     if path is not None:
         variables["PYTHONPATH"] = str(path)
     return subprocess.run(
@@ -142,3 +143,54 @@ def test_exported_names_exist_and_are_sorted():
     # pytest rewrites the asserts of every distribution with a plugin, and leaves names like "@pytest_ar" there.
     public = {name for name in vars(bgtasks) if name[0].isalpha()} - module_names()
     assert public == set(bgtasks.__all__)
+
+
+STEPS = """
+import asyncio, sys
+from bgtasks import BackgroundTaskManager
+from bgtasks._task import _get_wrapper
+
+def note(seen):
+    seen.append(type(_get_wrapper(asyncio.current_task())).__name__)
+
+async def work(seen):
+    await asyncio.sleep(0)
+    note(seen)
+
+async def main():
+    manager = BackgroundTaskManager()
+    seen = []
+    await manager.create_task(work(seen))
+    manager.fire(work(seen))
+    await manager.wait_for_all()
+    print(*seen)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("choice", "steps"),
+    [
+        ("auto", "coroutine Record" if sys.version_info >= (3, 14) else "Record Record"),
+        ("native", "coroutine coroutine"),
+        ("record", "Record Record"),
+    ],
+)
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no eager tasks, so fire() does as create_task() does")
+def test_the_variable_chooses_what_tasks_step(pytestconfig, choice, steps):
+    """BGTASKS_WRAPPER says what tasks of create_task and of fire step, in this order; the Python twin has no choice."""
+    if pytestconfig.option.twin != "python":
+        done = run(STEPS, BGTASKS_WRAPPER=choice, BGTASKS_IMPLEMENTATION="cython")
+        assert (done.stdout.strip(), done.stderr) == (steps, "")
+    done = run(STEPS, BGTASKS_WRAPPER=choice, BGTASKS_IMPLEMENTATION="python")
+    assert (done.stdout.strip(), done.stderr) == ("coroutine coroutine", "")
+
+
+@pytest.mark.parametrize("implementation", ["auto", "python"])
+@pytest.mark.parametrize("value", ["", "records", "Native"])
+def test_an_unknown_wrapper_is_an_error_that_lists_the_values(implementation, value):
+    """The variable is checked also where it changes nothing."""
+    done = run(SHOW, BGTASKS_WRAPPER=value, BGTASKS_IMPLEMENTATION=implementation)
+    assert done.returncode == 1
+    assert f"BGTASKS_WRAPPER={value!r} is unknown; it takes one of: auto, native, record" in done.stderr

@@ -108,13 +108,32 @@ async def test_pstree_shows_the_users_frames(make_manager):
     manager = make_manager()
     manager.create_task(outer(), name="mine")
     await asyncio.sleep(0)
+    tracked = await pstree_of("mine")
+    assert tracked.index("outer ") < tracked.index("inner ")
+    await manager.cancel_all()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="the interpreter has no pstree before 3.14")
+@pytest.mark.loops("asyncio")
+async def test_pstree_names_the_tasks_that_step_their_record(request, make_manager):
+    """A task of fire stands in the output of ``python -m asyncio pstree`` with its name, and without frames."""
+    manager = make_manager()
+    steps_record = type(manager).__mro__[-3].__module__ == "bgtasks._registry" and not request.config.option.native
+    manager.fire(outer(), name="mine")
+    await asyncio.sleep(0)
+    assert ("outer " in await pstree_of("mine")) is not steps_record
+    await manager.cancel_all()
+
+
+async def pstree_of(name):
+    """Return the output of ``python -m asyncio pstree`` behind the name of a task."""
     command = [sys.executable, "-m", "asyncio", "pstree", str(os.getpid())]
     done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode and "ermission" in done.stdout + done.stderr:
         pytest.skip("this machine does not allow a process to read another one")
-    _, _, tracked = done.stdout.partition("(T) mine")
-    assert tracked.index("outer ") < tracked.index("inner "), done
-    await manager.cancel_all()
+    _, found, rest = done.stdout.partition(f"(T) {name}")
+    assert found, done
+    return rest
 
 
 def test_public_coroutines_are_coroutine_functions(manager_of_twin):

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 
 import pytest
 from hypothesis import given, settings
@@ -220,3 +221,38 @@ async def test_real_clocks_are_never_early(make_manager):
         manager.create_task(work(time.monotonic(), timeout), timeout=timeout)
     await manager.wait_for_all(return_exceptions=True)
     assert manager.stats()["timed_out"] == 5
+
+
+class Stubborn(Coroutine):
+    """A coroutine object that answers the first exception with one more suspension."""
+
+    def __init__(self):
+        self.errors = []
+
+    def send(self, value):
+        """Suspend."""
+
+    def throw(self, error, *rest):
+        """Suspend once more, then raise."""
+        self.errors.append(error)
+        if len(self.errors) > 1:
+            raise error
+        future = asyncio.get_running_loop().create_future()
+        return next(future.__await__())
+
+    def close(self):
+        """Have nothing to close."""
+
+    def __await__(self):
+        return self
+
+
+async def test_a_coroutine_that_suspends_after_an_early_cancellation_has_its_timeout(make_manager):
+    """A cancellation before the first step does not undo the timeout of a coroutine that absorbs it."""
+    manager = make_manager()
+    coro = Stubborn()
+    task = manager.create_task(coro, timeout=0.01)
+    task.cancel()
+    # A native coroutine around it raises at once; a record passes the cancellation on, and the timeout comes second.
+    await asyncio.wait([task], timeout=5)
+    assert task.cancelled()
