@@ -9,13 +9,13 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from io import FileIO
 from typing import Final, TypeVar
 
-from definitions import Event, encode
+from source_lines import Event, encode
 
 __all__ = ["Lines"]
 
 Result = TypeVar("Result")
 
-CHUNK: Final = 1 << 16
+CHUNK: Final = 1 << 20
 
 
 class Lines:

@@ -1,4 +1,4 @@
-"""Where the definitions go, a file of JSON lines or a stream in Redis, and what is found there afterwards."""
+"""Where the events go, a file of JSON lines or a stream in Redis, and what is found there afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
-from definitions import Event, encode
+from source_lines import Event, encode
 
 from bgtasks.errors import BgtasksError
 from bgtasks.events import Sink, SinkError
@@ -29,7 +29,7 @@ class UsedSinkError(BgtasksError):
 
 
 class Announcement(msgspec.Struct, gc=False):
-    """What is published: a definition or a line, with its number and the time."""
+    """What is published: a line, with its number and the time."""
 
     number: int
     kind: str
@@ -56,20 +56,26 @@ class Contents(NamedTuple):
     checksum: int
 
 
-def checksum_of(number: int, payload: str) -> int:
+def checksum_of(number: int, payload: bytes) -> int:
     """Return the share of one event in a checksum, which is the sum over all events, in any order."""
-    return zlib.crc32(payload.encode(), number)
+    return zlib.crc32(payload, number)
 
 
 def compare(events: Iterable[bytes], expected: int) -> Contents:
     """Compare events with those from 1 to ``expected``, each once."""
     numbers = []
     checksum = 0
+    decode = msgspec.json.Decoder(Announcement).decode
     for event in events:
-        # Not msgspec: lines that are no UTF-8 became lone surrogates, which only the standard library reads.
-        announcement = json.loads(event)
-        numbers.append(announcement["number"])
-        checksum += checksum_of(announcement["number"], encode(announcement["record"]))
+        try:
+            announcement = decode(event)
+            number, payload = announcement.number, bytes(announcement.record)
+        except msgspec.DecodeError:
+            # A line that is no UTF-8 became lone surrogates, which only the standard library reads.
+            fields = json.loads(event)
+            number, payload = fields["number"], encode(fields["record"]).encode()
+        numbers.append(number)
+        checksum += checksum_of(number, payload)
     gaps = []
     repeated = unexpected = last = 0
     for number in sorted(numbers):
@@ -141,7 +147,7 @@ class RedisStream:
     def __init__(self, url: str, key: str | None) -> None:
         self._url = url
         self._is_temporary = key is None
-        self._key = key or f"bgtasks:definitions:{uuid.uuid4().hex}"
+        self._key = key or f"bgtasks:main-job:{uuid.uuid4().hex}"
 
     def __str__(self) -> str:
         return f"the stream {self._key} in Redis"
