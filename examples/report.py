@@ -68,7 +68,7 @@ def _report_tasks(job: Job, stats: ManagerStats) -> bool:
     )
     print(
         f"ended    {ended['completed']:,} completed, {ended['failed']:,} failed, {ended['timed_out']:,} timed out, "
-        f"{ended['cancelled']:,} cancelled; the service that they asked refused {peer.refused:,} and ignored {peer.silent:,}"
+        f"{ended['cancelled']:,} cancelled; the service refused {peer.refused:,} and ignored {peer.silent:,}"
     )
     print(f"p50/p99  {_percentiles(names)}")
     ratio = job.seconds_of_tasks() / (job.seconds["bare"] or math.inf)
