@@ -19,7 +19,7 @@ INK = "#010203"
 GREY = "#808080"
 # Okabe and Ito's colours, which differ for colour-blind people, too; hatches and markers differ without any colour.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-HATCHES = ("", "///", "...", "xxx", "---", "\\\\\\")
+HATCHES = ("", "//", "\\\\", "--", "||", "xx")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 
@@ -106,11 +106,11 @@ def bars(chosen: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
             )
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.margins(x=0.12)
+        axes.margins(x=0.12, y=0.02)
         axes.set_xlabel(chosen[0][1][0].unit)
         axes.spines[["top", "right"]].set_visible(False)
         if len(chosen) > 1:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc="lower right")
     return figure
 
 
