@@ -1014,7 +1014,7 @@ cdef class LoopRecords:
         bgtasks_set_record(task, record)
         record.task = task
         if record.seconds > 0 and self.lacks_timer(record):
-            self.want_timer_of(record, wrapper, task)
+            self.want_timer_of(record, wrapper)
         return task
 
     cdef object launch_in_set(self, Record record, bint eager, object context):
@@ -1249,13 +1249,12 @@ cdef class LoopRecords:
             self.timer_wanted = True
         return 0
 
-    cdef int want_timer_of(self, Record record, object wrapper, object task) except -1:
+    cdef int want_timer_of(self, Record record, object wrapper) except -1:
         """Do as ``want_timer`` after the first step of a new task: one that ends in it never gets a timer."""
         try:
             self.want_timer(record)
         except BaseException:
-            # The loop will step it all the same; without a coroutine it ends at once.
-            task.add_done_callback(retrieve_failure)
+            # The loop steps the task all the same, which ends at once then.
             self.discard(record, wrapper)
             raise
         return 0

@@ -724,7 +724,7 @@ class LoopRecords:
         task._record = record
         self.follow(record, task)
         if record.seconds > 0 and self.lacks_timer(record):
-            self.want_timer_of(record, wrapper, task)
+            self.want_timer_of(record, wrapper)
         return task
 
     def launch_in_set(self, record: Record, eager: bool, context: Context | None) -> Any:
@@ -915,13 +915,12 @@ class LoopRecords:
             self.held_loop.call_soon(self.set_timer)
             self.timer_wanted = True
 
-    def want_timer_of(self, record: Record, wrapper: Coroutine[Any, Any, Any], task: Any) -> None:
+    def want_timer_of(self, record: Record, wrapper: Coroutine[Any, Any, Any]) -> None:
         """Do as ``want_timer`` after the first step of a new task: one that ends in it never gets a timer."""
         try:
             self.want_timer(record)
         except BaseException:
-            # The loop will step it all the same; without a coroutine it ends at once.
-            task.add_done_callback(retrieve_failure)
+            # The loop steps the task all the same, which ends at once then.
             self.discard(record, wrapper)
             raise
 

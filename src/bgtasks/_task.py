@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 # The modules whose frames stand between a task and the user's coroutine.
 AROUND: Final = frozenset({__name__, "bgtasks._registry"})
 
-# The records whose native coroutine ``cancel`` is entering, so nearly always empty: to test it costs a task nothing, to
+# The records whose native coroutine ``enter`` is entering, so nearly always empty: to test it costs a task nothing, to
 # read ``paused`` from its record costs it 6 %. A list, because several threads may append and remove.
 entering: list[TaskRecord] = []
 
@@ -113,13 +113,7 @@ class TrackedTask(asyncio.Task[Any]):
         """
         wrapper: Any = _get_wrapper(self)
         if type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED:
-            record = self._record
-            record.paused = True
-            entering.append(record)
-            try:
-                wrapper.send(None)
-            finally:
-                entering.remove(record)
+            enter(self._record, wrapper)
         if _get_running_loop() is None:
             # No code of the program runs: the loop's owner cancels what the program has left, as asyncio.run does.
             registry = self._record.registry
@@ -253,6 +247,16 @@ def close_quietly(coro: Any) -> None:
         coro.close()
 
 
+def enter(record: TaskRecord, wrapper: types.CoroutineType[Any, Any, Any]) -> None:
+    """Enter a native coroutine up to its pause, before the user's."""
+    record.paused = True
+    entering.append(record)
+    try:
+        wrapper.send(None)
+    finally:
+        entering.remove(record)
+
+
 def dismiss(record: TaskRecord, wrapper: Any) -> None:
     """Have the native coroutine of a record that is taken back do nothing.
 
@@ -260,8 +264,7 @@ def dismiss(record: TaskRecord, wrapper: Any) -> None:
     already, and that step would raise in a closed coroutine.
     """
     if type(wrapper) is types.CoroutineType and inspect.getcoroutinestate(wrapper) == inspect.CORO_CREATED:
-        record.paused = True
-        wrapper.send(None)
+        enter(record, wrapper)
     else:
         wrapper.close()
 
