@@ -172,7 +172,8 @@ class BackgroundExecutor(ExecutorBase):
             if threads < self._limit and self._queue.qsize() > threads - len(self._running):
                 self._add_worker()
         except BaseException as error:
-            # Unless a thread was faster, it will not run. An error that is no Exception, such as Ctrl-C, is raised in any case.
+            # Unless a thread was faster, it will not run. An error such as Ctrl-C, which is no Exception, is raised in
+            # any case.
             if self._take_back(call) or not isinstance(error, Exception):
                 raise
         if self._is_exiting and __cancel_on_exit__:
