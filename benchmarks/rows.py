@@ -68,7 +68,7 @@ def this_machine(missing: Iterable[str], rounds: int) -> dict[str, str]:
         "processor": _processor(),
         "load before": " ".join(f"{load:.1f}" for load in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown",
         "registry": IMPLEMENTATION,
-        "wrapper": os.environ.get("BGTASKS_WRAPPER", "auto"),
+        "wrapper": os.environ.get("BGTASKS_WRAPPER", "record"),
         "rounds": str(rounds),
         "not installed": ", ".join(missing) or "none",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -7,8 +7,9 @@ import os
 import sys
 from typing import Any, Literal, get_args
 
+Choice = Literal["auto", "cython", "python"]
 Implementation = Literal["cython", "python"]
-Wrapper = Literal["auto", "native", "record"]
+Wrapper = Literal["record", "native"]
 
 
 def choose(extension: str, what: str) -> Implementation:
@@ -26,7 +27,7 @@ def choose(extension: str, what: str) -> Implementation:
         ImportError: the value is unknown, or ``cython`` is required and the extension was not built.
 
     """
-    choice = _read("BGTASKS_IMPLEMENTATION", ("auto", "cython", "python"))
+    choice = _read("BGTASKS_IMPLEMENTATION", get_args(Choice))
     if choice == "python" or (choice == "auto" and not _has_gil()):
         return "python"
     try:
@@ -50,7 +51,7 @@ def choose(extension: str, what: str) -> Implementation:
 
 
 def choose_wrapper() -> Wrapper:
-    """Return what ``BGTASKS_WRAPPER`` asks tasks of the compiled registry to step: ``auto``, ``native`` or ``record``.
+    """Return what ``BGTASKS_WRAPPER`` asks tasks of the compiled registry to step: ``record`` or ``native``.
 
     Raises:
         ImportError: the value is unknown.
@@ -61,7 +62,8 @@ def choose_wrapper() -> Wrapper:
 
 
 def _read(variable: str, values: tuple[str, ...]) -> Any:
-    choice = os.environ.get(variable, "auto")
+    """Return the value of a variable, the first of ``values`` by default."""
+    choice = os.environ.get(variable, values[0])
     if choice not in values:
         raise ImportError(f"{variable}={choice!r} is unknown; it takes one of: {', '.join(values)}")
     return choice

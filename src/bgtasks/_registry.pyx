@@ -90,17 +90,14 @@ cdef double INFINITY = float("inf")
 
 # Whether tasks step a native coroutine around the user's, or their record, which is faster. From Python 3.14 on,
 # ``python -m asyncio pstree`` reads the coroutines of a task from the memory of the process and follows only native
-# ones. Before, every reader asks TrackedTask, which returns the user's coroutine.
+# ones. Every reader inside the process asks TrackedTask, which returns the user's coroutine.
 cdef bint _native
-# The same for the tasks of fire, which is called where speed counts.
-cdef bint _native_fire
 
 
 def use_wrapper(wrapper: Wrapper) -> None:
     """Choose what new tasks step; the import does, and the tests."""
-    global _native, _native_fire
-    _native = wrapper == "native" or (wrapper == "auto" and sys.version_info >= (3, 14))
-    _native_fire = wrapper == "native"
+    global _native
+    _native = wrapper == "native"
 
 
 use_wrapper(choose_wrapper())
@@ -404,7 +401,7 @@ cdef class Record:
             self.fail(error)
             raise error
         try:
-            return self.coro.throw(error, *rest)
+            yielded = self.coro.throw(error, *rest)
         except StopIteration:
             self.finish_completed()
             raise
@@ -413,6 +410,23 @@ cdef class Record:
             if replacement is not None:
                 raise replacement from raised
             raise
+        if self.wheel_slot != NOT_ARMED:
+            self.see_to_timer()
+        return yielded
+
+    cdef int see_to_timer(self) except -1:
+        """Have the loop's timer set in time for a task that suspends; a task that ends at once needs none."""
+        if not self.records.lacks_timer(self):
+            return 0
+        try:
+            self.records.want_timer(self)
+        except BaseException as error:
+            try:
+                self.coro.close()
+            finally:
+                self.fail(error)
+            raise
+        return 0
 
     def close(self):
         """Close the user's coroutine; a task that had not ended is abandoned."""
@@ -525,6 +539,8 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
             raise
     status = PyIter_Send(<PyObject*>record.coro, sent, result)
     if status == PYGEN_NEXT:
+        if record.wheel_slot != NOT_ARMED:
+            _suspend(record, result)
         return PYGEN_NEXT
     if status == PYGEN_ERROR:
         _fail(record)
@@ -536,6 +552,19 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
     Py_INCREF(returned)
     result[0] = <PyObject*>returned
     return PYGEN_RETURN
+
+
+cdef int _suspend(Record record, PyObject** result) except -1:
+    """See to the timer of a task that suspends; if that fails, nobody waits for what its coroutine yielded."""
+    cdef bint is_done = False
+    try:
+        record.see_to_timer()
+        is_done = True
+    finally:
+        if not is_done:
+            _taken(result[0])
+            result[0] = NULL
+    return 0
 
 
 cdef int _fail(Record record) except -1:
@@ -1013,7 +1042,8 @@ cdef class LoopRecords:
                 self.discard(record, wrapper)
         bgtasks_set_record(task, record)
         record.task = task
-        if record.seconds > 0 and self.lacks_timer(record):
+        if wrapper is not record and record.seconds > 0 and self.lacks_timer(record):
+            # A record sees to the timer when its coroutine first suspends.
             self.want_timer_of(record, wrapper)
         return task
 
@@ -1341,7 +1371,7 @@ cdef class LoopRecords:
                 record.created = self.last_end
                 wrapper = record
                 try:
-                    wrapper = _wrap(record, _run) if _native_fire else record
+                    wrapper = _around(record)
                     if record.given_name is not name:
                         options["name"] = name = record.given_name
                     options["context"] = record.turn

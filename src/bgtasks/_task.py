@@ -1,8 +1,8 @@
 """The task type that shows the user's frames, and the native coroutines that run around the user's coroutine.
 
 The compiled registry needs these coroutines only for tasks of a foreign task factory, and where ``BGTASKS_WRAPPER``
-asks for them, as it does by default for ``create_task`` from Python 3.14 on: there ``python -m asyncio pstree`` reads
-the coroutines of a task from the process and follows only native ones. Its other tasks step their records.
+asks for them: from Python 3.14 on ``python -m asyncio pstree`` reads the coroutines of a task from the process and
+follows only native ones. Its other tasks step their records.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from loops import VirtualLoop
@@ -103,9 +104,13 @@ async def test_the_call_graph_shows_the_users_frames(make_manager):
 
 @pytest.mark.skipif(sys.version_info < (3, 14), reason="the interpreter has no pstree before 3.14")
 @pytest.mark.loops("asyncio", "eager")
-async def test_pstree_shows_the_users_frames(make_manager):
+async def test_pstree_shows_the_users_frames(request, make_manager):
     """The output of ``python -m asyncio pstree`` ends where a tracked task waits."""
     manager = make_manager()
+    if steps_records(request, manager):
+        core = sys.modules["bgtasks._registry"]
+        request.addfinalizer(partial(core.use_wrapper, "record"))
+        core.use_wrapper("native")
     manager.create_task(outer(), name="mine")
     await asyncio.sleep(0)
     tracked = await pstree_of("mine")
@@ -113,15 +118,19 @@ async def test_pstree_shows_the_users_frames(make_manager):
     await manager.cancel_all()
 
 
+def steps_records(request, manager):
+    """Return whether the tasks of a manager step their records by default."""
+    return type(manager).__mro__[-3].__module__ == "bgtasks._registry" and not request.config.option.native
+
+
 @pytest.mark.skipif(sys.version_info < (3, 14), reason="the interpreter has no pstree before 3.14")
 @pytest.mark.loops("asyncio")
 async def test_pstree_names_the_tasks_that_step_their_record(request, make_manager):
-    """A task of fire stands in the output of ``python -m asyncio pstree`` with its name, and without frames."""
+    """Such a task stands in the output of ``python -m asyncio pstree`` with its name, and without frames."""
     manager = make_manager()
-    steps_record = type(manager).__mro__[-3].__module__ == "bgtasks._registry" and not request.config.option.native
-    manager.fire(outer(), name="mine")
+    manager.create_task(outer(), name="mine")
     await asyncio.sleep(0)
-    assert ("outer " in await pstree_of("mine")) is not steps_record
+    assert ("outer " in await pstree_of("mine")) is not steps_records(request, manager)
     await manager.cancel_all()
 
 

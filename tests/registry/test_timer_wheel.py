@@ -223,6 +223,34 @@ async def test_real_clocks_are_never_early(make_manager):
     assert manager.stats()["timed_out"] == 5
 
 
+class CountingLoop(asyncio.SelectorEventLoop):
+    """A loop that counts its callbacks."""
+
+    calls = 0
+
+    def call_soon(self, *args, **kwargs):
+        """Count, and schedule."""
+        self.calls += 1
+        return super().call_soon(*args, **kwargs)
+
+
+def test_a_task_that_ends_at_once_costs_the_loop_nothing_for_its_timeout(request, make_manager):
+    """A task that steps its record has the timer set only once its coroutine suspends."""
+    if "cython" not in request.node.name or request.config.option.native:
+        pytest.skip("native coroutines do not see a suspension")
+    manager = make_manager()
+
+    async def main(timeout):
+        before = loop.calls
+        for _ in range(10):
+            await manager.create_task(value(1), timeout=timeout)
+        return loop.calls - before
+
+    with asyncio.Runner(loop_factory=CountingLoop) as runner:
+        loop = runner.get_loop()
+        assert runner.run(main(30.0)) == runner.run(main(None))
+
+
 class Stubborn(Coroutine):
     """A coroutine object that answers the first exception with one more suspension."""
 
