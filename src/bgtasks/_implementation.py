@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from typing import Any, Literal, get_args
@@ -67,6 +68,22 @@ def _read(variable: str, values: tuple[str, ...]) -> Any:
     if choice not in values:
         raise ImportError(f"{variable}={choice!r} is unknown; it takes one of: {', '.join(values)}")
     return choice
+
+
+def why_python(extension: str) -> str:
+    """Return why ``choose`` took the Python twin of a compiled module, and what to do for the compiled one."""
+    if os.environ.get("BGTASKS_IMPLEMENTATION") == "python":
+        return "because BGTASKS_IMPLEMENTATION=python asks for it"
+    if not _has_gil():
+        return "because this interpreter runs without the GIL, on which the compiled one relies"
+    if sys.implementation.name != "cpython":
+        return f"because the compiled one is for CPython, and this is {sys.implementation.name}"
+    if importlib.util.find_spec(extension) is None:
+        return (
+            "because the compiled one was not built: install with a C compiler and BGTASKS_BUILD=require, which says "
+            "what is missing"
+        )
+    return "because the compiled one cannot be loaded in this interpreter"
 
 
 def _has_gil() -> bool:

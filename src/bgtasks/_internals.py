@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from bgtasks.errors import InvalidOptionError, describe
@@ -71,6 +71,7 @@ class ManagerInternals:
         on_idle: Callable[[], object],
         accept_failure: Callable[[Record, BaseException], bool],
         max_running: int | None = None,
+        context: Mapping[str, Any] | None = None,
     ) -> TaskSet:
         """Return a set for the tasks or functions of an executor.
 
@@ -79,9 +80,10 @@ class ManagerInternals:
             accept_failure: called with the record and the error of a task that failed; returns whether the manager
                 reports it.
             max_running: how many of them may run at once; None for no limit.
+            context: the mapping for the log records of the tasks.
 
         """
-        return self._manager._make_task_set(_Owner(on_idle, accept_failure), max_running)
+        return self._manager._make_task_set(_Owner(on_idle, accept_failure), max_running, context)
 
     def add_loop(self, loop: Any) -> LoopRecords:
         """Return the records of the stand-in for a loop of an executor's threads."""

@@ -1441,16 +1441,19 @@ cdef class TaskSet:
         registry: the registry that keeps their records.
         owner: the set calls its ``on_idle()`` when the last one ends, the manager its ``accept_failure``.
         max_running: how many of them may run at once; None for no limit.
+        context: the mapping for the log records of its tasks; None for none.
     """
 
     cdef RegistryCore registry
     cdef readonly object owner
+    cdef readonly object context
     cdef Slots slots
     cdef readonly Py_ssize_t live
 
-    def __init__(self, RegistryCore registry, owner, max_running):
+    def __init__(self, RegistryCore registry, owner, max_running, context):
         self.registry = registry
         self.owner = owner
+        self.context = context
         # The executor's own limit comes first.
         self.slots = registry._slots if max_running is None else Slots(max_running, registry._slots)
 
@@ -1474,7 +1477,7 @@ cdef class TaskSet:
             if (registry._shut or registry._cap) and registry.must_ask(records):
                 registry._admit(coro, name, False)
             seconds = _seconds(coro, timeout)
-            record = records.enroll(coro, name, seconds, None, False)
+            record = records.enroll(coro, name, seconds, self.context, False)
             record.task_set = self
             record.flags = flags
             self.live += 1
@@ -1496,7 +1499,7 @@ cdef class TaskSet:
         if (registry._shut or registry._cap) and registry.must_ask(those):
             registry._admit(call, name, False)
         created = those.now()
-        record = those.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
+        record = those.enroll(call, name, 0.0 if timeout is None else timeout, self.context, False)
         record.created = created
         record.task = future
         record.task_set = self

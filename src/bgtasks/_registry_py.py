@@ -1069,14 +1069,18 @@ class TaskSet:
         registry: the registry that keeps their records.
         owner: the set calls its ``on_idle()`` when the last one ends, the manager its ``accept_failure``.
         max_running: how many of them may run at once; None for no limit.
+        context: the mapping for the log records of its tasks; None for none.
 
     """
 
-    __slots__ = ("live", "owner", "registry", "slots")
+    __slots__ = ("context", "live", "owner", "registry", "slots")
 
-    def __init__(self, registry: RegistryCore, owner: Any, max_running: int | None) -> None:
+    def __init__(
+        self, registry: RegistryCore, owner: Any, max_running: int | None, context: Mapping[str, Any] | None
+    ) -> None:
         self.registry: RegistryCore = registry
         self.owner: Any = owner
+        self.context: Mapping[str, Any] | None = context
         # The executor's own limit comes first.
         self.slots: Slots | None = registry._slots if max_running is None else Slots(max_running, registry._slots)
         self.live: int = 0
@@ -1100,7 +1104,7 @@ class TaskSet:
                 registry._admit(coro, name, False)
             seconds = _seconds(coro, timeout)
             live = self.live + 1
-            record = records.enroll(coro, name, seconds, None, False)
+            record = records.enroll(coro, name, seconds, self.context, False)
             record.task_set = self
             record.flags = flags
             self.live = live
@@ -1120,7 +1124,7 @@ class TaskSet:
             registry._admit(call, name, False)
         with _calls_lock:
             live, queued = self.live + 1, records.queued + 1
-            record = records.enroll(call, name, 0.0 if timeout is None else timeout, None, False)
+            record = records.enroll(call, name, 0.0 if timeout is None else timeout, self.context, False)
             record.task = future
             record.task_set = self
             record.flags = flags

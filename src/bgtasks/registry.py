@@ -12,7 +12,7 @@ import time
 from asyncio import AbstractEventLoop, Task
 from asyncio.events import _get_running_loop
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from bgtasks import errors
@@ -125,9 +125,9 @@ class Registry(RegistryCore, RegistryHooks):
             self._ids_taken += count
             return self._ids_taken - count
 
-    def _make_task_set(self, owner: Any, max_running: int | None) -> TaskSet:
+    def _make_task_set(self, owner: Any, max_running: int | None, context: Mapping[str, Any] | None) -> TaskSet:
         """Return a ``TaskSet`` for the tasks or functions of an executor."""
-        return TaskSet(self, owner, max_running)
+        return TaskSet(self, owner, max_running, context)
 
     # -- queries, from any thread ---------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import operator
 import subprocess
 import sys
 import threading
+import uuid
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -492,3 +493,52 @@ def test_the_example_refuses_bad_arguments(arguments):
     assert status == 2
     assert "error: " in errors
     assert "Traceback" not in errors
+
+
+# -- which run a task belongs to ---------------------------------------------------------------------------------------
+
+
+RUN_ID = uuid.UUID(int=5)
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"configurable": {"thread_id": "7"}, "run_id": RUN_ID}, {"thread_id": "7", "run_id": str(RUN_ID)}),
+        ({"configurable": {"thread_id": 7}, "metadata": {"run_id": "r"}}, {"thread_id": "7", "run_id": "r"}),
+        ({"configurable": {"thread_id": "7"}}, {"thread_id": "7"}),
+        ({}, {}),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_context_of_a_task_names_the_run(manager, is_async, config, context):
+    """The ids that the configuration of the run has are in the context of all of its tasks."""
+    seen = []
+
+    def work(number):
+        seen.extend(dict(info["context"]) for info in manager.get_task_info() if info["name"] == "work")
+        return {"found": [number]}
+
+    graph = graph_of(is_async, work=both(work))
+    if is_async:
+        asyncio.run(graph.ainvoke({"numbers": [1, 2, 3]}, config))
+    else:
+        graph.invoke({"numbers": [1, 2, 3]}, config)
+    assert seen
+    assert all(each == context for each in seen)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_linear_graph_shows_nothing(manager, is_async):
+    """A step with one task needs no executor: LangGraph runs it in the caller, as the page on LangGraph says."""
+    builder = StateGraph(State)
+    builder.add_node("first", lambda state: {"found": [1]})
+    builder.add_node("second", lambda state: {"found": [2]})
+    builder.add_edge(START, "first")
+    builder.add_edge("first", "second")
+    builder.add_edge("second", END)
+    graph = builder.compile()
+    given = {"found": []}
+    state = asyncio.run(graph.ainvoke(given)) if is_async else graph.invoke(given)
+    assert state["found"] == [1, 2]
+    assert manager.stats()["started"] == 0

@@ -66,7 +66,8 @@ class AsyncBackgroundExecutor(ExecutorBase):
         limit = _refusals.limit_of(config, max_concurrency, self._zero_is_no_limit)
         self.manager: BackgroundTaskManager = BackgroundTaskManager() if manager is None else manager
         self._internals = ManagerInternals(self.manager)
-        self._task_set = self._internals.make_task_set(self._on_idle, self._accept_failure, limit)
+        context = self._context_of(config)
+        self._task_set = self._internals.make_task_set(self._on_idle, self._accept_failure, limit, context)
         self._create_task = self._task_set.create_task
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_open = False

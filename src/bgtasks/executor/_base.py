@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, TypeAlias
 
 from bgtasks.registry import Record
@@ -56,6 +57,10 @@ class ExecutorBase:
 
     def __init__(self) -> None:
         self._failures = Failures(self._decides_late)
+
+    def _context_of(self, config: Mapping[str, object] | None) -> Mapping[str, object] | None:
+        """Return the context of all tasks, for their log records; None for none."""
+        return None
 
     def _accept_failure(self, record: Record, error: BaseException) -> bool:
         """Handle a failure; return whether the manager reports it."""

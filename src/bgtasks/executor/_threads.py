@@ -86,7 +86,8 @@ class BackgroundExecutor(ExecutorBase):
         self.manager: BackgroundTaskManager = BackgroundTaskManager() if manager is None else manager
         self._internals = ManagerInternals(self.manager)
         # The end of the block waits until the futures have their outcomes, not only until the last record is gone.
-        self._task_set = self._internals.make_task_set(lambda: None, self._accept_failure)
+        context = self._context_of(config)
+        self._task_set = self._internals.make_task_set(lambda: None, self._accept_failure, context=context)
         self._loop = ThreadsLoop()
         self._records: LoopRecords | None = None
         self._was_entered = False

@@ -87,6 +87,18 @@ class _Rules:
         self._was_given_manager = manager is not None
         return manager
 
+    def _context_of(self, config: Mapping[str, Any] | None) -> Mapping[str, object] | None:
+        """Return the ids of the run: its ``thread_id`` and ``run_id``, as far as the config names them."""
+        if config is None:
+            return None
+        places = (config, config.get("configurable") or {}, config.get("metadata") or {})
+        found = {}
+        for name in ("thread_id", "run_id"):
+            value = next((place[name] for place in places if place.get(name) is not None), None)
+            if value is not None:
+                found[name] = str(value)
+        return found or None
+
     def _reports(self, error: BaseException) -> bool:
         """Report failures only to a given manager: the run passes them to its caller, a handler or a waiting node.
 
@@ -109,9 +121,10 @@ class BackgroundExecutor(_Rules, executor.BackgroundExecutor):
     It differs from ``bgtasks.BackgroundExecutor`` in some rules. A ``max_concurrency`` of 0 means no limit, as None
     does. A ``GraphBubbleUp``, with which a node interrupts its graph, is not raised on exit, nor is the exception of a
     future in LangGraph's ``SKIP_RERAISE_SET``, whenever it was put there. Failures are logged only by a given manager.
+    The context of its tasks has the ``thread_id`` and the ``run_id`` of the run, as far as the config names them.
 
     Args:
-        config: a ``RunnableConfig``; of its keys only ``max_concurrency`` is used.
+        config: a ``RunnableConfig``; of its keys ``max_concurrency`` is used, and what names the run.
         manager: the manager that keeps the tasks; None for that of ``install``, or else a new one.
 
     Raises:
@@ -161,7 +174,7 @@ class AsyncBackgroundExecutor(_Rules, executor.AsyncBackgroundExecutor):
     waits for its cancelled tasks first; LangGraph's leaves them running.
 
     Args:
-        config: a ``RunnableConfig``; of its keys only ``max_concurrency`` is used.
+        config: a ``RunnableConfig``; of its keys ``max_concurrency`` is used, and what names the run.
         manager: the manager that keeps the tasks; None for that of ``install``, or else a new one.
 
     Raises:
