@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 
 import pytest
+from paths import PACKAGE
 from requirements import need
 
 need("msgspec")
@@ -78,3 +80,31 @@ def test_a_manager_shows_methods_alone():
     """Its attributes are properties of its class; the parts are inside."""
     manager = BackgroundTaskManager()
     assert public_members(manager) == public_members(BackgroundTaskManager)
+
+
+def public_functions():
+    """Return the functions and methods that users call, by name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        if "._" in name or name == "bgtasks.registry":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+                found[f"{name}.{node.name}"] = node
+    return found
+
+
+def test_no_public_function_takes_options_of_any_type():
+    """A checker knows every option: what is handed on is a ``TypedDict``, unless it is the arguments of a function."""
+    untyped = {
+        name
+        for name, node in public_functions().items()
+        if node.args.kwarg is not None and "Unpack" not in ast.unparse(node.args.kwarg.annotation or ast.Name("Any"))
+    }
+    # The keywords of the submitted function, whose types the overloads of ``typed_submit`` check.
+    assert {name for name in untyped if not name.endswith(".submit")} <= {
+        # What ``inject`` makes of a function, with its arguments.
+        "bgtasks.injection.filled",
+        "bgtasks.injection.filled_async",
+    }
