@@ -24,6 +24,8 @@ PROGRAMS = [
 # The package index shows the README without the files around it: its links lead here.
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 SOURCE = f"{URLS['Source']}/blob/main/"
+# Where the index gets its pictures from.
+RAW = SOURCE.replace("github.com", "raw.githubusercontent.com").replace("/blob/", "/")
 
 # Where a part of the package, or a package of others, stands for another one that has to be there.
 STANDS_FOR = {
@@ -89,7 +91,8 @@ def test_links_and_commands_lead_somewhere(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^)#]+)", text) + re.findall(r"^\[\w+\]: ([^#\s]+)", text, re.MULTILINE)
     targets = [page.parent / link for link in links if "://" not in link]
-    targets += [ROOT / link.removeprefix(SOURCE) for link in links if link.startswith(SOURCE)]
+    for base in (SOURCE, RAW):
+        targets += [ROOT / link.removeprefix(base) for link in links if link.startswith(base)]
     targets += [ROOT / script for script in re.findall(r"^(scripts/\w+)", text, re.MULTILINE)]
     assert [target for target in targets if not target.exists()] == []
 
@@ -99,6 +102,27 @@ def test_the_readme_links_by_address_alone():
     text = (ROOT / "README.md").read_text()
     assert re.findall(r"\]\((?!https://)[^)]*\)", text) == []
     assert sorted(set(re.findall(r"\]\[(\w+)\]", text))) == re.findall(r"^\[(\w+)\]: https://", text, re.MULTILINE)
+
+
+def test_the_overview_of_the_readme_stands_alone():
+    """It is legible on a light page and on a dark one: it has a ground and colours of its own for each, no script."""
+    (address,) = re.findall(r"^\[overview\]: (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert address.startswith(RAW)
+    picture = (ROOT / address.removeprefix(RAW)).read_text()
+    assert "prefers-color-scheme: dark" in picture
+    assert '<rect class="page"' in picture
+    # The index shows no picture that loads something.
+    assert re.findall(r"<script|<image|href=|url\((?!#)|var\(--color", picture) == []
+    assert "<title" in picture
+
+
+def test_the_extra_all_has_all_but_the_heavy_ones():
+    """A new extra is in it, or is named here; the README names all of them."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (everything,) = extras["all"]
+    assert set(re.findall(r"[\w-]+", everything.partition("[")[2])) == set(extras) - {"agentflow", "all", "tenxgraph"}
+    table = (ROOT / "README.md").read_text().partition("| extra | for |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) >= set(extras)
 
 
 @pytest.mark.parametrize("url", [url for url in URLS.values() if url.startswith(SOURCE)])
