@@ -2,7 +2,7 @@
 
 ::
 
-    python benchmarks/peers.py              # everything, some two minutes
+    python benchmarks/peers.py              # everything, half a minute
     python benchmarks/peers.py cost         # one part: cost, together, failures, engines
 
 Costs are medians over the rounds, with the median of the ratios to ``asyncio.create_task`` beside them. A peer that is

@@ -7,10 +7,14 @@ import importlib
 import importlib.util
 import inspect
 import re
+from typing import get_args
 
 import pytest
 from paths import PACKAGE, ROOT
 from requirements import need
+
+from bgtasks import ExecutorKind
+from bgtasks.executor._kinds import default_concurrency
 
 FILE = ROOT / "docs" / "_extensions" / "option_tables.py"
 COMMAND = f"python {FILE.relative_to(ROOT)}"
@@ -66,12 +70,11 @@ def test_every_sink_has_its_table():
 
 def test_every_kind_of_executor_is_in_the_table_of_kinds():
     """With its own defaults."""
-    from typing import get_args
-
-    from bgtasks import ExecutorKind
-
+    processors = default_concurrency("processes")
+    defaults = {"processors": processors, "processors + 4, at most 32": min(processors + 4, 32)}
     for kind in get_args(ExecutorKind):
-        assert f'| `"{kind}"`' in TEXT
+        default = re.search(rf'^\| `"{kind}"`[^|]*\|[^|]*\| ([^|]*) \|', TEXT, re.MULTILINE)[1]
+        assert defaults[default] == default_concurrency(kind)
 
 
 def test_a_docstring_that_says_nothing_of_an_option_is_an_error(monkeypatch):
