@@ -5,9 +5,9 @@
     python benchmarks/peers.py              # everything, half a minute
     python benchmarks/peers.py cost         # one part: cost, together, failures, engines
 
-Costs are medians over the rounds, with the median of the ratios to ``asyncio.create_task`` beside them. A peer that is
-not installed is left out: starlette, anyio, aiojobs, taskiq; of the engines distributed and pydocket, which needs a
-Redis server, too.
+Costs are medians over the rounds, of the time of the thread, with the median of the ratios to ``asyncio.create_task``
+beside them. A peer that is not installed is left out: starlette, anyio, aiojobs, taskiq; of the engines distributed and
+pydocket, which needs a Redis server, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from compare import CONTEXT, TIMEOUT, Contender, loops, noop, race, ratio, tick
+from compare import CONTEXT, TIMEOUT, Contender, clock, loops, noop, race, ratio, tick
 from servers import RedisServer
 
 from bgtasks import BackgroundExecutor, BackgroundTaskManager
@@ -151,14 +151,14 @@ def runners() -> dict[str, Runner]:
     return found
 
 
-def contender_of(runner: Runner) -> Contender:
+def contender_of(runner: Runner, clock: Callable[[], float]) -> Contender:
     """Return a contender that runs one function as many tasks."""
 
     async def run(work: Work, count: int) -> float:
         works = [work] * count
-        begin = time.perf_counter()
+        begin = clock()
         await runner(works)
-        return time.perf_counter() - begin
+        return clock() - begin
 
     return run
 
@@ -167,7 +167,7 @@ def compare_cost(burst: int, rounds: int) -> None:
     """Print what a task costs from its start to its end."""
     print(f"\n## Microseconds per task, bursts of {burst}, {rounds} rounds (lower is better)\n")
     for loop_name, run in loops().items():
-        contenders = {name: contender_of(runner) for name, runner in runners().items()}
+        contenders = {name: contender_of(runner, clock) for name, runner in runners().items()}
         for work in (noop, tick):
             times: dict[str, list[float]] = {}
 
@@ -195,7 +195,7 @@ def compare_together(count: int, seconds: float) -> None:
         return await contender(wait, count)
 
     for name, runner in runners().items():
-        took = asyncio.run(main(contender_of(runner)))
+        took = asyncio.run(main(contender_of(runner, time.perf_counter)))
         print(f"  {name:24} {took * 1e3:8.0f}")
         _broker.cache_clear()
 
