@@ -594,7 +594,7 @@ class LoopRecords:
 
     def __init__(self, registry: RegistryCore, loop: AbstractEventLoop) -> None:
         self.registry = registry
-        self.loop_ref = ref(loop)
+        self.loop_ref: ref[AbstractEventLoop] = ref(loop)
         # The loop, None without a record.
         self.held_loop: Any = None
         # asyncio's and uvloop's clock is the monotonic one. A loop with another one, such as a test's, is asked.
