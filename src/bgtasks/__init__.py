@@ -22,7 +22,6 @@ from bgtasks.errors import (
 )
 from bgtasks.executor import AsyncBackgroundExecutor, AsyncSubmit, BackgroundExecutor, ExecutorKind, Submit
 from bgtasks.info import (
-    DEFAULT_NAME,
     FinishedTask,
     ManagerStats,
     NameStats,
@@ -40,7 +39,6 @@ from bgtasks.program import drain_on_signals, run
 from bgtasks.registry import IMPLEMENTATION
 
 __all__ = [
-    "DEFAULT_NAME",
     "IMPLEMENTATION",
     "AsyncBackgroundExecutor",
     "AsyncSubmit",

@@ -31,7 +31,7 @@ from bgtasks._task import (
     close_quietly, dismiss, do_nothing, drive, finish_unentered, grant_turn, is_running, retrieve_failure, run,
     run_queued,
 )
-from bgtasks.info import DEFAULT_NAME, TaskFactoryOptions, TaskInfo
+from bgtasks.info import TaskFactoryOptions, TaskInfo
 
 # Like some of the imports above only for annotations, which typing.get_type_hints() evaluates in this module.
 Result = TypeVar("Result")
@@ -80,7 +80,6 @@ for _name in ("__doc__", "_coro", "cancel", "get_coro", "set_name"):
     setattr(TrackedTask, _name, _task.TrackedTask.__dict__[_name])
 
 # Constants and names of the hot path, as C variables: looking them up in the module's dict costs 4 % of a task.
-cdef str _DEFAULT_NAME = DEFAULT_NAME
 cdef int _MAX_NAMES = MAX_NAMES
 cdef object _TrackedTask = TrackedTask
 cdef object _run = run
@@ -278,6 +277,7 @@ cdef class Record:
             "context": {} if self.given_context is None else self.given_context,
             "done": self.state != RUNNING,
             "cancelled": self.state == CANCELLED or self.state == TIMED_OUT,
+            "service": bool(self.service),
         }
 
     def rename(self, name: str) -> None:
@@ -331,11 +331,11 @@ cdef class Record:
                     task.add_done_callback(retrieve_failure)
             elif self.expired and task.cancelling() <= 1:
                 records.finish(self, TIMED_OUT, None)
+                # The report may have the task raise.
+                task.add_done_callback(retrieve_failure)
             else:
                 records.finish(self, CANCELLED, None)
             replacement = self.report(error)
-            if replacement is not None and task is not None:
-                task.add_done_callback(retrieve_failure)
         finally:
             self.release()
         return replacement
@@ -603,7 +603,7 @@ cdef inline object _wrap(Record record, object function):
 
 cdef object _name_of(object coro):
     cdef object name = getattr(coro, "__qualname__", None)
-    return type(coro).__qualname__ if name is None else name
+    return name if type(name) is str else type(coro).__qualname__
 
 
 # A list of records, linked by their timer fields, borrowed. The first record's previous one is the last.
@@ -1473,7 +1473,7 @@ cdef class TaskSet:
         cdef double seconds
         try:
             if type(name) is not str:
-                name = _DEFAULT_NAME if name is None else str(name)
+                name = _name_of(coro) if name is None else str(name)
             if (registry._shut or registry._cap) and registry.must_ask(records):
                 registry._admit(coro, name, False)
             seconds = _seconds(coro, timeout)
@@ -1561,7 +1561,7 @@ cdef class RegistryCore:
         self,
         coro: Coroutine[Any, Any, Result],
         *,
-        name: str = DEFAULT_NAME,
+        name: str | None = None,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
         eager_start: bool = False,
@@ -1572,7 +1572,8 @@ cdef class RegistryCore:
 
         Args:
             coro: a coroutine object.
-            name: the name of the task in logs, statistics and ``repr``; need not be unique.
+            name: the name of the task in logs, statistics and ``repr``; need not be unique. By default that of the
+                coroutine function.
             timeout: seconds after which the task is cancelled, > 0; None for no timeout.
             context: a mapping for the task's log records.
             eager_start: run up to the first suspension before this call returns (from Python 3.12 on; else ignored).
@@ -1601,10 +1602,10 @@ cdef class RegistryCore:
         cdef object task
         cdef bint is_started = False
         try:
+            if type(name) is not str:
+                name = _name_of(coro) if name is None else str(name)
             if (self._shut or (self._cap and not is_service)) and self.must_ask(records):
                 self._admit(coro, name, False)
-            if type(name) is not str:
-                name = _DEFAULT_NAME if name is None else str(name)
             seconds = _seconds(coro, timeout)
             if context is not None and type(context) is not dict:
                 check_context(coro, context)
@@ -1624,7 +1625,7 @@ cdef class RegistryCore:
         self,
         coro: Coroutine[Any, Any, Any],
         *,
-        name: str = DEFAULT_NAME,
+        name: str | None = None,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
     ) -> bool:
@@ -1634,7 +1635,8 @@ cdef class RegistryCore:
 
         Args:
             coro: a coroutine object.
-            name: the name of the task in logs, statistics and ``repr``; need not be unique.
+            name: the name of the task in logs, statistics and ``repr``; need not be unique. By default that of the
+                coroutine function.
             timeout: seconds after which the task is cancelled, > 0; None for no timeout.
             context: a mapping for the task's log records.
 
@@ -1649,11 +1651,11 @@ cdef class RegistryCore:
         cdef double seconds
         cdef bint is_done = False
         try:
+            if type(name) is not str:
+                name = _name_of(coro) if name is None else str(name)
             if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name, True):
                 is_done = True
                 return False
-            if type(name) is not str:
-                name = _DEFAULT_NAME if name is None else str(name)
             seconds = _seconds(coro, timeout)
             if context is not None and type(context) is not dict:
                 check_context(coro, context)

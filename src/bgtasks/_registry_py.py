@@ -40,7 +40,7 @@ from bgtasks._task import (
     run,
     run_queued,
 )
-from bgtasks.info import DEFAULT_NAME, TaskFactoryOptions, TaskInfo
+from bgtasks.info import TaskFactoryOptions, TaskInfo
 
 __all__ = ["LoopRecords", "NameStats", "Record", "RegistryCore", "TaskSet", "TrackedTask"]
 
@@ -240,6 +240,7 @@ class Record:
             "context": self.context,
             "done": self.state != RUNNING,
             "cancelled": self.state in (CANCELLED, TIMED_OUT),
+            "service": self.service,
         }
 
     def rename(self, name: str) -> None:
@@ -284,10 +285,13 @@ class Record:
             elif not isinstance(error, CancelledError):
                 records.finish(self, FAILED, error)
                 _retrieve(self, task)
+            elif self.expired and task.cancelling() <= 1:
+                records.finish(self, TIMED_OUT, None)
+                # The report may have the task raise.
+                _retrieve(self, task)
             else:
-                timed_out = self.expired and task.cancelling() <= 1
-                records.finish(self, TIMED_OUT if timed_out else CANCELLED, None)
-            return _report_end(self, error, task)
+                records.finish(self, CANCELLED, None)
+            return _report(self, error)
         finally:
             _release(self)
 
@@ -400,14 +404,6 @@ def _report(record: Record, error: BaseException | None) -> BaseException | None
         raise
 
 
-def _report_end(record: Record, error: BaseException, task: Any) -> BaseException | None:
-    """Report a task that raised; return what it raises instead, or None."""
-    replacement = _report(record, error)
-    if replacement is not None and task is not None:
-        task.add_done_callback(retrieve_failure)
-    return replacement
-
-
 def _release(record: Record) -> None:
     record.task = None
     record.given_context = None
@@ -425,8 +421,8 @@ def _wrap(record: Record, function: Callable[[Any, Record], Coroutine[Any, Any, 
 
 
 def _name_of(coro: Any) -> str:
-    name: str | None = getattr(coro, "__qualname__", None)
-    return type(coro).__qualname__ if name is None else name
+    name = getattr(coro, "__qualname__", None)
+    return name if type(name) is str else type(coro).__qualname__
 
 
 @final
@@ -1099,7 +1095,7 @@ class TaskSet:
         records = _records_here(registry, coro)
         try:
             if type(name) is not str:
-                name = DEFAULT_NAME if name is None else str(name)
+                name = _name_of(coro) if name is None else str(name)
             if (registry._shut or registry._cap) and _must_ask(registry, records):
                 registry._admit(coro, name, False)
             seconds = _seconds(coro, timeout)
@@ -1177,7 +1173,7 @@ class RegistryCore(RegistryHooks):
         self,
         coro: Coroutine[Any, Any, Result],
         *,
-        name: str = DEFAULT_NAME,
+        name: str | None = None,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
         eager_start: bool = False,
@@ -1188,7 +1184,8 @@ class RegistryCore(RegistryHooks):
 
         Args:
             coro: a coroutine object.
-            name: the name of the task in logs, statistics and ``repr``; need not be unique.
+            name: the name of the task in logs, statistics and ``repr``; need not be unique. By default that of the
+                coroutine function.
             timeout: seconds after which the task is cancelled, > 0; None for no timeout.
             context: a mapping for the task's log records.
             eager_start: run up to the first suspension before this call returns (from Python 3.12 on; else ignored).
@@ -1213,10 +1210,10 @@ class RegistryCore(RegistryHooks):
         """
         records = _records_here(self, coro)
         try:
+            if type(name) is not str:
+                name = _name_of(coro) if name is None else str(name)
             if (self._shut or (self._cap and not service)) and _must_ask(self, records):
                 self._admit(coro, name, False)
-            if type(name) is not str:
-                name = DEFAULT_NAME if name is None else str(name)
             seconds = _seconds(coro, timeout)
             if context is not None and type(context) is not dict:
                 check_context(coro, context)
@@ -1234,7 +1231,7 @@ class RegistryCore(RegistryHooks):
         self,
         coro: Coroutine[Any, Any, Any],
         *,
-        name: str = DEFAULT_NAME,
+        name: str | None = None,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
     ) -> bool:
@@ -1244,7 +1241,8 @@ class RegistryCore(RegistryHooks):
 
         Args:
             coro: a coroutine object.
-            name: the name of the task in logs, statistics and ``repr``; need not be unique.
+            name: the name of the task in logs, statistics and ``repr``; need not be unique. By default that of the
+                coroutine function.
             timeout: seconds after which the task is cancelled, > 0; None for no timeout.
             context: a mapping for the task's log records.
 
@@ -1258,10 +1256,10 @@ class RegistryCore(RegistryHooks):
         records = _records_here(self, coro)
         record = None
         try:
+            if type(name) is not str:
+                name = _name_of(coro) if name is None else str(name)
             if (self._shut or self._cap) and _must_ask(self, records) and not self._admit(coro, name, True):
                 return False
-            if type(name) is not str:
-                name = DEFAULT_NAME if name is None else str(name)
             seconds = _seconds(coro, timeout)
             if context is not None and type(context) is not dict:
                 check_context(coro, context)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import Context
-from typing import Any, Final, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 __all__ = [
-    "DEFAULT_NAME",
     "FinishedTask",
     "ManagerStats",
     "NameStats",
@@ -23,9 +22,6 @@ __all__ = [
     "TaskState",
     "TimeoutPolicy",
 ]
-
-# The name of a task without a given name.
-DEFAULT_NAME: Final = "background_task"
 
 Outcome: TypeAlias = Literal["completed", "failed", "cancelled", "timed_out", "abandoned"]
 TaskState: TypeAlias = Literal["queued", "running", "completed", "failed", "cancelled", "timed_out", "abandoned"]
@@ -55,6 +51,7 @@ class TaskInfo(TypedDict):
     context: Mapping[str, Any]
     done: bool
     cancelled: bool
+    service: bool
 
 
 class FinishedTask(TypedDict):

@@ -26,7 +26,7 @@ from bgtasks._notifier import Notifier
 from bgtasks._observers import Observer, Observers
 from bgtasks._options import check_options
 from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, numbered, runs
-from bgtasks.info import DEFAULT_NAME, ManagerStats, ShutdownStats, TaskInfo, TaskOverflow, TimeoutPolicy
+from bgtasks.info import ManagerStats, ShutdownStats, TaskInfo, TaskOverflow, TimeoutPolicy
 from bgtasks.registry import Record, Registry
 
 __all__ = ["Attachable", "BackgroundTaskManager"]
@@ -173,7 +173,7 @@ class BackgroundTaskManager(Registry):
         self,
         coro: Coroutine[Any, Any, Result],
         *,
-        name: str = DEFAULT_NAME,
+        name: str | None = None,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
         eager_start: bool = False,
@@ -181,7 +181,8 @@ class BackgroundTaskManager(Registry):
     ) -> asyncio.Task[Result]:
         """Start a coroutine as ``create_task`` does, but wait for capacity instead of refusing.
 
-        Waiting calls go on in the order in which they came. Arguments and errors are those of ``create_task``.
+        Waiting calls go on in the order in which they came. Arguments and errors are those of ``create_task``, save for
+        ``service``: a service needs no capacity.
 
         Returns:
             The task.
@@ -210,11 +211,12 @@ class BackgroundTaskManager(Registry):
         coro: Coroutine[Any, Any, Result],
         *,
         loop: asyncio.AbstractEventLoop | None = None,
-        name: str = DEFAULT_NAME,
+        name: str | None = None,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
         eager_start: bool = False,
         contextvars_context: contextvars.Context | None = None,
+        service: bool = False,
     ) -> concurrent.futures.Future[Result]:
         """Start a coroutine on the manager's loop from another thread.
 
@@ -226,6 +228,7 @@ class BackgroundTaskManager(Registry):
             context: as for ``create_task``.
             eager_start: as for ``create_task``.
             contextvars_context: as for ``create_task``.
+            service: as for ``create_task``.
 
         Returns:
             A future with the outcome; cancelling it cancels the task. If ``create_task`` raises on the loop, the
@@ -249,6 +252,7 @@ class BackgroundTaskManager(Registry):
                 context=context,
                 eager_start=eager_start,
                 contextvars_context=contextvars_context,
+                service=service,
             )
             return self._handovers.hand_over(target, coro, start)
         except BaseException:

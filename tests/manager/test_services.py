@@ -84,3 +84,26 @@ async def test_a_service_may_wait_for_all_and_shut_down(make_manager):
     task = manager.create_task(supervise(), service=True)
     assert (await task)["status"] == "completed"
     assert order == ["work", "waited"]
+
+
+async def test_another_thread_starts_a_service(make_manager):
+    """create_task_threadsafe takes the option, too, and info shows which tasks are services."""
+    manager = make_manager()
+    async with manager:
+        future = await asyncio.to_thread(manager.create_task_threadsafe, forever(), name="beat", service=True)
+        task = manager.create_task(forever(), name="work")
+        await until(lambda: manager.get_task_count() == 2)
+        assert {info["name"]: info["service"] for info in manager.get_task_info()} == {"beat": True, "work": False}
+        task.cancel()
+        await manager.wait_for_all()
+        assert not future.done()
+    await until(future.cancelled)
+
+
+@pytest.mark.parametrize("start", ["spawn", "fire"])
+async def test_only_create_task_starts_services(make_manager, start):
+    """A service needs no capacity to wait for, and whoever starts one wants its task."""
+    coro = value()
+    with pytest.raises(TypeError):
+        await getattr(make_manager(), start)(coro, service=True)
+    coro.close()

@@ -272,3 +272,19 @@ async def test_thousands_of_tasks_end(make_manager):
     await asyncio.sleep(0)
     stats = await manager.shutdown()
     assert (stats["initial_tasks"], stats["remaining_tasks"]) == (2_000, 0)
+
+
+async def test_an_error_inside_of_shutdown_is_raised(make_manager, monkeypatch):
+    """What keeps it from its work reaches the caller, and another call does the work."""
+    manager = make_manager()
+    task = manager.create_task(forever())
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "create_future", failing_future, raising=True)
+        with pytest.raises(MemoryError):
+            await manager.shutdown(drain=5.0)
+    assert (await manager.shutdown())["status"] == "completed"
+    assert task.cancelled()
+
+
+def failing_future():
+    raise MemoryError

@@ -71,8 +71,9 @@ async def test_info_shows_the_given_options(make_manager):
         "context": {"user": "alice"},
         "done": False,
         "cancelled": False,
+        "service": False,
     }
-    assert (plain["name"], plain["timeout"], plain["context"]) == ("background_task", None, {})
+    assert (plain["name"], plain["timeout"], plain["context"]) == ("forever", None, {})
     assert manager.get_task(info["task_id"]) is task
     await manager.shutdown()
 
@@ -247,11 +248,56 @@ async def test_coroutine_like_objects_are_accepted(make_manager):
 
 @pytest.mark.parametrize("name", [None, 7, "x"])
 async def test_names_of_any_kind_become_text(make_manager, name):
-    """A name that is no string is converted, as in asyncio; None gives the default."""
+    """A name that is no string is converted, as in asyncio; None gives the coroutine function's."""
     manager = make_manager()
     task = manager.create_task(value(), name=name)
-    assert task.get_name() == ("background_task" if name is None else str(name))
+    assert task.get_name() == ("value" if name is None else str(name))
     await task
+
+
+class Oddly(collections.abc.Coroutine):
+    """A coroutine of a user's class, whose qualified name is no string."""
+
+    def __init__(self, qualname):
+        self.__dict__["__qualname__"] = qualname
+
+    def send(self, value):
+        raise StopIteration
+
+    def throw(self, *error):
+        raise error[0]
+
+    def __await__(self):
+        yield
+
+
+@pytest.mark.parametrize("start", ["create_task", "fire", "spawn", "create_task_threadsafe"])
+async def test_a_task_without_a_name_has_the_coroutine_functions(make_manager, start):
+    """Counters, info, history and the task itself tell the tasks of two functions apart, however they were started."""
+    manager = make_manager(history=3)
+
+    release = asyncio.Event()
+
+    async def send_mail():
+        await release.wait()
+
+    await manager.create_task(value())
+    own = send_mail.__qualname__
+    started = getattr(manager, start)(send_mail())
+    if start == "spawn":
+        await started
+    await until(lambda: [info["name"] for info in manager.get_task_info()] == [own])
+    release.set()
+    await manager.wait_for_all()
+    assert set(manager.stats()["names"]) == {"value", own}
+    assert [each["name"] for each in manager.get_history()] == ["value", own]
+
+
+async def test_a_coroutine_without_a_text_as_its_name(make_manager):
+    """The name of its class is used instead."""
+    manager = make_manager()
+    await manager.create_task(Oddly(5))
+    assert set(manager.stats()["names"]) == {"Oddly"}
 
 
 async def test_debug_mode_remembers_the_users_line(make_manager):

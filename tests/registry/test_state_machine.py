@@ -446,6 +446,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
                     "context": {"payload": payload} if task.work.has_context else {},
                     "done": False,
                     "cancelled": False,
+                    "service": False,
                 }
                 handle = twin.manager.get_task(task.task_id)
                 assert handle is twin.handles.get(task.key, handle)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, Unpack, assert_type
 
 from bgtasks import (
-    DEFAULT_NAME,
     IMPLEMENTATION,
     Attachable,
     BackgroundTaskManager,
@@ -250,7 +249,5 @@ def named_types(settings: Settings, overflow: Overflow, outcome: Outcome, state:
 
 
 def constants() -> None:
-    """Which of the twins runs, and the name of a task that was given none."""
+    """Which of the twins runs."""
     assert_type(IMPLEMENTATION, Literal["cython", "python"])
-    name: str = DEFAULT_NAME
-    print(name)

@@ -8,12 +8,12 @@ import logging
 import time
 from collections.abc import Coroutine, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from bgtasks import errors
 from bgtasks._checks import check_seconds
 from bgtasks._reporting import TaskLog, log_extra, users_part
-from bgtasks.info import DEFAULT_NAME, ShutdownStats
+from bgtasks.info import ShutdownStats
 from bgtasks.manager import SECOND_CANCEL_GRACE, BackgroundTaskManager
 from bgtasks.registry import Record
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["FrameworkManager"]
 
 Result = TypeVar("Result")
+
+# The framework's name of a task without a given name.
+DEFAULT_NAME: Final = "background_task"
 
 
 class FrameworkLog(TaskLog):
@@ -125,7 +128,7 @@ class FrameworkManager(BackgroundTaskManager):
         self,
         coro: Coroutine[Any, Any, Result],
         *,
-        name: str = DEFAULT_NAME,
+        name: str | None = DEFAULT_NAME,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
         eager_start: bool = False,
@@ -137,6 +140,7 @@ class FrameworkManager(BackgroundTaskManager):
         A timeout of 0 means no timeout, and a manager that was shut down still accepts work.
         """
         debug = self._log.is_debug()
+        name = DEFAULT_NAME if name is None else name
         try:
             task = super().create_task(
                 coro,
