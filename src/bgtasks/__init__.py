@@ -23,6 +23,7 @@ from bgtasks.errors import (
 from bgtasks.executor import AsyncBackgroundExecutor, AsyncSubmit, BackgroundExecutor, ExecutorKind, Submit
 from bgtasks.info import (
     FinishedTask,
+    LiveState,
     ManagerStats,
     NameStats,
     Outcome,
@@ -30,6 +31,7 @@ from bgtasks.info import (
     ShutdownStats,
     TaskFactoryOptions,
     TaskInfo,
+    TaskOrder,
     TaskOverflow,
     TaskState,
     TimeoutPolicy,
@@ -57,6 +59,7 @@ __all__ = [
     "ManagerClosedError",
     "ManagerNotBoundError",
     "ManagerOptions",
+    "LiveState",
     "ManagerStats",
     "MissingExtraError",
     "NameStats",
@@ -71,6 +74,7 @@ __all__ = [
     "Submit",
     "TaskFactoryOptions",
     "TaskInfo",
+    "TaskOrder",
     "TaskOverflow",
     "TaskRejectedError",
     "TaskState",

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 
 __all__ = [
     "FinishedTask",
+    "LiveState",
     "ManagerStats",
     "NameStats",
     "Outcome",
@@ -18,6 +19,7 @@ __all__ = [
     "ShutdownStats",
     "TaskFactoryOptions",
     "TaskInfo",
+    "TaskOrder",
     "TaskOverflow",
     "TaskState",
     "TimeoutPolicy",
@@ -25,6 +27,11 @@ __all__ = [
 
 Outcome: TypeAlias = Literal["completed", "failed", "cancelled", "timed_out", "abandoned"]
 TaskState: TypeAlias = Literal["queued", "running", "completed", "failed", "cancelled", "timed_out", "abandoned"]
+# The states of tasks that have not ended.
+LiveState: TypeAlias = Literal["queued", "running"]
+
+# The orders of ``get_task_info``: by age, or by name.
+TaskOrder: TypeAlias = Literal["oldest", "newest", "name"]
 
 # The values of all options ``overflow`` of the package, for new work at a limit; each option takes some of them:
 # ``raise`` an error; ``drop_newest`` or ``drop_oldest`` and count it; ``block`` the coroutine until there is capacity;

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 from bgtasks import errors
 from bgtasks._hooks import RegistryHooks
 from bgtasks._implementation import choose
+from bgtasks._selection import check_selection, selected
 from bgtasks._statistics import OTHER_NAMES, NameTotals, Snapshot
 from bgtasks._task import record_of, starts_eagerly
-from bgtasks.info import FinishedTask, TaskInfo
+from bgtasks.info import FinishedTask, LiveState, TaskInfo, TaskOrder
 
 __all__ = ["IMPLEMENTATION", "LoopRecords", "Record", "Registry", "TaskSet"]
 
@@ -135,12 +136,34 @@ class Registry(RegistryCore, RegistryHooks):
         """Return the number of tasks that have not ended, queued ones included."""
         return sum([records.owned + records.observed for records in self._open_loops()])
 
-    def get_task_info(self) -> list[TaskInfo]:
-        """Return a ``TaskInfo`` for every task that has not ended, oldest first on each loop."""
+    def get_task_info(
+        self,
+        *,
+        name: str | None = None,
+        state: LiveState | None = None,
+        older_than: float | None = None,
+        limit: int | None = None,
+        sort: TaskOrder | None = None,
+    ) -> list[TaskInfo]:
+        """Return a ``TaskInfo`` for every task that has not ended and matches all given arguments.
+
+        Args:
+            name: the name of the tasks.
+            state: ``"running"``, or ``"queued"`` for a concurrency slot.
+            older_than: seconds; the tasks with a greater ``age_seconds``.
+            limit: how many to return at most, the first ones in the order of ``sort``; None for no limit.
+            sort: ``"oldest"`` or ``"newest"`` first by ``age_seconds``, or by ``"name"``; by default in the order in
+                which they were created on each loop.
+
+        Raises:
+            InvalidOptionError: an argument has an invalid value.
+
+        """
+        check_selection(name, state, older_than, limit, sort)
         found: list[TaskInfo] = []
         for records in self._open_loops():
             found += records.infos()
-        return found
+        return selected(found, name, state, older_than, limit, sort)
 
     def get_history(self) -> list[FinishedTask]:
         """Return the finished tasks that are remembered, oldest first; empty unless ``history`` was given."""

@@ -13,6 +13,7 @@ from bgtasks import (
     Attachable,
     BackgroundTaskManager,
     FinishedTask,
+    LiveState,
     ManagerOptions,
     ManagerStats,
     NameStats,
@@ -21,6 +22,7 @@ from bgtasks import (
     ShutdownStats,
     TaskFactoryOptions,
     TaskInfo,
+    TaskOrder,
     TaskOverflow,
     TaskState,
     TimeoutPolicy,
@@ -144,6 +146,14 @@ def looking(manager: BackgroundTaskManager) -> None:
     info[0]["age"]  # type: ignore[typeddict-item]  # pyright: ignore[reportGeneralTypeIssues]
     info[0]["state"] == "done"  # type: ignore[comparison-overlap]  # pyright: ignore[reportUnnecessaryComparison]
 
+    state: LiveState = "queued"
+    sort: TaskOrder = "oldest"
+    assert_type(manager.get_task_info(name="a", state=state, older_than=5, limit=3, sort=sort), list[TaskInfo])
+    manager.get_task_info(state="completed")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    manager.get_task_info(sort="age")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    manager.get_task_info("a")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    assert_type(info[0]["service"], bool)
+
     history = manager.get_history()
     assert_type(history, list[FinishedTask])
     assert_type(history[0]["outcome"], Outcome)
@@ -249,5 +259,7 @@ def named_types(settings: Settings, overflow: Overflow, outcome: Outcome, state:
 
 
 def constants() -> None:
-    """Which of the twins runs."""
+    """Which of the twins runs, and a value of an option."""
+    timeouts: TimeoutPolicy = "raise"
+    BackgroundTaskManager(timeouts=timeouts)
     assert_type(IMPLEMENTATION, Literal["cython", "python"])

@@ -1,0 +1,57 @@
+"""What ``get_task_info`` leaves out, and the order of the rest."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Final, get_args
+
+from bgtasks._checks import check_choice, check_limit, check_seconds
+from bgtasks.errors import InvalidOptionError, describe
+from bgtasks.info import LiveState, TaskInfo, TaskOrder
+
+__all__ = ["check_selection", "selected"]
+
+_age: Final = itemgetter("age_seconds")
+_name: Final = itemgetter("name")
+
+
+def check_selection(
+    name: str | None, state: LiveState | None, older_than: float | None, limit: int | None, sort: TaskOrder | None
+) -> None:
+    """Check the arguments of ``selected``.
+
+    Raises:
+        InvalidOptionError: one of them has an invalid value.
+
+    """
+    if name is not None and not isinstance(name, str):
+        raise InvalidOptionError(f"name must be a name of tasks, or None for all; got {describe(name)}")
+    if state is not None:
+        check_choice("state", state, get_args(LiveState), "get_history() has the tasks that ended")
+    if older_than is not None:
+        check_seconds("older_than", older_than)
+    check_limit("limit", limit)
+    if sort is not None:
+        check_choice("sort", sort, get_args(TaskOrder))
+
+
+def selected(
+    infos: list[TaskInfo],
+    name: str | None,
+    state: LiveState | None,
+    older_than: float | None,
+    limit: int | None,
+    sort: TaskOrder | None,
+) -> list[TaskInfo]:
+    """Return the infos that match every given argument, in the given order, ``limit`` of them at most."""
+    if name is not None:
+        infos = [info for info in infos if info["name"] == name]
+    if state is not None:
+        infos = [info for info in infos if info["state"] == state]
+    if older_than is not None:
+        infos = [info for info in infos if info["age_seconds"] > older_than]
+    if sort == "name":
+        infos.sort(key=_name)
+    elif sort is not None:
+        infos.sort(key=_age, reverse=sort == "oldest")
+    return infos if limit is None else infos[:limit]
