@@ -34,6 +34,7 @@ from bgtasks.info import (
     TaskOrder,
     TaskOverflow,
     TaskState,
+    TimeoutAction,
     TimeoutPolicy,
 )
 from bgtasks.manager import Attachable, BackgroundTaskManager
@@ -56,10 +57,10 @@ __all__ = [
     "InvalidOptionError",
     "InvalidProgramError",
     "InvalidTimeoutError",
+    "LiveState",
     "ManagerClosedError",
     "ManagerNotBoundError",
     "ManagerOptions",
-    "LiveState",
     "ManagerStats",
     "MissingExtraError",
     "NameStats",
@@ -78,6 +79,7 @@ __all__ = [
     "TaskOverflow",
     "TaskRejectedError",
     "TaskState",
+    "TimeoutAction",
     "TimeoutPolicy",
     "WorkerDiedError",
     "drain_on_signals",

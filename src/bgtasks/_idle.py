@@ -1,14 +1,16 @@
-"""Waiting until a manager is idle: until all tasks that it owns have ended, except those that wait for this."""
+"""Waiting until a manager is idle, or until its tasks of some names have ended; the tasks that wait do not count."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from bgtasks._notifier import Notifier
+from bgtasks.registry import Record
 
 __all__ = ["IdleWait"]
 
@@ -33,8 +35,11 @@ class IdleWait:
         self._owned_by_loop = owned_by_loop
         self._set_threshold = set_threshold
         self._notifier = Notifier()
+        # How many wait for all tasks, and how many for those of some names.
         self._waits = 0
-        # How many tasks of the manager wait, by loop.
+        self._named_waits = 0
+        # The tasks of the manager that wait; and how many of them wait for all, by loop.
+        self._waiting: set[Record] = set()
         self._waiting_tasks: Counter[asyncio.AbstractEventLoop] = Counter()
         self.after_fork()
 
@@ -50,7 +55,7 @@ class IdleWait:
         self,
         timeout: float | None,
         *,
-        in_task: bool,
+        waiter: Record | None,
         is_over: Callable[[], bool] = lambda: False,
         is_ready: Callable[[], bool] = lambda: True,
     ) -> bool:
@@ -58,7 +63,7 @@ class IdleWait:
 
         Args:
             timeout: seconds; None for no limit.
-            in_task: whether the coroutine that waits belongs to a task that the manager owns.
+            waiter: the record of the task that waits, if the manager owns it.
             is_over: asked at each ``notify`` whether to wait no longer.
             is_ready: what has to hold as well.
 
@@ -68,9 +73,10 @@ class IdleWait:
         loop = asyncio.get_running_loop()
         with self._lock:
             self._waits += 1
-            if in_task:
+            if waiter is not None:
+                self._waiting.add(waiter)
                 self._waiting_tasks[loop] += 1
-        if in_task:
+        if waiter is not None:
             # The other waits have one task less to wait for.
             self.notify()
         try:
@@ -79,13 +85,53 @@ class IdleWait:
         finally:
             with self._lock:
                 self._waits -= 1
-                if in_task:
+                if waiter is not None:
+                    self._waiting.discard(waiter)
                     self._waiting_tasks[loop] -= 1
                     self._waiting_tasks += Counter()
             self._set_thresholds()
         # The notification comes from inside the last task's last step: one iteration later its callbacks have run, too.
         await asyncio.sleep(0)
         return True
+
+    async def wait_for(
+        self,
+        find: Callable[[Collection[Record]], list[Record]],
+        timeout: float | None,
+        *,
+        waiter: Record | None,
+    ) -> bool:
+        """Wait at most ``timeout`` seconds until ``find`` finds no task any more; return whether that is so.
+
+        Args:
+            find: returns the records of the tasks to wait for, but for those that it is given.
+            timeout: seconds; None for no limit.
+            waiter: the record of the task that waits, if the manager owns it. Like that one, other tasks that wait in
+                here do not count then: they may wait for it.
+
+        """
+        awaited = _Awaited(find, self._waiting if waiter is not None else ())
+        with self._lock:
+            self._named_waits += 1
+            if waiter is not None:
+                self._waiting.add(waiter)
+        if waiter is not None:
+            self.notify()
+        try:
+            if not await self._notifier.wait_until(partial(self._have_ended, awaited), timeout):
+                return False
+        finally:
+            with self._lock:
+                self._named_waits -= 1
+                if waiter is not None:
+                    self._waiting.discard(waiter)
+            self._set_thresholds()
+        await asyncio.sleep(0)
+        return True
+
+    def _have_ended(self, awaited: _Awaited) -> bool:
+        self._set_thresholds()
+        return awaited.have_ended()
 
     def _is_ended(self, is_ready: Callable[[], bool], is_over: Callable[[], bool]) -> bool:
         return (self._is_idle() and is_ready()) or is_over()
@@ -101,4 +147,39 @@ class IdleWait:
     def _set_thresholds(self) -> None:
         with self._lock:
             for loop, _ in self._owned_by_loop():
-                self._set_threshold(loop, self._waiting_tasks[loop] if self._waits else -1)
+                threshold = self._waiting_tasks[loop] if self._waits else -1
+                # While some wait for names, any task may be one of those.
+                self._set_threshold(loop, sys.maxsize if self._named_waits else threshold)
+
+
+class _Awaited:
+    """The tasks that a wait waits for, those started meanwhile included.
+
+    Args:
+        find: returns the records of those that have not ended, but for the ones that it is given.
+        excluded: the records to give to it; they may change.
+
+    """
+
+    def __init__(self, find: Callable[[Collection[Record]], list[Record]], excluded: Collection[Record]) -> None:
+        self._find = find
+        self._excluded = excluded
+        self._left: list[Record] = []
+
+    def have_ended(self) -> bool:
+        """Return whether none is left. It looks for more only after all that it knows have ended."""
+        left = self._left
+        while left:
+            if left[-1] not in self._excluded and _is_running(left[-1]):
+                return False
+            left.pop()
+        for record in self._find(self._excluded):
+            if _is_running(record):
+                left.append(record)
+        return not left
+
+
+def _is_running(record: Record) -> bool:
+    """Return whether a task has not ended and will go on: its loop runs."""
+    loop = record.loop
+    return record.outcome == "running" and loop is not None and loop.is_running()

@@ -10,7 +10,7 @@ from typing import Any
 
 from bgtasks.registry import Record, Registry
 
-__all__ = ["Observer", "Observers", "all_managers", "observe_all", "stop_observing_all"]
+__all__ = ["FailureCollector", "Observer", "Observers", "all_managers", "observe_all", "stop_observing_all"]
 
 
 class Observer:
@@ -70,3 +70,43 @@ class Observers:
     def all(self) -> tuple[Observer, ...]:
         """Return the observers to call for a task of this manager."""
         return (*_of_all, *self._own) if _of_all else self._own
+
+
+class FailureCollector(Observer):
+    """Collects the failures during a wait.
+
+    Args:
+        names: the names of the tasks that count; None for all.
+
+    """
+
+    def __init__(self, names: frozenset[str] | None) -> None:
+        self.names = names
+        self._failures: list[BaseException] = []
+
+    def task_failed(self, record: Record, error: BaseException) -> None:
+        """Keep the error."""
+        if self.names is None or record.name in self.names:
+            self._failures.append(error)
+
+    def task_timed_out(self, record: Record, error: TimeoutError) -> None:
+        """Keep the error."""
+        self.task_failed(record, error)
+
+    def returned(self) -> list[BaseException]:
+        """Return the failures, and keep none."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    def raise_failures(self, as_group: bool) -> None:
+        """Raise the first failure or all of them, if there is one."""
+        failures = self.returned()
+        try:
+            if failures and as_group:
+                count = len(failures)
+                raise BaseExceptionGroup(f"{count} background task{'' if count == 1 else 's'} failed", failures)
+            if failures:
+                raise failures[0]
+        finally:
+            # The traceback of the raised failure keeps this frame, which must not keep the others.
+            failures.clear()

@@ -22,6 +22,7 @@ __all__ = [
     "TaskOrder",
     "TaskOverflow",
     "TaskState",
+    "TimeoutAction",
     "TimeoutPolicy",
 ]
 
@@ -38,6 +39,9 @@ TaskOrder: TypeAlias = Literal["oldest", "newest", "name"]
 # ``spool`` to the disk.
 Overflow: TypeAlias = Literal["raise", "drop_newest", "drop_oldest", "block", "spool"]
 TaskOverflow: TypeAlias = Literal["raise", "drop_newest"]
+
+# What ``wait_for_all`` does at its own timeout: log a warning and return, or raise a TimeoutError.
+TimeoutAction: TypeAlias = Literal["warn", "raise"]
 
 # What awaiting a task whose timeout is over raises: the CancelledError of its cancellation, or a TimeoutError.
 TimeoutPolicy: TypeAlias = Literal["cancel", "raise"]

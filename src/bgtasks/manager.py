@@ -10,23 +10,23 @@ import threading
 import time
 from asyncio.events import _get_running_loop
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
 from operator import methodcaller
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self, TypeVar
+from typing import Any, Final, Literal, Protocol, Self, TypeVar, get_args
 
 from bgtasks import errors
-from bgtasks._checks import check_seconds
+from bgtasks._checks import check_choice, check_seconds
 from bgtasks._drain_log import DrainLog
 from bgtasks._fork import follow_forks
 from bgtasks._handover import Handovers
 from bgtasks._idle import IdleWait
 from bgtasks._notifier import Notifier
-from bgtasks._observers import Observer, Observers
+from bgtasks._observers import FailureCollector, Observers
 from bgtasks._options import check_options
-from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, numbered, runs
-from bgtasks.info import ManagerStats, ShutdownStats, TaskInfo, TaskOverflow, TimeoutPolicy
+from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, listed, numbered, runs
+from bgtasks.info import ManagerStats, ShutdownStats, TaskInfo, TaskOverflow, TimeoutAction, TimeoutPolicy
 from bgtasks.registry import Record, Registry
 
 __all__ = ["Attachable", "BackgroundTaskManager"]
@@ -91,6 +91,7 @@ class BackgroundTaskManager(Registry):
 
     """
 
+    # Long, but without a branch: it checks the options and sets the fields.
     def __init__(
         self,
         default_shutdown_timeout: float = 30.0,
@@ -148,6 +149,8 @@ class BackgroundTaskManager(Registry):
         self._cancelled_by_loop: Counter[str] = Counter()
         self._closed = Notifier()
         self._capacity = Notifier()
+        # The tasks of this manager that wait in spawn().
+        self._spawning: set[Record] = set()
         self._observers = Observers(self)
         self._handovers = Handovers(lambda future, task: None)
         # A dict, not a set, because it keeps the order in which they were attached.
@@ -187,11 +190,14 @@ class BackgroundTaskManager(Registry):
         Returns:
             The task.
 
+        Raises:
+            TaskRejectedError: called by a task of the manager, and all others in flight wait in here, too: none of them
+                could ever end.
+
         """
         try:
-            while not self._has_capacity():
-                self._capacity_wanted = True
-                await self._capacity.wait_until(self._has_capacity, None)
+            if not self._has_capacity():
+                await self._wait_for_capacity(coro)
         except BaseException:
             errors.close_refused(coro)
             # Pass the notification that woke this call on to the next one.
@@ -205,6 +211,35 @@ class BackgroundTaskManager(Registry):
             eager_start=eager_start,
             contextvars_context=contextvars_context,
         )
+
+    async def _wait_for_capacity(self, coro: Coroutine[Any, Any, Any]) -> None:
+        """Wait until a task may start, unless the calling task waits for itself."""
+        spawner = self._waiting_record()
+        try:
+            if spawner is not None:
+                with self._policy_lock:
+                    self._spawning.add(spawner)
+                    if self._waits_for_itself():
+                        raise errors.spawn_waits_for_itself(spawner.name, coro, self._max_pending_tasks)
+            while not self._has_capacity():
+                self._capacity_wanted = True
+                await self._capacity.wait_until(self._has_capacity, None)
+        finally:
+            if spawner is not None:
+                self._spawning.discard(spawner)
+
+    def _waits_for_itself(self) -> bool:
+        """Return whether every task in flight waits in ``spawn``, or for a concurrency slot that those hold."""
+        if len(self._spawning) < self._owned() - self._queued():
+            return False
+        for record in self._live_records():
+            if record.observed or record.service or record in self._spawning:
+                continue
+            # A queued function waits for a thread, which runs; a queued task may have its slot already.
+            is_coroutine = isinstance(record.loop, asyncio.AbstractEventLoop)
+            if not record.queued or not is_coroutine or record.turn is None or record.turn.done():
+                return False
+        return True
 
     def create_task_threadsafe(
         self,
@@ -425,48 +460,93 @@ class BackgroundTaskManager(Registry):
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
-    async def wait_for_all(self, timeout: float | None = None, *, return_exceptions: bool = False) -> None:
+    async def wait_for_all(
+        self,
+        timeout: float | None = None,
+        *,
+        names: str | Collection[str] | None = None,
+        return_exceptions: bool = False,
+        as_group: bool = False,
+        on_timeout: TimeoutAction = "warn",
+    ) -> list[BaseException]:
         """Wait until no task is left, those started meanwhile included, then raise the first failure among them.
 
         Neither the timeout nor a cancellation of this wait cancels a task. Called from a task of the manager, it does
-        not wait for that one. Tasks that ``task_factory`` built are not waited for.
+        not wait for that one, nor for others that wait in here. Tasks that ``task_factory`` built and services are not
+        waited for.
 
         Args:
-            timeout: seconds to wait at most, >= 0; None for no limit. At the timeout a warning is logged and the call
-                returns.
-            return_exceptions: True to raise no failure; failures are logged in any case.
+            timeout: seconds to wait at most, >= 0; None for no limit.
+            names: wait only for the tasks of this name or these names, and raise only their failures; None for all.
+            return_exceptions: True to raise no failure but return all; failures are logged in any case.
+            as_group: True to raise all failures as an ``ExceptionGroup`` instead of the first one alone.
+            on_timeout: what to do at the timeout: ``"warn"``: log the names of the tasks that are left and return, or
+                ``"raise"`` a ``TimeoutError`` that names them.
+
+        Returns:
+            With ``return_exceptions`` the failures during the wait, in the order in which they came; else an empty
+            list.
 
         Raises:
             InvalidTimeoutError: ``timeout`` is not a finite number, or is negative.
+            InvalidOptionError: ``names`` is not one name or several, or ``on_timeout`` has an invalid value.
+            TimeoutError: the time is over, with ``on_timeout="raise"``.
             BaseException: the first failure of a task during the wait; for a task that timed out a ``TimeoutError``.
 
         """
-        if not await self._all_ended(timeout, return_exceptions):
-            owned = self._owned()
-            self._log.logger.warning("%s still %s after waiting %s s for all", numbered(owned), runs(owned), timeout)
+        check_choice("on_timeout", on_timeout, get_args(TimeoutAction))
+        failures = FailureCollector(_chosen_names(names))
+        if not await self._all_ended(timeout, failures):
+            left = self._named_records(failures.names, ())
+            text = (
+                f"{numbered(len(left))} still {runs(len(left))} after waiting {timeout} s for "
+                f"{'all' if names is None else 'those names'}: {listed(self._names_of(left))}"
+            )
+            if on_timeout == "raise":
+                raise TimeoutError(text)
+            self._report_wait(text)
+            return failures.returned() if return_exceptions else []
+        found = failures.returned() if return_exceptions else []
+        failures.raise_failures(as_group)
+        self._report_wait(None)
+        return found
 
-    async def _all_ended(self, timeout: float | None, return_exceptions: bool) -> bool:
-        """Do as ``wait_for_all``, but return False at the timeout instead of logging it."""
+    def _report_wait(self, expired: str | None) -> None:
+        """Log the text of a wait whose time is over; of one that ended in time there is none, and nothing to log."""
+        if expired is not None:
+            self._log.logger.warning("%s", expired)
+
+    async def _all_ended(self, timeout: float | None, failures: FailureCollector) -> bool:
+        """Wait for the tasks that ``failures`` is about, and collect theirs; return False at the timeout."""
         if timeout is not None:
             check_seconds("timeout", timeout, error=errors.InvalidTimeoutError)
-        failures = _FailureCollector()
         self._observers.add(failures)
         try:
-            if not await self._wait_idle(timeout):
-                return False
+            if failures.names is None:
+                return await self._wait_idle(timeout)
+            find = partial(self._named_records, failures.names)
+            return await self._idle.wait_for(find, timeout, waiter=self._waiting_record())
         finally:
             self._observers.remove(failures)
-        if not return_exceptions:
-            failures.raise_first()
-        return True
+
+    def _named_records(self, names: frozenset[str] | None, excluded: Collection[Record]) -> list[Record]:
+        """Return the records of the tasks of these names, or of all, that are waited for."""
+        current = self._current_record()
+        return [
+            record
+            for record in self._live_records()
+            if (names is None or record.name in names)
+            and not (record.observed or record.service or record is current or record in excluded)
+        ]
 
     async def _wait_idle(self, timeout: float | None) -> bool:
         """Wait until every task that the manager owns has ended, except those that wait for this themselves."""
-        return await self._idle.wait(timeout, in_task=self._is_in_owned_task())
+        return await self._idle.wait(timeout, waiter=self._waiting_record())
 
-    def _is_in_owned_task(self) -> bool:
+    def _waiting_record(self) -> Record | None:
+        """Return the record of the running task if it is one that waits would wait for."""
         current = self._current_record()
-        return current is not None and not (current.observed or current.service)
+        return None if current is None or current.observed or current.service else current
 
     def _on_idle(self) -> None:
         self._idle.notify()
@@ -584,7 +664,7 @@ class BackgroundTaskManager(Registry):
     async def _drain(self, timeout: float) -> None:
         """Let tasks finish, and say in the log what is left meanwhile."""
         self._drain_log.begin(timeout)
-        await self._idle.wait(timeout, in_task=self._is_in_owned_task(), is_over=self._is_hurried)
+        await self._idle.wait(timeout, waiter=self._waiting_record(), is_over=self._is_hurried)
         self._drain_log.stop()
 
     async def _wait_cancelled(self, timeout: float, *, can_hurry: bool = True) -> bool:
@@ -595,7 +675,7 @@ class BackgroundTaskManager(Registry):
             task.add_done_callback(self._on_service_end)
         return await self._idle.wait(
             timeout,
-            in_task=self._is_in_owned_task(),
+            waiter=self._waiting_record(),
             is_over=self._is_hurried_again if can_hurry else _never,
             is_ready=partial(_are_done, services),
         )
@@ -783,25 +863,22 @@ def _are_done(tasks: Sequence[asyncio.Task[Any]]) -> bool:
     return all(map(methodcaller("done"), tasks))
 
 
-class _FailureCollector(Observer):
-    """Collects the failures during a wait."""
+def _chosen_names(names: str | Collection[str] | None) -> frozenset[str] | None:
+    """Return the names that ``wait_for_all`` got as a set.
 
-    def __init__(self) -> None:
-        self._failures: list[BaseException] = []
+    Raises:
+        InvalidOptionError: it got something else.
 
-    def task_failed(self, record: Record, error: BaseException) -> None:
-        """Keep the error."""
-        self._failures.append(error)
+    """
+    if names is None:
+        return None
+    chosen = (names,) if isinstance(names, str) else names
+    if not isinstance(chosen, Collection) or not all(map(_is_name, chosen)):
+        raise errors.InvalidOptionError(
+            f"names must be a name of tasks, a collection of names, or None for all; got {errors.describe(names)}"
+        )
+    return frozenset(chosen)
 
-    def task_timed_out(self, record: Record, error: TimeoutError) -> None:
-        """Keep the error."""
-        self._failures.append(error)
 
-    def raise_first(self) -> None:
-        """Raise the first failure, if there is one."""
-        try:
-            if self._failures:
-                raise self._failures[0]
-        finally:
-            # The traceback of the raised failure keeps this frame, which must not keep the others.
-            self._failures.clear()
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)

@@ -187,6 +187,10 @@ class Registry(RegistryCore, RegistryHooks):
         """Return the number of tasks that the manager owns: all but those that its task factory built."""
         return sum([records.owned for records in self._open_loops()])
 
+    def _queued(self) -> int:
+        """Return the number of tasks that wait for a concurrency slot, and of functions that wait for a thread."""
+        return sum([records.queued for records in self._open_loops()])
+
     def _owned_by_loop(self) -> list[tuple[AbstractEventLoop, int]]:
         """Return a list of (loop, number of owned tasks)."""
         found = [(records.loop, records.owned) for records in self._open_loops()]

@@ -4,10 +4,12 @@ import asyncio
 import inspect
 import logging
 import random
+import threading
 
 import pytest
 from work import after, failing, forever, until, value
 
+import bgtasks
 from bgtasks import ManagerClosedError, TaskRejectedError
 
 
@@ -214,3 +216,93 @@ async def test_spawn_at_the_cap_of_a_draining_manager_is_refused(make_manager):
     draining.set()
     await closing
     assert len(refused) == 1
+
+
+@pytest.mark.parametrize("cap", [1, 3])
+async def test_a_spawn_that_waits_for_itself_is_refused(make_manager, cap):
+    """When every task in flight waits in spawn, none can end: the last one gets an error, and the others go on."""
+    manager = make_manager(max_pending_tasks=cap)
+    refused = []
+
+    async def spawning():
+        await asyncio.sleep(0)
+        try:
+            await manager.spawn(value())
+        except TaskRejectedError as error:
+            refused.append(str(error))
+
+    for _ in range(cap):
+        manager.create_task(spawning(), name="parent")
+    await asyncio.wait_for(manager.wait_for_all(), 5)
+    assert len(refused) == 1
+    assert f"all {cap} tasks in flight" in refused[0]
+    assert "the calling 'parent'" in refused[0]
+    assert manager.stats()["completed"] == 2 * cap - 1
+
+
+async def test_a_spawn_inside_of_a_task_waits_for_others(make_manager):
+    """While one task in flight can end, a task at the cap waits for capacity as any caller does."""
+    manager = make_manager(max_pending_tasks=2)
+    release = asyncio.Event()
+    results = []
+
+    async def spawning():
+        await asyncio.sleep(0)
+        results.append(await (await manager.spawn(value(7))))
+
+    manager.create_task(spawning())
+    manager.create_task(after(release))
+    await asyncio.sleep(0.005)
+    assert not results
+    release.set()
+    await manager.wait_for_all()
+    assert results == [7]
+
+
+async def test_a_spawn_that_waits_for_tasks_in_its_own_slot_is_refused(make_manager):
+    """Queued tasks cannot end before the one that holds their slot; one that has its slot already can."""
+    manager = make_manager(max_pending_tasks=2, max_concurrency=1)
+    results = []
+
+    async def spawning():
+        manager.create_task(value(1))
+        with pytest.raises(TaskRejectedError, match="would wait for itself"):
+            await manager.spawn(value(2))
+        results.append("refused")
+
+    await manager.create_task(spawning())
+    assert results == ["refused"]
+    await manager.wait_for_all()
+
+    manager = make_manager(max_pending_tasks=3, max_concurrency=2)
+    release = asyncio.Event()
+
+    async def ends():
+        await release.wait()
+        manager.create_task(value("begun")).add_done_callback(lambda task: results.append(task.result()))
+
+    async def spawns():
+        await release.wait()
+        await asyncio.sleep(0)
+        results.append(await (await manager.spawn(value("spawned"))))
+
+    manager.create_task(ends())
+    manager.create_task(spawns())
+    manager.create_task(value())
+    release.set()
+    await asyncio.wait_for(manager.wait_for_all(return_exceptions=True), 5)
+    assert "spawned" in results
+
+
+async def test_a_function_in_a_thread_can_end(make_manager):
+    """A task that waits for capacity which a function in a thread holds is not refused."""
+    manager = make_manager(max_pending_tasks=2)
+    release = threading.Event()
+    with bgtasks.BackgroundExecutor(manager=manager) as submit:
+        submit(release.wait)
+
+        async def spawning():
+            asyncio.get_running_loop().call_later(0.005, release.set)
+            return await (await manager.spawn(value(7)))
+
+        assert await asyncio.wait_for(manager.create_task(spawning()), 5) == 7

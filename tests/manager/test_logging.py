@@ -53,7 +53,7 @@ def test_records_about_no_single_task_have_the_attributes_too(make_manager, form
     assert formatted.lines == [
         "None|None|{}|1 task is in flight (max_pending_tasks), no capacity for 'dropped': await spawn() to wait for "
         "it, or raise the limit. Dropped 1 so far; the next warning comes in 5 s at the earliest.",
-        "None|None|{}|1 background task still runs after waiting 0 s for all",
+        "None|None|{}|1 background task still runs after waiting 0 s for all: left (1)",
         "None|None|{}|A closed event loop left 1 background task behind, abandoned: left (1)",
         "None|None|{}|of a publisher",
     ]

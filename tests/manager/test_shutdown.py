@@ -287,4 +287,5 @@ async def test_an_error_inside_of_shutdown_is_raised(make_manager, monkeypatch):
 
 
 def failing_future():
+    """Do as ``create_future`` does when memory is out."""
     raise MemoryError

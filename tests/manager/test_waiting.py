@@ -2,9 +2,13 @@
 
 import asyncio
 import logging
+import re
+import threading
 
 import pytest
 from work import after, failing, failing_later, forever, until, value
+
+import bgtasks
 
 
 async def test_returns_at_once_when_nothing_runs(make_manager):
@@ -56,10 +60,124 @@ async def test_the_first_failure_is_raised_after_all_have_ended(make_manager, ca
 
 
 async def test_return_exceptions_raises_no_failure(make_manager, caplog):
-    """With return_exceptions the wait returns None after failures."""
+    """With return_exceptions the wait returns all failures in their order, those by timeout included."""
     manager = make_manager()
-    manager.create_task(failing(ValueError("expected")))
-    assert await manager.wait_for_all(return_exceptions=True) is None
+    errors = [ValueError("expected"), KeyError("expected, too")]
+    for error in errors:
+        manager.create_task(failing_later(error))
+    manager.create_task(forever(), name="slow", timeout=0.005)
+    *found, timeout = await manager.wait_for_all(return_exceptions=True)
+    assert found == errors
+    assert isinstance(timeout, TimeoutError)
+    assert "'slow' timed out" in str(timeout)
+    assert await manager.wait_for_all(return_exceptions=True) == []
+
+
+async def test_all_failures_are_raised_as_a_group(make_manager, caplog):
+    """With as_group none of them is lost; a single one comes in a group, too."""
+    manager = make_manager()
+    errors = [ValueError("first"), KeyError("second")]
+    for error in errors:
+        manager.create_task(failing_later(error))
+    with pytest.raises(ExceptionGroup, match="2 background tasks failed") as caught:
+        await manager.wait_for_all(as_group=True)
+    assert list(caught.value.exceptions) == errors
+    manager.create_task(failing_later(errors[0]))
+    with pytest.raises(ExceptionGroup, match="1 background task failed"):
+        await manager.wait_for_all(as_group=True)
+    await manager.wait_for_all(as_group=True)
+
+
+async def test_waiting_for_names(make_manager, caplog):
+    """It ends with the last task of these names, those started meanwhile included, and raises only their failures."""
+    manager = make_manager()
+    other, release = manager.create_task(forever(), name="other"), asyncio.Event()
+
+    async def load(depth):
+        await release.wait()
+        if depth:
+            manager.create_task(load(depth - 1), name="load")
+        else:
+            raise ValueError("load")
+
+    manager.create_task(load(2), name="load")
+    manager.fire(failing(KeyError("not asked for")), name="third")
+    waiting = asyncio.ensure_future(manager.wait_for_all(names=("load", "none")))
+    await until(lambda: manager.stats()["failed"] == 1)
+    assert not waiting.done()
+    release.set()
+    with pytest.raises(ValueError, match="load"):
+        await waiting
+    assert not other.done()
+    await manager.wait_for_all(names="load")
+    await manager.wait_for_all(names=[])
+    await manager.shutdown()
+
+
+async def test_services_are_not_waited_for_by_name(make_manager):
+    """As everywhere, nothing waits for them."""
+    manager = make_manager()
+    manager.create_task(forever(), name="beat", service=True)
+    await asyncio.wait_for(manager.wait_for_all(names="beat"), 5)
+    await manager.shutdown()
+
+
+async def test_tasks_that_wait_for_each_other_by_name(make_manager):
+    """A task waits neither for itself nor for another that waits, for names or for all; others wait for both."""
+    manager = make_manager()
+    release = asyncio.Event()
+
+    async def waits(names):
+        await release.wait()
+        await manager.wait_for_all(names=names)
+        await asyncio.sleep(0.001)
+
+    tasks = [manager.create_task(waits(names), name=name) for name, names in [("a", "ab"), ("b", "a"), ("c", None)]]
+    waiting = asyncio.ensure_future(manager.wait_for_all(names=["a", "b", "c"]))
+    manager.create_task(after(release), name="a")
+    release.set()
+    await asyncio.wait_for(waiting, 5)
+    assert all(task.done() for task in tasks)
+
+
+async def test_waiting_for_the_name_of_a_function_in_a_thread(make_manager):
+    """Functions of executors have names, too."""
+    manager, release = make_manager(), threading.Event()
+    with bgtasks.BackgroundExecutor(manager=manager) as submit:
+        future = submit(release.wait, __name__="parse")
+        waiting = asyncio.ensure_future(manager.wait_for_all(names="parse"))
+        await asyncio.sleep(0.005)
+        assert not waiting.done()
+        release.set()
+        await asyncio.wait_for(waiting, 5)
+        assert manager.get_task_count() == 0
+    assert future.result()
+
+
+@pytest.mark.parametrize("names", [None, "slow"])
+async def test_the_end_of_the_time_names_what_is_left(make_manager, caplog, names):
+    """As a warning or as an error; in either case the tasks go on."""
+    manager = make_manager()
+    for name in ("slow", "slow", "other"):
+        manager.create_task(forever(), name=name)
+    text = "2 background tasks still run after waiting 0.005 s for those names: slow (2)"
+    if names is None:
+        text = "3 background tasks still run after waiting 0.005 s for all: other (1), slow (2)"
+    assert await manager.wait_for_all(0.005, names=names) == []
+    assert [record.getMessage() for record in caplog.records] == [text]
+    with pytest.raises(TimeoutError, match=re.escape(text)):
+        await manager.wait_for_all(0.005, names=names, on_timeout="raise")
+    assert len(caplog.records) == 1
+    assert manager.get_task_count() == 3
+    await manager.shutdown()
+
+
+@pytest.mark.parametrize("arguments", [{"names": 5}, {"names": [5]}, {"names": iter(["a"])}, {"on_timeout": "stop"}])
+async def test_invalid_arguments_of_a_wait_are_named(make_manager, arguments):
+    """The error names the argument."""
+    (name,) = arguments
+    with pytest.raises(bgtasks.InvalidOptionError, match=name):
+        await make_manager().wait_for_all(**arguments)
 
 
 async def test_a_cancelled_task_is_no_failure(make_manager):

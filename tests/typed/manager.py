@@ -25,6 +25,7 @@ from bgtasks import (
     TaskOrder,
     TaskOverflow,
     TaskState,
+    TimeoutAction,
     TimeoutPolicy,
 )
 
@@ -189,6 +190,12 @@ async def ending(manager: BackgroundTaskManager) -> None:
     await manager.wait_for_all()
     await manager.wait_for_all(5, return_exceptions=True)
     await manager.wait_for_all(None)
+    on_timeout: TimeoutAction = "raise"
+    found = await manager.wait_for_all(names=["a", "b"], as_group=True, on_timeout=on_timeout)
+    assert_type(found, list[BaseException])
+    await manager.wait_for_all(names="a")
+    await manager.wait_for_all(names=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await manager.wait_for_all(on_timeout="stop")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await manager.wait_for_all(5, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     await manager.wait_for_all("5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await manager.cancel_all()

@@ -6,14 +6,14 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from bgtasks import errors
 from bgtasks._checks import check_seconds
 from bgtasks._reporting import TaskLog, log_extra, users_part
-from bgtasks.info import ShutdownStats
+from bgtasks.info import ShutdownStats, TimeoutAction
 from bgtasks.manager import SECOND_CANCEL_GRACE, BackgroundTaskManager
 from bgtasks.registry import Record
 
@@ -171,12 +171,29 @@ class FrameworkManager(BackgroundTaskManager):
             self._log.cancelling(self._owned())
             await super().cancel_all()
 
-    async def wait_for_all(self, timeout: float | None = None, return_exceptions: bool = False) -> None:
+    async def wait_for_all(
+        self,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+        *,
+        names: str | Collection[str] | None = None,
+        as_group: bool = False,
+        on_timeout: TimeoutAction = "warn",
+    ) -> list[BaseException]:
         """Do as ``BackgroundTaskManager.wait_for_all``, and log it; a timeout of 0 means no limit."""
         if not self._owned():
-            return
+            return []
         self._log.logger.info("Waiting for %d background tasks to finish...", self._owned())
-        if await self._all_ended(timeout or None, return_exceptions):
+        return await super().wait_for_all(
+            timeout or None,
+            names=names,
+            return_exceptions=return_exceptions,
+            as_group=as_group,
+            on_timeout=on_timeout,
+        )
+
+    def _report_wait(self, expired: str | None) -> None:
+        if expired is None:
             self._log.logger.info("All background tasks finished.")
         else:
             self._log.logger.warning("Timeout waiting for background tasks, some may still be running")
