@@ -762,3 +762,45 @@ async def test_the_loss_warning_names_the_error_that_the_statistics_name(caplog)
     assert last_error.startswith("EncodeError: an event of type dict cannot be encoded: it holds object, <object ")
     assert last_error.count("EncodeError") == 1
     await publisher.close()
+
+
+@pytest.mark.parametrize("overflow", ["drop_newest", "block"])
+async def test_publishing_in_one_go_gives_the_loop_its_turn(overflow):
+    """A coroutine that publishes and awaits nothing else holds the loop for a few hundred events at most."""
+    publisher = Publisher(MemorySink(), overflow=overflow)
+    published, since_turn = 0, 0
+    longest = 0
+
+    def beat():
+        nonlocal since_turn, longest
+        longest, since_turn = max(longest, since_turn), 0
+        if published < 20_000:
+            loop.call_soon(beat)
+
+    loop = asyncio.get_running_loop()
+    loop.call_soon(beat)
+    for number in range(20_000):
+        assert await publisher.publish({"number": number})
+        published, since_turn = published + 1, since_turn + 1
+    assert 0 < longest < 1000
+    await publisher.close()
+    assert [msgspec.json.decode(event)["number"] for event in publisher.sink.events] == list(range(20_000))
+
+
+async def test_a_publish_cancelled_in_its_turn_queues_nothing():
+    """The call gives the loop its turn before it queues the event: a cancelled call has not published."""
+    publisher = Publisher(MemorySink())
+
+    async def publishing():
+        for number in range(10_000):
+            await publisher.publish({"number": number})
+            counted.append(number)
+
+    counted = []
+    task = asyncio.ensure_future(publishing())
+    await asyncio.sleep(0)
+    assert counted
+    task.cancel()
+    await asyncio.wait([task])
+    await publisher.close()
+    assert len(publisher.sink.events) == len(counted) < 10_000
