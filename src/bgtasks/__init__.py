@@ -20,7 +20,14 @@ from bgtasks.errors import (
     TaskRejectedError,
     WorkerDiedError,
 )
-from bgtasks.executor import AsyncBackgroundExecutor, AsyncSubmit, BackgroundExecutor, ExecutorKind, Submit
+from bgtasks.executor import (
+    AsyncBackgroundExecutor,
+    AsyncSubmit,
+    BackgroundExecutor,
+    BackgroundFuture,
+    ExecutorKind,
+    Submit,
+)
 from bgtasks.info import (
     FinishedTask,
     LiveState,
@@ -47,6 +54,7 @@ __all__ = [
     "AsyncSubmit",
     "Attachable",
     "BackgroundExecutor",
+    "BackgroundFuture",
     "BackgroundTaskManager",
     "BgtasksError",
     "ExecutorClosedError",

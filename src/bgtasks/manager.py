@@ -145,6 +145,7 @@ class BackgroundTaskManager(Registry):
         # What shutdown cancelled, and the names of what it left behind and logged.
         self._cancelled: list[Record] = []
         self._left: Counter[str] = Counter()
+        self._stragglers: list[Record] = []
         # The tasks that the owner of a loop cancels, by name.
         self._cancelled_by_loop: Counter[str] = Counter()
         self._closed = Notifier()
@@ -696,7 +697,7 @@ class BackgroundTaskManager(Registry):
 
     def _report_stragglers(self) -> None:
         """Name in the log the tasks that did not end after their cancellation."""
-        others = self._others()
+        others = self._stragglers = self._others()
         self._left = self._names_of(others)
         self._log.still_running(others, "shutdown")
 
@@ -753,7 +754,10 @@ class BackgroundTaskManager(Registry):
     def _shutdown_stats(
         self, status: Literal["completed", "already_shutdown"], initial: int, begun: float
     ) -> ShutdownStats:
-        names = sorted([record.name for record in self._others()])
+        # Functions that an executor abandoned for lack of time still run.
+        abandoned = [record for record in self._stragglers if record.outcome == "abandoned"]
+        self._stragglers = []
+        names = sorted([record.name for record in [*self._others(), *abandoned]])
         stats: ShutdownStats = {
             "status": "timeout" if names and status == "completed" else status,
             "initial_tasks": initial,

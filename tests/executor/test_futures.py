@@ -51,7 +51,7 @@ def test_a_future_that_was_not_queried_has_its_outcome(make):
     assert "state=finished raised ValueError" in repr(bad)
     assert hash(good) != hash(bad)
     assert weakref.ref(good)() is good
-    with pytest.raises(AttributeError, match="'CallFuture' object has no attribute 'missing'"):
+    with pytest.raises(AttributeError, match="'BackgroundFuture' object has no attribute 'missing'"):
         _ = good.missing
     for refused in (lambda: good.set_result(8), lambda: good.set_exception(error)):
         with pytest.raises(concurrent.futures.InvalidStateError):

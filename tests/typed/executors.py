@@ -11,6 +11,7 @@ from bgtasks import (
     AsyncBackgroundExecutor,
     AsyncSubmit,
     BackgroundExecutor,
+    BackgroundFuture,
     BackgroundTaskManager,
     ExecutorKind,
     Submit,
@@ -65,20 +66,36 @@ def functions() -> None:
     executor = BackgroundExecutor({"max_concurrency": 2, "tags": []})
     with executor as submit:
         assert_type(submit, Submit)
-        assert_type(submit(area, 1), concurrent.futures.Future[float])
+        assert_type(submit(area, 1), BackgroundFuture[float])
         assert_type(submit(area, 1).result(), float)
-        assert_type(submit(area, 1, height=2, __name__="n", __timeout__=1), concurrent.futures.Future[float])
-        assert_type(submit(area, 1, __next_tick__=True, __cancel_on_exit__=True), concurrent.futures.Future[float])
-        assert_type(submit(area, 1, __reraise_on_exit__=False), concurrent.futures.Future[float])
-        assert_type(submit(pow, 2, 3), concurrent.futures.Future[int])
+        assert_type(submit(area, 1, height=2, __name__="n", __timeout__=1), BackgroundFuture[float])
+        assert_type(submit(area, 1, __next_tick__=True, __cancel_on_exit__=True), BackgroundFuture[float])
+        assert_type(submit(area, 1, __reraise_on_exit__=False), BackgroundFuture[float])
+        assert_type(submit(pow, 2, 3), BackgroundFuture[int])
         submit(area, "1")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
         submit(area)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
         submit(area, 1, height="2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         submit(area, 1, __name__=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
         submit(area, 1, __nmae__="n")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
         submit(area(1))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    assert_type(executor.submit(area, 1), concurrent.futures.Future[float])
+    assert_type(executor.submit(area, 1), BackgroundFuture[float])
     executor.submit(area, "1")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+
+
+async def functions_of_coroutines(manager: BackgroundTaskManager) -> None:
+    """Futures of functions can be awaited, and are those of the standard library."""
+    async with BackgroundExecutor() as submit:
+        assert_type(submit, Submit)
+        assert_type(await submit(area, 1), float)
+        assert_type(await asyncio.gather(submit(area, 1), submit(pow, 2, 3)), tuple[float, int])
+        future: concurrent.futures.Future[float] = submit(area, 1)
+        print(future)
+    executor = BackgroundExecutor(manager=manager)
+    assert_type(executor.open(), Submit)
+    await executor.close()
+    await executor.close(timeout=5)
+    await executor.close("5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    manager.attach(executor)
 
 
 async def coroutines() -> None:
@@ -103,7 +120,7 @@ async def coroutines() -> None:
 
 def handed_on(submit: Submit, submit_async: AsyncSubmit) -> None:
     """What the blocks give has a type by which a program hands it on."""
-    assert_type(submit(area, 1), concurrent.futures.Future[float])
+    assert_type(submit(area, 1), BackgroundFuture[float])
     assert_type(submit_async(fetch, "a"), asyncio.Task[bytes])
     submit(area)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     submit_async(area, 1)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]

@@ -5,8 +5,9 @@ functions in threads, processes or interpreters. Both keep their records in a ma
 """
 
 from bgtasks.executor._async import AsyncBackgroundExecutor
+from bgtasks.executor._call import BackgroundFuture
 from bgtasks.executor._kinds import ExecutorKind
 from bgtasks.executor._submit import AsyncSubmit, Submit
 from bgtasks.executor._threads import BackgroundExecutor
 
-__all__ = ["AsyncBackgroundExecutor", "AsyncSubmit", "BackgroundExecutor", "ExecutorKind", "Submit"]
+__all__ = ["AsyncBackgroundExecutor", "AsyncSubmit", "BackgroundExecutor", "BackgroundFuture", "ExecutorKind", "Submit"]

@@ -1,18 +1,23 @@
 """A function submitted to ``BackgroundExecutor``, its future, and the interface of its runner."""
 
+# ruff: noqa: SLF001  the outcome of a future is set here, by functions that are not among its methods
+
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures._base import FINISHED, PENDING
 from contextvars import Context
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from bgtasks._fork import at_fork
 from bgtasks.registry import Record
 
-__all__ = ["Call", "CallFuture", "Runner"]
+__all__ = ["BackgroundFuture", "Call", "Runner", "set_cancelled", "set_outcome"]
+
+Result = TypeVar("Result")
 
 
 class Runner(Protocol):
@@ -54,7 +59,7 @@ class Call:
     )
 
     record: Record
-    future: CallFuture
+    future: BackgroundFuture[Any]
     # Set when it runs: its thread and its runner.
     worker: threading.Thread
     runner: Runner
@@ -101,8 +106,9 @@ def _closed() -> None:
     """Replace the function of a closed call."""
 
 
-# The fields that CallFuture makes late. If a future of this Python has these fields and those that CallFuture sets, and
-# no others, as it has since Python 3.2, CallFuture skips the constructor of its base class.
+# The fields that BackgroundFuture makes late. If a future of this Python has these fields and those that
+# BackgroundFuture sets, and no others, as it has since Python 3.2, BackgroundFuture skips the constructor of its base
+# class.
 _MADE_LATE: Final = {"_condition", "_done_callbacks", "_waiters"}
 _IS_KNOWN: Final = vars(concurrent.futures.Future()).keys() == _MADE_LATE | {"_state", "_result", "_exception"}
 # Re-entrant: a finaliser that runs while a field is made may use another future.
@@ -118,7 +124,7 @@ at_fork(in_child=_renew_lock)
 
 
 class _MadeLate:
-    """A field of a ``CallFuture`` that is made at its first use, and stays."""
+    """A field of a ``BackgroundFuture`` that is made at its first use, and stays."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
@@ -126,46 +132,63 @@ class _MadeLate:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, future: CallFuture | None, owner: type) -> Any:
+    def __get__(self, future: BackgroundFuture[Any] | None, owner: type) -> Any:
         if future is None:
             return self
         with _making:
-            future.is_watched = True
+            future._is_watched = True
             # Another thread may have been first.
             return vars(future).setdefault(self._name, self._make())
 
 
-class CallFuture(concurrent.futures.Future[Any]):
-    """A ``concurrent.futures.Future`` that its executor can cancel although the function runs.
+class BackgroundFuture(concurrent.futures.Future[Result]):
+    """The future of a function: a ``concurrent.futures.Future``, which a coroutine can await, too.
 
-    The state of the base class is never set to running: the base class would then refuse every cancellation, and has no
-    documented way to undo that. So this class defines ``running`` and ``cancel``.
+    Awaiting it gives the result or raises the error. If the wait is cancelled, a function that has not started is
+    cancelled, and one that runs goes on.
 
-    The base class has a lock and two lists for waiting threads and for callbacks. They take two thirds of a future's
-    size and of the time to make one, and most futures have their outcome before any use. So they are made at their
-    first use.
+    Example:
+        >>> async def main():
+        ...     async with BackgroundExecutor() as submit:
+        ...         print(await submit(pow, 2, 10))
+        >>> asyncio.run(main())
+        1024
+
     """
 
+    # Its executor can cancel it although the function runs. So the state of the base class is never set to running: the
+    # base class would then refuse every cancellation, and has no documented way to undo that. Hence ``running`` and
+    # ``cancel`` here.
+    #
+    # The base class has a lock and two lists for waiting threads and for callbacks. They take two thirds of a future's
+    # size and of the time to make one, and most futures have their outcome before any use. So they are made at their
+    # first use.
+
     # A field was used: from then on the base class's own methods set the outcome.
-    is_watched = False
+    _is_watched = False
     if _IS_KNOWN:
         _state = PENDING
         _result = None
-        _exception = None
+        _exception: BaseException | None = None
         _condition = _MadeLate(threading.Condition)
         _done_callbacks = _MadeLate(list)
         _waiters = _MadeLate(list)
 
-    def __init__(self, call: Call) -> None:
+    # Any: the class is public, and Call is not.
+    def __init__(self, call: Any) -> None:
         if not _IS_KNOWN:
             super().__init__()
-            self.is_watched = True
+            self._is_watched = True
         self._call: Call | None = call
 
     def __repr__(self) -> str:
         if self.running():
             return f"<{type(self).__name__} at {id(self):#x} state=running>"
         return super().__repr__()
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        """Wait in a coroutine, and leave the loop free meanwhile."""
+        return asyncio.wrap_future(self).__await__()
 
     def cancel(self, msg: Any = None) -> bool:
         """Cancel the function if it has not started, as ``concurrent.futures.Future.cancel`` does."""
@@ -177,30 +200,32 @@ class CallFuture(concurrent.futures.Future[Any]):
         call = self._call
         return call is not None and call.is_running and not self.done()
 
-    def set_outcome(self, result: Any, error: BaseException | None) -> None:
-        """Set the outcome; called once, by the thread that finished the record."""
-        # ``_call`` is cleared last: until the outcome is set, cancel() asks the record, which is finished.
-        with _making:
-            if not self.is_watched:
-                # No thread waits: a wait uses the lock first.
-                self._result = result
-                self._exception = error
-                self._state = FINISHED
-                self._call = None
-                return
-        try:
-            if error is None:
-                self.set_result(result)
-            else:
-                self.set_exception(error)
-        finally:
-            self._call = None
 
-    def set_cancelled(self) -> None:
-        """Become cancelled and wake the waiting threads; called once, by the thread that finished the record."""
-        try:
-            super().cancel()
-        finally:
-            # A callback may have raised a BaseException: the waiting threads are woken all the same.
-            self.set_running_or_notify_cancel()
-            self._call = None
+def set_outcome(future: BackgroundFuture[Any], result: Any, error: BaseException | None) -> None:
+    """Set the outcome; called once, by the thread that finished the record."""
+    # ``_call`` is cleared last: until the outcome is set, cancel() asks the record, which is finished.
+    with _making:
+        if not future._is_watched:
+            # No thread waits: a wait uses the lock first.
+            future._result = result
+            future._exception = error
+            future._state = FINISHED
+            future._call = None
+            return
+    try:
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+    finally:
+        future._call = None
+
+
+def set_cancelled(future: BackgroundFuture[Any]) -> None:
+    """Make a future cancelled and wake the waiting threads; called once, by the thread that finished the record."""
+    try:
+        concurrent.futures.Future.cancel(future)
+    finally:
+        # A callback may have raised a BaseException: the waiting threads are woken all the same.
+        future.set_running_or_notify_cancel()
+        future._call = None

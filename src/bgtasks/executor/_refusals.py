@@ -63,10 +63,12 @@ def check_timeout(timeout: float | None) -> None:
         raise errors.invalid_timeout(timeout)
 
 
-def closed(executor: object, entered: bool) -> errors.ExecutorClosedError:
-    """Return the error for work submitted outside the ``with`` block."""
+def closed(executor: object, entered: bool, has_block: bool = True) -> errors.ExecutorClosedError:
+    """Return the error for work submitted outside the ``with`` block, or after the end of an executor without one."""
     name = type(executor).__name__
-    if entered:
+    if not has_block:
+        text = f"this {name} was closed, by its manager's shutdown() or by close(): open another executor"
+    elif entered:
         text = f"the 'with' block of this {name} has ended: submit inside the block, or open another executor"
     else:
         text = f"this {name} was not entered: open it with 'with' and call its result, not submit() itself"

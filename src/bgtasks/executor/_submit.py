@@ -8,9 +8,10 @@ checked.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
+
+from bgtasks.executor._call import BackgroundFuture
 
 __all__ = ["AsyncSubmit", "Submit", "typed_async_submit", "typed_submit"]
 
@@ -100,7 +101,7 @@ class Submit(Protocol):
         __next_tick__: bool = False,
         __timeout__: float | None = None,
         **kwargs: Any,
-    ) -> concurrent.futures.Future[Result]: ...
+    ) -> BackgroundFuture[Result]: ...
     @overload
     def __call__(
         self,
@@ -112,7 +113,7 @@ class Submit(Protocol):
         __next_tick__: bool = False,
         __timeout__: float | None = None,
         **kwargs: Any,
-    ) -> concurrent.futures.Future[Result]: ...
+    ) -> BackgroundFuture[Result]: ...
     @overload
     def __call__(
         self,
@@ -123,7 +124,7 @@ class Submit(Protocol):
         __next_tick__: bool = False,
         __timeout__: float | None = None,
         **kwargs: Any,
-    ) -> concurrent.futures.Future[Result]: ...
+    ) -> BackgroundFuture[Result]: ...
     @overload
     def __call__(
         self,
@@ -133,7 +134,7 @@ class Submit(Protocol):
         __next_tick__: bool,
         __timeout__: float | None = None,
         **kwargs: Any,
-    ) -> concurrent.futures.Future[Result]: ...
+    ) -> BackgroundFuture[Result]: ...
     @overload
     def __call__(
         self,
@@ -142,11 +143,11 @@ class Submit(Protocol):
         *args: Any,
         __timeout__: float | None,
         **kwargs: Any,
-    ) -> concurrent.futures.Future[Result]: ...
+    ) -> BackgroundFuture[Result]: ...
     @overload
     def __call__(
         self, fn: Callable[Parameters, Result], /, *args: Parameters.args, **kwargs: Parameters.kwargs
-    ) -> concurrent.futures.Future[Result]: ...
+    ) -> BackgroundFuture[Result]: ...
 
 
 def typed_async_submit(method: Callable[..., Any]) -> AsyncSubmit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -14,10 +14,12 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from bgtasks import errors
+from bgtasks._checks import check_seconds
 from bgtasks._internals import ManagerInternals
+from bgtasks._notifier import Notifier
 from bgtasks.executor import _refusals
 from bgtasks.executor._base import CANCEL_ON_EXIT, RERAISE_ON_EXIT, ExecutorBase
-from bgtasks.executor._call import Call, CallFuture, Runner
+from bgtasks.executor._call import BackgroundFuture, Call, Runner, set_cancelled, set_outcome
 from bgtasks.executor._deadlines import Deadlines
 from bgtasks.executor._kinds import ExecutorKind, default_concurrency, runners_of
 from bgtasks.executor._submit import Submit, typed_submit
@@ -33,13 +35,14 @@ _ASYNC_FUNCTION = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class BackgroundExecutor(ExecutorBase):
-    """Runs functions in the background of a ``with`` block, in threads, and waits for them at its end.
+    """Runs functions in the background of a block, in threads, and waits for them at its end.
 
-    Entering the block returns ``submit``. Leaving it cancels the functions submitted with ``__cancel_on_exit__`` and
-    waits for all others, those submitted meanwhile included. Then it raises the first failure in the order of
-    submission, unless the block itself raised; a failure with ``__reraise_on_exit__=False`` does not count. If the wait
-    is interrupted (``KeyboardInterrupt``), waiting functions are cancelled, running ones are abandoned, and the
-    interrupt is raised.
+    The block is ``with``, or in a coroutine ``async with``, which leaves the loop free while it waits; ``open`` is for
+    an executor that lives as long as its manager. Entering the block returns ``submit``. Leaving it cancels the
+    functions submitted with ``__cancel_on_exit__`` and waits for all others, those submitted meanwhile included. Then
+    it raises the first failure in the order of submission, unless the block itself raised; a failure with
+    ``__reraise_on_exit__=False`` does not count. If the wait is interrupted (``KeyboardInterrupt``) or cancelled,
+    waiting functions are cancelled, running ones are abandoned, and the interrupt or cancellation is raised.
 
     A function that runs in a thread cannot be interrupted. If it is cancelled at the end of the block, or its timeout
     expires, it is abandoned: its future gets its outcome at once, its result is discarded and its error logged. Neither
@@ -98,6 +101,10 @@ class BackgroundExecutor(ExecutorBase):
         self._live: dict[Call, None] = {}
         self._running: dict[Call, None] = {}
         self._idle = threading.Event()
+        # For coroutines that wait for the end of calls or of threads.
+        self._notifier = Notifier()
+        # Opened by open(): no block raises the failures.
+        self._has_no_block = False
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         # Guards rare operations: starting and leaving threads, and failures. Re-entrant: a finaliser may submit.
         self._lock = threading.RLock()
@@ -117,7 +124,7 @@ class BackgroundExecutor(ExecutorBase):
         __next_tick__: bool = False,
         __timeout__: float | None = None,
         **kwargs: Any,
-    ) -> concurrent.futures.Future[Result]:
+    ) -> BackgroundFuture[Result]:
         """Run ``fn(*args, **kwargs)`` in a thread, in a copy of the submitter's context. Safe from any thread.
 
         Args:
@@ -132,7 +139,7 @@ class BackgroundExecutor(ExecutorBase):
             kwargs: its keyword arguments.
 
         Returns:
-            Its future.
+            Its future, which a coroutine can await, too.
 
         Raises:
             ExecutorClosedError: the block has not begun or has ended.
@@ -146,7 +153,7 @@ class BackgroundExecutor(ExecutorBase):
 
         """
         if not self._is_open:
-            raise _refusals.closed(self, self._was_entered)
+            raise _refusals.closed(self, self._was_entered, not self._has_no_block)
         _check_function(fn)
         if kwargs:
             _refusals.check_submit_options(kwargs)
@@ -160,14 +167,14 @@ class BackgroundExecutor(ExecutorBase):
             call.args = (packed(fn, args, kwargs),)
         name = call.__qualname__ if __name__ is None else str(__name__)
         flags = (CANCEL_ON_EXIT if __cancel_on_exit__ else 0) | (RERAISE_ON_EXIT if __reraise_on_exit__ else 0)
-        future = CallFuture(call)
+        future: BackgroundFuture[Result] = BackgroundFuture(call)
         call.future = future
         try:
             # Sets ``call.record``.
             self._task_set.enroll_call(self._records, call, name, __timeout__, flags, future)
             self._live[call] = None
             if not self._is_open:
-                raise _refusals.closed(self, True)
+                raise _refusals.closed(self, True, not self._has_no_block)
             self._queue.put(call)
             threads = len(self._threads)
             if threads < self._limit and self._queue.qsize() > threads - len(self._running):
@@ -238,8 +245,13 @@ class BackgroundExecutor(ExecutorBase):
                 if not is_serving:
                     return
         finally:
-            if runner is not None:
-                runner.close()
+            try:
+                if runner is not None:
+                    runner.close()
+            finally:
+                with self._lock:
+                    self._threads.discard(worker)
+                self._notifier.notify()
 
     def _serve(self, call: Call, worker: threading.Thread, runner: Runner) -> bool:
         """Run a call that waited, unless it was cancelled; return whether the thread goes on to serve."""
@@ -311,14 +323,14 @@ class BackgroundExecutor(ExecutorBase):
     def _finish(self, call: Call, result: Any, error: BaseException | None) -> None:
         """Report a call whose record is finished, and set the outcome of its future."""
         record, future = call.record, call.future
-        if error is not None and record.flags & RERAISE_ON_EXIT:
+        if error is not None and record.flags & RERAISE_ON_EXIT and not self._has_no_block:
             with self._lock:
                 self._failures.keep(record.task_id, future)
         try:
             record.report_call(error)
         finally:
             try:
-                future.set_outcome(result, error)
+                set_outcome(future, result, error)
             finally:
                 self._leave(call)
 
@@ -336,7 +348,7 @@ class BackgroundExecutor(ExecutorBase):
             record.report_call()
         finally:
             try:
-                future.set_cancelled()
+                set_cancelled(future)
             finally:
                 self._leave(call)
         return True
@@ -368,6 +380,7 @@ class BackgroundExecutor(ExecutorBase):
         self._live.pop(call, None)
         if self._is_exiting and not self._live:
             self._idle.set()
+            self._notifier.notify()
 
     # -- the block ------------------------------------------------------------------------------------------------
 
@@ -420,15 +433,125 @@ class BackgroundExecutor(ExecutorBase):
 
     def _end_threads(self) -> None:
         """End the threads, except those of abandoned functions."""
+        for worker in self._dismiss_threads():
+            if worker is not threading.current_thread():
+                worker.join()
+
+    def _dismiss_threads(self) -> list[threading.Thread]:
+        """Have the threads end once they are idle, and return them."""
         self._loop.close()
         self._deadlines.stop()
         with self._lock:
             workers = list(self._threads)
         for _ in workers:
             self._queue.put(None)
+        return workers
+
+    # -- the block of a coroutine ---------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Submit:
+        """Open the executor and return ``submit``."""
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the block as the class says, and leave the loop free while it waits."""
+        self._is_exiting = True
+        try:
+            self._cancel_live(CANCEL_ON_EXIT, self._abandon_running)
+            await self._wait_and_close()
+        except BaseException:
+            self._is_open = False
+            self._cancel_live(0, True)
+            raise
+        finally:
+            await self._wait_for_threads()
+        self._end_block(kind)
+
+    async def _wait_and_close(self) -> None:
+        """Do as ``_close_when_idle``, in a coroutine."""
+        while True:
+            await self._notifier.wait_until(self._is_idle, None)
+            self._is_open = False
+            if not self._live:
+                return
+            # Another thread submitted just now.
+            self._is_open = True
+
+    async def _wait_for_threads(self) -> None:
+        """Do as ``_end_threads``, in a coroutine, however often it is cancelled: idle threads end soon."""
+        workers = self._dismiss_threads()
+        cancellation: asyncio.CancelledError | None = None
+        while self._threads:
+            try:
+                await self._notifier.wait_until(self._has_no_thread, None)
+            except asyncio.CancelledError as error:
+                cancellation = error
         for worker in workers:
-            if worker is not threading.current_thread():
-                worker.join()
+            # It has done its last step.
+            worker.join()
+        if cancellation is not None:
+            raise cancellation
+
+    def _is_idle(self) -> bool:
+        return not self._live
+
+    def _has_no_thread(self) -> bool:
+        return not self._threads
+
+    # -- without a block ------------------------------------------------------------------------------------------
+
+    def open(self) -> Submit:
+        """Open the executor for as long as its manager lives, and return ``submit``.
+
+        ``manager.shutdown`` lets functions finish while it drains, cancels those that wait, and abandons those that
+        still run when its time is over. No block raises failures: they are in the log, in ``on_error`` and in the
+        futures.
+
+        Raises:
+            ExecutorClosedError: it was opened or entered before.
+
+        Example:
+            >>> async def main():
+            ...     async with BackgroundTaskManager() as manager:
+            ...         submit = BackgroundExecutor(manager=manager).open()
+            ...         print(await submit(pow, 2, 10))
+            >>> asyncio.run(main())
+            1024
+
+        """
+        submit = self.__enter__()
+        self._has_no_block = True
+        self.manager.attach(self)
+        return submit
+
+    def attached(self, manager: BackgroundTaskManager, /) -> None:
+        """Do nothing: an executor has had its manager from the beginning. Called by ``manager.attach``."""
+
+    async def flush(self, timeout: float, /) -> None:
+        """Do nothing: ``manager.shutdown``, which calls this, waits for functions as it does for tasks."""
+
+    async def close(self, timeout: float = 5.0) -> None:
+        """End what ``open`` began: refuse new functions, let the others finish, and abandon them after ``timeout``.
+
+        ``manager.shutdown`` calls it. A second call does nothing, nor does one for an executor with a block.
+
+        Args:
+            timeout: seconds, >= 0.
+
+        """
+        check_seconds("timeout", timeout)
+        self.manager.detach(self)
+        if self._is_exiting or not self._has_no_block:
+            return
+        self._is_open = False
+        self._is_exiting = True
+        try:
+            await self._notifier.wait_until(self._is_idle, timeout)
+        finally:
+            self._cancel_live(0, True)
+            await self._wait_for_threads()
 
 
 def _check_function(fn: Callable[..., Any]) -> None:
