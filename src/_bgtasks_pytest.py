@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NAME: Final = "bgtasks_leaks"
 MODES: Final = ("error", "warn", "off")
+FAILURES: Final = "bgtasks_failures"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,9 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Add the marker, and check from the beginning if the whole suite asks for it."""
+    """Add the markers, and check from the beginning if the whole suite asks for it."""
     config.addinivalue_line(
         "markers", f"{NAME}(mode): what to do with background tasks that the test leaves or that fail: error, warn, off"
+    )
+    config.addinivalue_line(
+        "markers",
+        f"{FAILURES}(count, name=None): how many background tasks, of this name or of any, fail or time out in it; "
+        "a test with another number fails",
     )
     mode = config.getini(NAME)
     if mode not in (*MODES, ""):
@@ -54,7 +60,23 @@ def mode_of(item: pytest.Item) -> str:
             raise pytest.UsageError(f"{item.nodeid}: the marker {NAME} takes one of: {', '.join(MODES)}")
         return str(marker.args[0])
     mode: str = item.config.getini(NAME)
+    if expected_of(item) is not None:
+        return "warn" if mode == "warn" else "error"
     return mode or ("error" if _uses_fixture(item) else "off")
+
+
+def expected_of(item: pytest.Item) -> tuple[int, str | None] | None:
+    """Return how many failures a test expects, and of tasks of which name (None for any); None without a marker."""
+    marker = item.get_closest_marker(FAILURES)
+    if marker is None:
+        return None
+    count = marker.args[0] if len(marker.args) == 1 else None
+    name = marker.kwargs.get("name")
+    if type(count) is not int or count < 1 or set(marker.kwargs) - {"name"} or not isinstance(name, (str, type(None))):
+        raise pytest.UsageError(
+            f"{item.nodeid}: the marker {FAILURES} takes a number of failures, 1 or more, and name= of the tasks"
+        )
+    return count, name
 
 
 def _uses_fixture(item: pytest.Item) -> bool:
@@ -74,7 +96,7 @@ def _check(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin("bgtasks-leaks"):
         from bgtasks.integrations._pytest import LeakChecker
 
-        config.pluginmanager.register(LeakChecker(config, mode_of), "bgtasks-leaks")
+        config.pluginmanager.register(LeakChecker(config, mode_of, expected_of), "bgtasks-leaks")
 
 
 @pytest.fixture

@@ -449,3 +449,153 @@ def test_the_plugin_loads_with_warnings_as_errors(pytester, monkeypatch, twin):
     )
     assert done.ret == 0
     done.stdout.fnmatch_lines(["@pytest.mark.bgtasks_leaks(mode)*"])
+
+
+def test_the_summary_begins_with_the_names(run_suite, mark, monkeypatch):
+    """Pytest cuts the lines of its summary: what comes first is the name of the task, not what all of them share."""
+    monkeypatch.setenv("COLUMNS", "400")
+    result = run_suite(f"""
+{mark}
+async def test_one(task_manager):
+    task_manager.create_task(failing(), name="charge")
+    await a_few_iterations()
+
+{mark}
+async def test_two(task_manager):
+    task_manager.create_task(failing(), name="charge")
+    await a_few_iterations()
+    task_manager.create_task(forever(), name="watcher")
+""")
+    result.stdout.re_match_lines(
+        [r"(FAILED|ERROR) .*test_one - (Failed: )?'charge' failed: ValueError: in the background$"]
+    )
+    summary = [line for line in result.stdout.lines if line.startswith(("FAILED", "ERROR"))]
+    assert any(re.search(r"test_two - (Failed: )?'charge' failed: ValueError", line) for line in summary)
+    assert any(re.search(r"'watcher' is left", line) for line in summary)
+
+
+def test_a_timeout_is_a_failure(run_suite, mark):
+    """A task that times out fails the test, unless the test awaits it or the wait raises its TimeoutError."""
+    result = run_suite(
+        f"""
+{mark}
+async def test_unseen(task_manager):
+    task = task_manager.create_task(forever(), name="slow", timeout=0.01)
+    await asyncio.wait([task])
+
+{mark}
+async def test_unseen_and_raised():
+    manager = BackgroundTaskManager(timeouts="raise")
+    task = manager.create_task(forever(), name="slow, raised", timeout=0.01)
+    await asyncio.wait([task])
+
+{mark}
+async def test_fired(task_manager):
+    task_manager.fire(forever(), name="fired", timeout=0.01)
+    while task_manager.get_task_count():
+        await asyncio.sleep(0.001)
+
+@pytest.mark.parametrize("timeouts", ["cancel", "raise"])
+{mark}
+async def test_awaits(timeouts):
+    manager = BackgroundTaskManager(timeouts=timeouts)
+    task = manager.create_task(forever(), timeout=0.01)
+    with pytest.raises(asyncio.CancelledError if timeouts == "cancel" else TimeoutError):
+        await task
+    manager.create_task(forever(), timeout=0.01)
+    with pytest.raises(TimeoutError):
+        await manager.wait_for_all()
+""",
+        "-o",
+        "bgtasks_leaks=error",
+    )
+    result.assert_outcomes(failed=3, passed=2)
+    for name in ("slow", "slow, raised", "fired"):
+        result.stdout.fnmatch_lines([f"*'{name}' failed: TimeoutError: *timed out after 0.01 seconds*"])
+
+
+def test_expected_failures(run_suite, mark):
+    """The marker says how many failures a test expects, looked at or not; with a name, others count as ever."""
+    result = run_suite(f"""
+@pytest.mark.bgtasks_failures(2)
+{mark}
+async def test_two(task_manager):
+    task_manager.create_task(failing())
+    task_manager.create_task(forever(), timeout=0.01)
+    with pytest.raises(ValueError):
+        await task_manager.wait_for_all()
+
+@pytest.mark.bgtasks_failures(1, name="charge")
+{mark}
+async def test_named():
+    BackgroundTaskManager().create_task(failing(), name="charge")
+    await a_few_iterations()
+
+@pytest.fixture
+def late(task_manager):
+    yield
+    asyncio.run(late_failure(task_manager))
+
+async def late_failure(manager):
+    manager.create_task(failing())
+    await a_few_iterations()
+
+@pytest.mark.bgtasks_failures(1)
+def test_in_a_fixture(late):
+    pass
+""")
+    result.assert_outcomes(passed=3)
+
+
+def test_another_number_of_failures_than_expected(run_suite, mark):
+    """Too many fail the test, too few its teardown; a test that fails or is skipped has no further error."""
+    result = run_suite(f"""
+@pytest.mark.bgtasks_failures(1)
+{mark}
+async def test_too_many(task_manager):
+    task_manager.create_task(failing(), name="charge")
+    task_manager.create_task(failing(), name="refund")
+    await a_few_iterations()
+
+@pytest.mark.bgtasks_failures(2)
+{mark}
+async def test_too_few(task_manager):
+    task_manager.create_task(failing(), name="charge")
+    await a_few_iterations()
+
+@pytest.mark.bgtasks_failures(1, name="charge")
+{mark}
+async def test_other_name(task_manager):
+    task_manager.create_task(failing(), name="charge")
+    task_manager.create_task(failing(), name="refund")
+    await a_few_iterations()
+
+@pytest.mark.bgtasks_failures(1)
+def test_skipped(task_manager):
+    pytest.skip("not here")
+
+@pytest.mark.bgtasks_failures(1)
+def test_fails(task_manager):
+    raise AssertionError("its own")
+""")
+    result.assert_outcomes(failed=3, passed=1, errors=1, skipped=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*'charge' failed: ValueError: *; 'refund' failed: ValueError: *; "
+            "expected failures of background tasks: 1, came: 2"
+        ]
+    )
+    result.stdout.fnmatch_lines(["*'charge' failed: ValueError: *; expected failures of background tasks: 2, came: 1"])
+    assert "expected failures of background tasks: 1, came: 0" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("arguments", ["", "0", "'charge'", "1, 2", "1, name=5", "1, names='charge'"])
+def test_a_bad_number_of_failures_is_an_error_before_the_tests_run(run_suite, arguments):
+    """The error names the test and what the marker takes."""
+    result = run_suite(f"""
+@pytest.mark.bgtasks_failures({arguments})
+def test_one():
+    pass
+""")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*test_suite.py::test_one: the marker bgtasks_failures takes a number of failures*"])

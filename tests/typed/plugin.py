@@ -16,6 +16,7 @@ async def work() -> int:
 
 
 @pytest.mark.bgtasks_leaks("warn")
+@pytest.mark.bgtasks_failures(2, name="work")
 async def with_the_fixture(task_manager: BackgroundTaskManager) -> None:
     """The fixture gives a manager."""
     assert_type(task_manager.create_task(work()), asyncio.Task[int])
