@@ -231,7 +231,7 @@ class Twin:
         except BaseException as error:
             self.note("waited", key, errors.text_of(error))
         else:
-            self.note("waited", key, f"returned {result!r}")
+            self.note("waited", key, f"returned {[errors.text_of(error) for error in result]}")
 
     def refuse(self, method: str, value: Callable[[], Any], options: dict[str, Any]) -> None:
         """Pass a wrong argument, and note the answer."""

@@ -317,12 +317,11 @@ class Model:
         waiter = self.waiters.pop(key)
         if waiter.cancelled:
             assert text == "CancelledError: "
-        elif waiter.saw_idle:
-            failures = [] if waiter.return_exceptions else waiter.failures
-            assert text == (failures[0] if failures else "returned None")
+        elif waiter.saw_idle and waiter.failures and not waiter.return_exceptions:
+            assert text == waiter.failures[0]
         else:
-            assert same_time(waiter.deadline, now)
-            assert text == "returned None"
+            assert waiter.saw_idle or same_time(waiter.deadline, now)
+            assert text == f"returned {waiter.failures if waiter.return_exceptions else []}"
 
     def on_loop_error(self, now: float, text: str, error: str) -> None:
         """Read that the exception handler of the loop was called."""
