@@ -10,19 +10,21 @@ Start a broker, and install what the example needs::
 
 from __future__ import annotations
 
-import asyncio
 import sys
+from functools import partial
 
+import bgtasks
+from bgtasks import BackgroundTaskManager
 from bgtasks.events import Publisher
 from bgtasks.events.sinks.kafka import KafkaSink
 
 EVENTS = 10_000
 
 
-async def main(servers: str) -> None:
+async def main(servers: str, manager: BackgroundTaskManager) -> None:
     """Publish; ``async with`` flushes and closes, and ``connect`` has it fail at once if no broker answers."""
     async with Publisher(
-        KafkaSink(servers, topic="orders", config={"compression.type": "lz4"}), connect=True
+        KafkaSink(servers, topic="orders", config={"compression.type": "lz4"}), connect=True, manager=manager
     ) as publisher:
         for number in range(EVENTS):
             publisher.emit({"event": "order_paid", "order": number})
@@ -31,4 +33,4 @@ async def main(servers: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "localhost:9092"))
+    bgtasks.run(partial(main, sys.argv[1] if len(sys.argv) > 1 else "localhost:9092"))

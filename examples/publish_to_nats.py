@@ -10,19 +10,21 @@ Start a server, and install what the example needs::
 
 from __future__ import annotations
 
-import asyncio
 import sys
+from functools import partial
 
 import nats
 from nats.js.api import StreamConfig
 
+import bgtasks
+from bgtasks import BackgroundTaskManager
 from bgtasks.events import Publisher
 from bgtasks.events.sinks.nats import NatsSink
 
 EVENTS = 10_000
 
 
-async def main(url: str) -> None:
+async def main(url: str, manager: BackgroundTaskManager) -> None:
     """Make the stream, publish twice."""
     client = await nats.connect(url)
     stream = client.jetstream()
@@ -31,7 +33,7 @@ async def main(url: str) -> None:
 
     for envelope in (False, True):
         before = (await stream.stream_info("ORDERS")).state.messages
-        publisher = Publisher(NatsSink(url, subject="orders", envelope=envelope))
+        publisher = Publisher(NatsSink(url, subject="orders", envelope=envelope), manager=manager)
         for number in range(EVENTS):
             publisher.emit({"event": "order_paid", "order": number})
         report = await publisher.close()
@@ -41,4 +43,4 @@ async def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "nats://localhost:4222"))
+    bgtasks.run(partial(main, sys.argv[1] if len(sys.argv) > 1 else "nats://localhost:4222"))

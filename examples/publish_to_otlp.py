@@ -10,18 +10,20 @@ Start a collector, and install what the example needs::
 
 from __future__ import annotations
 
-import asyncio
 import sys
+from functools import partial
 
+import bgtasks
+from bgtasks import BackgroundTaskManager
 from bgtasks.events import Publisher
 from bgtasks.events.sinks.otlp import OtlpSink
 
 EVENTS = 1_000
 
 
-async def main(endpoint: str) -> None:
+async def main(endpoint: str, manager: BackgroundTaskManager) -> None:
     """Publish; a record's body is the event, its name the event's ``event``."""
-    publisher = Publisher(OtlpSink(endpoint, resource={"service.name": "shop"}))
+    publisher = Publisher(OtlpSink(endpoint, resource={"service.name": "shop"}), manager=manager)
     for number in range(EVENTS):
         publisher.emit({"event": "order_paid", "order": number})
     report = await publisher.close()
@@ -29,4 +31,4 @@ async def main(endpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "http://localhost:4318/v1/logs"))
+    bgtasks.run(partial(main, sys.argv[1] if len(sys.argv) > 1 else "http://localhost:4318/v1/logs"))

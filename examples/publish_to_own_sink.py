@@ -14,8 +14,11 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import bgtasks
+from bgtasks import BackgroundTaskManager
 from bgtasks.events import Publisher, Reject, Retry, Sink, SinkError
 
 EVENTS = 10_000
@@ -98,12 +101,12 @@ def dead_letters_in(path: str) -> list[dict[str, object]]:
     return [json.loads(json.loads(line)["event"]) for line in Path(path).read_bytes().splitlines()]
 
 
-async def main(path: str) -> None:
+async def main(path: str, manager: BackgroundTaskManager) -> None:
     """Publish, then read the refused events from the file of dead letters and send them, corrected."""
     receiver = Receiver()
     async with await asyncio.start_server(receiver.serve, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
-        async with Publisher(TcpSink(host, port), dead_letters=path) as publisher:
+        async with Publisher(TcpSink(host, port), dead_letters=path, manager=manager) as publisher:
             for number in range(EVENTS):
                 publisher.emit({"event": "order_paid", "order": number, "shop": "Ghent" if number % 1000 else None})
         stats = publisher.stats()
@@ -117,4 +120,4 @@ async def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "refused.jsonl"))
+    bgtasks.run(partial(main, sys.argv[1] if len(sys.argv) > 1 else "refused.jsonl"))

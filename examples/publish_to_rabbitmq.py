@@ -10,25 +10,27 @@ Start a server, and install what the example needs::
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
+from functools import partial
 
 import aio_pika
 
+import bgtasks
+from bgtasks import BackgroundTaskManager
 from bgtasks.events import Publisher
 from bgtasks.events.sinks.rabbitmq import RabbitMQSink
 
 EVENTS = 10_000
 
 
-async def main(url: str) -> None:
+async def main(url: str, manager: BackgroundTaskManager) -> None:
     """Make the queue, publish, read the lines of the envelopes."""
     connection = await aio_pika.connect(url)
     channel = await connection.channel()
     queue = await channel.declare_queue("orders", durable=True)
 
-    publisher = Publisher(RabbitMQSink(url, routing_key="orders", envelope=True))
+    publisher = Publisher(RabbitMQSink(url, routing_key="orders", envelope=True), manager=manager)
     for number in range(EVENTS):
         publisher.emit({"event": "order_paid", "order": number})
     report = await publisher.close()
@@ -42,4 +44,4 @@ async def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "amqp://guest:guest@localhost/"))
+    bgtasks.run(partial(main, sys.argv[1] if len(sys.argv) > 1 else "amqp://guest:guest@localhost/"))

@@ -9,10 +9,12 @@ No server is needed::
 
 from __future__ import annotations
 
-import asyncio
 import sys
+from functools import partial
 from pathlib import Path
 
+import bgtasks
+from bgtasks import BackgroundTaskManager
 from bgtasks.events import Fanout, Publisher
 from bgtasks.events.sinks.console import ConsoleSink
 from bgtasks.events.sinks.jsonl import JsonlSink
@@ -20,9 +22,9 @@ from bgtasks.events.sinks.jsonl import JsonlSink
 EVENTS = 10
 
 
-async def main(path: str) -> None:
+async def main(path: str, manager: BackgroundTaskManager) -> None:
     """Publish."""
-    publisher = Fanout([Publisher(JsonlSink(path)), Publisher(ConsoleSink())])
+    publisher = Fanout([Publisher(JsonlSink(path)), Publisher(ConsoleSink())], manager=manager)
     for number in range(EVENTS):
         publisher.emit({"event": "order_paid", "order": number})
     report = await publisher.close()
@@ -31,5 +33,5 @@ async def main(path: str) -> None:
 
 if __name__ == "__main__":
     path = sys.argv[1] if len(sys.argv) > 1 else "orders.jsonl"
-    asyncio.run(main(path))
+    bgtasks.run(partial(main, path))
     print(f"{len(Path(path).read_bytes().splitlines()):,} lines in the file")

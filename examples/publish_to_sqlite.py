@@ -9,11 +9,13 @@ No server is needed::
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 import sys
 from contextlib import closing
+from functools import partial
 
+import bgtasks
+from bgtasks import BackgroundTaskManager
 from bgtasks.events import Publisher
 from bgtasks.events.sinks.sqlite import SqliteSink
 
@@ -21,9 +23,9 @@ EVENTS = 10_000
 SHOPS = ("Ghent", "Leeds", "Porto")
 
 
-async def main(path: str) -> None:
+async def main(path: str, manager: BackgroundTaskManager) -> None:
     """Publish, and count the orders of each shop."""
-    async with Publisher(SqliteSink(path, table="orders")) as publisher:
+    async with Publisher(SqliteSink(path, table="orders"), manager=manager) as publisher:
         for number in range(EVENTS):
             publisher.emit({"event": "order_paid", "order": number, "shop": SHOPS[number % len(SHOPS)]})
     stats = publisher.stats()
@@ -36,4 +38,4 @@ async def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "orders.db"))
+    bgtasks.run(partial(main, sys.argv[1] if len(sys.argv) > 1 else "orders.db"))

@@ -55,3 +55,12 @@ def test_an_example_publishes(request, sink, package, fixture, said):
 def test_an_example_without_a_server_publishes(tmp_path, sinks, file, said):
     """The program exits with status 0, and everything has arrived."""
     assert said in run_example(sinks, tmp_path / file, "-X", "dev")
+
+
+@pytest.mark.parametrize("program", sorted(EXAMPLES.glob("publish_to_*.py")), ids=lambda program: program.stem)
+def test_an_example_ends_as_bgtasks_run_does(program):
+    """On a signal its publisher sends what it has: it runs by ``bgtasks.run``, with the publisher on that manager."""
+    text = program.read_text()
+    assert "bgtasks.run(partial(main, " in text
+    assert "manager=manager" in text
+    assert "asyncio.run(" not in text
