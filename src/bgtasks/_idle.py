@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
@@ -35,12 +34,11 @@ class IdleWait:
         self._owned_by_loop = owned_by_loop
         self._set_threshold = set_threshold
         self._notifier = Notifier()
-        # How many wait for all tasks, and how many for those of some names.
-        self._waits = 0
-        self._named_waits = 0
-        # The tasks of the manager that wait; and how many of them wait for all, by loop.
-        self._waiting: set[Record] = set()
-        self._waiting_tasks: Counter[asyncio.AbstractEventLoop] = Counter()
+        # The waits for all tasks, and those for tasks of some names. Sets, as a wait may fail half-way.
+        self._waits: set[object] = set()
+        self._named_waits: set[object] = set()
+        # The tasks of the manager that wait, each with its loop if it waits for all.
+        self._waiting: dict[Record, asyncio.AbstractEventLoop | None] = {}
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -70,25 +68,21 @@ class IdleWait:
         """
         # No function is made in here: CPython 3.12 and 3.13 crash if it cannot be allocated.
         is_ended = partial(self._is_ended, is_ready, is_over)
-        loop = asyncio.get_running_loop()
-        with self._lock:
-            self._waits += 1
-            if waiter is not None:
-                self._waiting.add(waiter)
-                self._waiting_tasks[loop] += 1
-        if waiter is not None:
-            # The other waits have one task less to wait for.
-            self.notify()
         try:
+            with self._lock:
+                self._waits.add(is_ended)
+                if waiter is not None:
+                    self._waiting[waiter] = asyncio.get_running_loop()
+            if waiter is not None:
+                # The other waits have one task less to wait for.
+                self.notify()
             if not await self._notifier.wait_until(is_ended, timeout) or not (self._is_idle() and is_ready()):
                 return False
         finally:
-            with self._lock:
-                self._waits -= 1
-                if waiter is not None:
-                    self._waiting.discard(waiter)
-                    self._waiting_tasks[loop] -= 1
-                    self._waiting_tasks += Counter()
+            # Without the lock, whose use may fail.
+            self._waits.discard(is_ended)
+            if waiter is not None:
+                self._waiting.pop(waiter, None)
             self._set_thresholds()
         # The notification comes from inside the last task's last step: one iteration later its callbacks have run, too.
         await asyncio.sleep(0)
@@ -111,23 +105,27 @@ class IdleWait:
 
         """
         awaited = _Awaited(find, self._waiting if waiter is not None else ())
-        with self._lock:
-            self._named_waits += 1
-            if waiter is not None:
-                self._waiting.add(waiter)
-        if waiter is not None:
-            self.notify()
         try:
+            with self._lock:
+                self._named_waits.add(awaited)
+                if waiter is not None:
+                    self._waiting[waiter] = None
+            if waiter is not None:
+                self.notify()
             if not await self._notifier.wait_until(partial(self._have_ended, awaited), timeout):
                 return False
         finally:
-            with self._lock:
-                self._named_waits -= 1
-                if waiter is not None:
-                    self._waiting.discard(waiter)
+            # Without the lock, whose use may fail.
+            self._named_waits.discard(awaited)
+            if waiter is not None:
+                self._waiting.pop(waiter, None)
             self._set_thresholds()
         await asyncio.sleep(0)
         return True
+
+    def _waiting_on(self, loop: asyncio.AbstractEventLoop) -> int:
+        """Return how many tasks of this loop wait for all tasks."""
+        return list(self._waiting.values()).count(loop)
 
     def _have_ended(self, awaited: _Awaited) -> bool:
         self._set_thresholds()
@@ -140,14 +138,14 @@ class IdleWait:
         self._set_thresholds()
         with self._lock:
             for loop, owned in self._owned_by_loop():
-                if owned > self._waiting_tasks[loop] and loop.is_running():
+                if owned > self._waiting_on(loop) and loop.is_running():
                     return False
         return True
 
     def _set_thresholds(self) -> None:
         with self._lock:
             for loop, _ in self._owned_by_loop():
-                threshold = self._waiting_tasks[loop] if self._waits else -1
+                threshold = self._waiting_on(loop) if self._waits else -1
                 # While some wait for names, any task may be one of those.
                 self._set_threshold(loop, sys.maxsize if self._named_waits else threshold)
 

@@ -68,6 +68,8 @@ STARTS = {
     "create_task": lambda manager, coro: manager.create_task(coro, name="swept", timeout=3600.0, context=CONTEXT),
     "fire": lambda manager, coro: manager.fire(coro, name="swept", timeout=3600.0, context=CONTEXT),
     "create_task_threadsafe": lambda manager, coro: manager.create_task_threadsafe(coro, name="swept", timeout=3600.0),
+    "unnamed": lambda manager, coro: manager.create_task(coro),
+    "unnamed fire": lambda manager, coro: manager.fire(coro),
     "task_factory": lambda manager, coro: manager.task_factory(asyncio.get_running_loop(), coro, name="swept"),
 }
 
@@ -126,6 +128,32 @@ async def test_a_spawn_that_fails_leaves_nothing(make_manager, loop_errors, limi
             sweep.meet(error)
             await asyncio.gather(*tasks)
             await assert_serves_spawned(manager)
+            assert others_errors(loop_errors) == []
+
+
+@pytest.mark.parametrize("names", [None, ("swept", "other")])
+async def test_a_wait_that_fails_leaves_nothing(make_manager, loop_errors, names):
+    """Neither the tasks nor later waits notice."""
+    without_debug()
+    manager = make_manager()
+    for step in range(2):
+        sweep = Sweep()
+        for number in sweep:
+            release, error = asyncio.Event(), None
+            task = manager.create_task(release.wait(), name="swept")
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(release.set)
+            try:
+                await step_failing(number, step, manager.wait_for_all(20, names=names))
+            except MemoryError as caught:
+                error = caught
+            sweep.meet(error)
+            assert await asyncio.wait_for(task, 20)
+            async with asyncio.timeout(20):
+                await manager.wait_for_all(names=names)
+            assert manager.get_task_count() == 0
+            assert manager._idle._waits == manager._idle._named_waits == set()
+            assert manager._observers.all() == ()
             assert others_errors(loop_errors) == []
 
 
