@@ -14,7 +14,6 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
 import asyncio
-import sys
 from asyncio import AbstractEventLoop, BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
 from collections.abc import Coroutine, Generator, Mapping
