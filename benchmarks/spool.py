@@ -25,7 +25,7 @@ from pathlib import Path
 
 import msgspec
 
-from bgtasks.events.spool import Spool, Sync
+from bgtasks.events.spool import Spool, SpoolSync
 
 BATCH = 500
 AHEAD = 8
@@ -65,7 +65,7 @@ async def only_produce(events: int, directory: Path) -> float:
     return time.perf_counter() - begun
 
 
-async def commit(events: int, directory: Path, sync: Sync, forward: bool) -> float:
+async def commit(events: int, directory: Path, sync: SpoolSync, forward: bool) -> float:
     """Make, encode and commit; with ``forward`` read and delete as well, until nothing is left."""
     loop = asyncio.get_running_loop()
     spool = Spool(directory / "events", sync=sync, max_bytes=1 << 40)
@@ -103,9 +103,13 @@ async def commit(events: int, directory: Path, sync: Sync, forward: bool) -> flo
 
 CONTENDERS: dict[str, tuple[Callable[[int, Path], Awaitable[float]], int]] = {
     "make and encode, no spool": (only_produce, 0),
+    "commit, sync=interval": (lambda events, directory: commit(events, directory, "interval", False), MUST),
     "commit, sync=normal": (lambda events, directory: commit(events, directory, "normal", False), MUST),
     "commit, sync=full": (lambda events, directory: commit(events, directory, "full", False), 0),
-    "commit, read and delete, sync=normal": (lambda events, directory: commit(events, directory, "normal", True), 0),
+    "commit, read and delete, sync=interval": (
+        lambda events, directory: commit(events, directory, "interval", True),
+        0,
+    ),
 }
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from bgtasks._weak_calls import WeakCalls
 
 __all__ = ["ForkLock", "at_fork", "follow_forks"]
 
 _T = TypeVar("_T")
+
+# Seconds that a fork waits for all locks together. A lock that is held for longer is held in a call that hangs.
+LONGEST_WAIT: Final = 0.25
 
 _followers: WeakCalls[Callable[[Any], object]] = WeakCalls()
 
@@ -42,7 +46,11 @@ def at_fork(
 
 
 class ForkLock:
-    """A re-entrant lock that a fork waits for, so that no child inherits a change that is half done."""
+    """A re-entrant lock that a fork waits for, so that no child inherits a change that is half done.
+
+    The fork waits a quarter of a second. If a thread hangs with the lock, in a call of a dead disk, the child inherits
+    what that thread uses; its owner must not touch that in ``after_fork``.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -52,6 +60,10 @@ class ForkLock:
     def __enter__(self) -> None:
         """Acquire the lock."""
         self._lock.acquire()
+
+    def acquire(self, timeout: float) -> bool:
+        """Acquire the lock within some seconds, or return False."""
+        return self._lock.acquire(timeout=timeout)
 
     def __exit__(self, *_: object) -> None:
         """Release the lock."""
@@ -70,9 +82,8 @@ _held: list[ForkLock] = []
 
 def _before_fork() -> None:
     _locks_guard.acquire()
-    _held.extend(_locks)
-    for lock in _held:
-        lock.__enter__()
+    end = time.monotonic() + LONGEST_WAIT
+    _held.extend(lock for lock in list(_locks) if lock.acquire(max(end - time.monotonic(), 0.0)))
 
 
 def _after_fork_in_parent() -> None:
@@ -85,7 +96,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     global _locks_guard
     _locks_guard = threading.Lock()
-    for lock in _held:
+    for lock in list(_locks):
         lock.renew()
     _held.clear()
     for owner, after_fork in _followers.living():

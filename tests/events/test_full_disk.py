@@ -8,7 +8,7 @@ import pytest
 from disks import fill_disk, small_disk
 from event_tools import assert_counters_add_up, until
 
-from bgtasks.events import Publisher
+from bgtasks.events import Publisher, Retry
 from bgtasks.events.sinks.jsonl import JsonlSink
 from bgtasks.events.sinks.memory import MemorySink
 
@@ -75,6 +75,36 @@ async def test_a_full_disk_under_the_spool_does_not_stop_delivery(disk):
     assert [json.loads(event)["number"] for event in publisher.sink.events] == list(range(2000))
     assert publisher.stats()["spool_errors"] > 0
     assert_counters_add_up(publisher.stats())
+
+
+async def test_a_disk_that_a_spool_filled_is_empty_again_after_delivery(disk):
+    """Once the sink is up all is delivered, the disk has its space back, and the next publisher finds nothing."""
+
+    class Breakable(MemorySink):
+        is_down = True
+
+        async def write(self, batch, batch_id):
+            if self.is_down:
+                raise Retry(after=0.01, reason="it is down")
+            await super().write(batch, batch_id)
+
+    publisher = Publisher(Breakable(), spool=disk / "events", linger=0.001, max_events=10_000)
+    for first in range(0, 80_000, 1000):
+        emit_numbers(publisher, first, 1000)
+        await until(lambda: publisher.stats()["queue_events"] < 5000)
+    publisher.sink.is_down = False
+    report = await publisher.close(60)
+    assert (report["status"], report["spooled"]) == ("flushed", 0)
+    dropped = publisher.stats()["dropped"]["spool_full"]
+    numbers = [json.loads(event)["number"] for event in publisher.sink.events]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == 79_999
+    assert len(numbers) == 80_000 - dropped
+    assert list(disk.iterdir()) == []
+    following = Publisher(MemorySink(), spool=disk / "events", linger=0.001)
+    await following.start()
+    await following.close(60)
+    assert following.stats()["recovered"] == 0
 
 
 async def test_every_event_is_counted_when_the_disk_fills_under_the_spool(disk):

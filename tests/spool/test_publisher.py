@@ -104,7 +104,7 @@ async def test_a_durable_publish_returns_after_the_commit(stem):
     assert publisher.stats()["spooled"] == 1
     report = await publisher.close(0.5)
     assert report["spooled"] == 1
-    await until(lambda: publisher._store._spool._file is None)
+    await until(lambda: publisher._store._spool._is_open is False)
     spool = Spool(stem)
     assert [batch for _, batch in spool.oldest(9)] == [[b"precious"]]
     spool.close()
@@ -152,7 +152,7 @@ async def test_close_releases_the_spool_without_time_for_it(stem):
     emit_all(publisher, numbers(0, 20))
     await until(lambda: publisher.stats()["spooled"] == 20)
     await publisher.close(0)
-    await until(lambda: publisher._store._spool._file is None)
+    await until(lambda: publisher._store._spool._is_open is False)
     next_publisher, next_sink = make_publisher(stem)
     emit_all(next_publisher, numbers(20, 5))
     await next_publisher.flush(30)
@@ -181,7 +181,7 @@ async def test_a_batch_that_was_sent_and_not_deleted_is_sent_again_with_its_id(s
     await until(lambda: sink.tries)
     batch_id = publisher._store._in_hand.batch_id
     await publisher.close(0.5)
-    await until(lambda: publisher._store._spool._file is None)
+    await until(lambda: publisher._store._spool._is_open is False)
     next_publisher, next_sink = make_publisher(stem)
     await next_publisher.start()
     await until(lambda: next_sink.batches)

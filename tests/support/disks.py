@@ -32,6 +32,39 @@ def small_disk(directory: Path, mebibytes: int) -> Iterator[Path]:
         subprocess.run(["umount", str(directory)], check=True)
 
 
+@contextlib.contextmanager
+def image_disk(image: Path, directory: Path, mebibytes: int | None) -> Iterator[Path]:
+    """Mount a file as a disk on a directory; skip the test if that is not allowed.
+
+    A copy of the file has what was written to the disk, as after a power cut, and nothing of the system's cache.
+
+    Args:
+        image: the file.
+        directory: the directory to make.
+        mebibytes: the size of a new disk, None if the file exists.
+
+    """
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("takes root on Linux to mount a disk")
+    directory.mkdir()
+    commands = [["mount", "-o", "loop", str(image), str(directory)]]
+    if mebibytes is not None:
+        with image.open("wb") as file:
+            file.truncate(mebibytes << 20)
+        commands.insert(0, ["mkfs.ext4", "-q", str(image)])
+    for command in commands:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            pytest.skip(f"this machine makes no disk: {error}")
+        if done.returncode:
+            pytest.skip(f"this machine mounts no disk: {done.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
 def fill_disk(directory: Path, leave: int = 0) -> Path:
     """Write a file that leaves a number of bytes free, and return it."""
     filler = directory / "filler"

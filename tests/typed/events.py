@@ -29,7 +29,7 @@ from bgtasks.events import (
 from bgtasks.events.model import EventModel
 from bgtasks.events.sinks.console import ConsoleSink
 from bgtasks.events.sinks.memory import MemorySink
-from bgtasks.events.spool import Spool, Sync
+from bgtasks.events.spool import Spool, SpoolSync
 
 
 @dataclass
@@ -231,7 +231,7 @@ def models() -> None:
     EventModel(event="a", event_type="b", node="c")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
-def spools(overflow: SpoolOverflow, sync: Sync) -> None:
+def spools(overflow: SpoolOverflow, sync: SpoolSync) -> None:
     """A spool by its options, and by its methods."""
     Spool("events")
     spool = Spool(Path("events"), max_bytes=1 << 20, overflow=overflow, max_age=None, sync=sync)

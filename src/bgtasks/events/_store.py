@@ -64,6 +64,18 @@ class _Passing:
         self.outcomes.append((count, outcome))
 
 
+class _Commit:
+    """Batches to commit; after a cancellation no further one is begun. ``events`` is the number of committed events."""
+
+    __slots__ = ("batches", "events", "has_ended", "is_cancelled")
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self.events = 0
+        self.has_ended = False
+        self.is_cancelled = False
+
+
 class Store:
     """Commits batches to a spool and sends them from there, oldest first, until the sink has them.
 
@@ -100,6 +112,8 @@ class Store:
         self._more = asyncio.Event()
         self._recovered = 0
         self._dropped: dict[str, int] = {}
+        # Commits whose events are not counted yet.
+        self._commits: list[_Commit] = []
         # Both outlive a cancelled flusher: the batch that is being sent may be accounted for in part, and batches that
         # were sent are still on the disk.
         self._in_hand: Batch | None = None
@@ -162,43 +176,54 @@ class Store:
             passing.task.cancel()
             await asyncio.wait((passing.task,))
 
-    async def append(self, batches: Sequence[Batch]) -> bool:
+    async def append(self, batches: Sequence[Batch], grace: float = DISK_GRACE) -> bool:
         """Commit batches in order; events that are committed leave them.
+
+        Args:
+            batches: the batches.
+            grace: the maximum number of seconds that a commit under way may take after a cancellation.
 
         Returns:
             Whether all events were committed.
 
         Raises:
-            asyncio.CancelledError: from outside, after the commit has ended and its events are counted; a disk that
-                hangs delays it by one second.
+            asyncio.CancelledError: from outside, after the commit has ended and its events are counted, or the grace.
+                What a hanging disk commits later is counted with the next call.
 
         """
-        future = self._thread.run(self._append, batches)
+        commit = _Commit(batches)
+        self._commits.append(commit)
+        future = self._thread.run(self._append, commit)
         try:
-            committed, stats = await asyncio.shield(future)
+            stats = await asyncio.shield(future)
         except asyncio.CancelledError:
-            await asyncio.wait((future,), timeout=DISK_GRACE)
-            if future.done():
-                self._count(*future.result())
+            commit.is_cancelled = True
+            await asyncio.wait((future,), timeout=grace)
+            self._count(self._spool.stats())
             raise
-        self._count(committed, stats)
+        self._count(stats)
         return not any(batch.parts for batch in batches)
 
-    def _append(self, batches: Sequence[Batch]) -> tuple[int, SpoolStats]:
-        committed = 0
+    def _append(self, commit: _Commit) -> SpoolStats:
         try:
-            for batch in batches:
-                while batch.parts:
+            for batch in commit.batches:
+                while batch.parts and not commit.is_cancelled:
                     part_id, payloads = batch.parts[-1]
                     self._spool.append(payloads, part_id)
                     batch.parts.pop()
-                    committed += len(payloads)
+                    commit.events += len(payloads)
             self._health.spool_error = None
         except Exception as error:
             self._fail(error)
-        return committed, self._spool.stats()
+        finally:
+            commit.has_ended = True
+        return self._spool.stats()
 
-    def _count(self, committed: int, stats: SpoolStats) -> None:
+    def _count(self, stats: SpoolStats) -> None:
+        """Count the events of the commits that have ended, earlier ones that were not waited for among them."""
+        ended = [commit for commit in self._commits if commit.has_ended]
+        self._commits = [commit for commit in self._commits if commit not in ended]
+        committed = sum(commit.events for commit in ended)
         if committed:
             self._queue.account(committed, "spooled")
             self._more.set()

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, TypedDict
 
-__all__ = ["EventOverflow", "FlushReport", "PublisherState", "PublisherStats", "SpoolOverflow", "SpoolStats", "Sync"]
+__all__ = [
+    "EventOverflow",
+    "FlushReport",
+    "PublisherState",
+    "PublisherStats",
+    "SpoolOverflow",
+    "SpoolStats",
+    "SpoolSync",
+    "Sync",
+]
 
 # The values of ``bgtasks.Overflow`` that publishers and spools accept.
 EventOverflow: TypeAlias = Literal["drop_newest", "drop_oldest", "block", "spool"]
 SpoolOverflow: TypeAlias = Literal["drop_oldest", "raise"]
 # What a file of SQLite survives once it is committed: the end of its process, or that of the machine.
 Sync: TypeAlias = Literal["normal", "full"]
+# When a commit of a spool is on the disk: within half a second, before it returns, or when the system likes.
+SpoolSync: TypeAlias = Literal["interval", "full", "normal"]
 
 PublisherState: TypeAlias = Literal["ok", "retrying", "spooling", "dropping", "closed"]
 

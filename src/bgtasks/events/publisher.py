@@ -43,6 +43,8 @@ ENDLESS_WINDOW: Final = 3600.0
 # The share of its timeout that close reserves for spooling the rest and closing the sink, and its maximum in seconds.
 KEPT_SHARE: Final = 0.2
 MOST_KEPT: Final = 1.0
+# Seconds for which close waits for a commit under way, though its time is up.
+LEAST_GRACE: Final = 0.05
 
 # After how many calls without a wait ``publish`` lets the loop take a turn: half a millisecond or so.
 TURN_EVERY: Final = 256
@@ -397,7 +399,8 @@ class Publisher(BasePublisher):
                     while self._pending.encode_rest():  # noqa: ASYNC110  lets other tasks run, waits for nothing
                         await asyncio.sleep(0)
                     if self._store is not None:
-                        await self._store.append(self._pending.batches)
+                        # A slow disk may complete a commit; a dead one must not make close late.
+                        await self._store.append(self._pending.batches, grace=max(timeout, LEAST_GRACE))
         for batch in self._pending.drop_rest():
             for part_id, payloads in reversed(batch.parts):
                 self._dead_letters.add(payloads, part_id, "timeout", None)

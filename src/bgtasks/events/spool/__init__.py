@@ -4,7 +4,7 @@
 """
 
 from bgtasks.events.errors import SpoolError, SpoolFullError, SpoolLockedError
-from bgtasks.events.info import SpoolOverflow, SpoolStats, Sync
+from bgtasks.events.info import SpoolOverflow, SpoolStats, SpoolSync
 from bgtasks.events.spool._spool import Spool
 
-__all__ = ["Spool", "SpoolError", "SpoolFullError", "SpoolLockedError", "SpoolOverflow", "SpoolStats", "Sync"]
+__all__ = ["Spool", "SpoolError", "SpoolFullError", "SpoolLockedError", "SpoolOverflow", "SpoolStats", "SpoolSync"]
