@@ -109,6 +109,21 @@ def time_emit(count: int = 100_000) -> float:
     return seconds / count * 1e9
 
 
+def time_emit_without_loop(count: int = 100_000) -> float:
+    """Return the nanoseconds of one emit in a thread without an event loop."""
+    target = Publisher(NullSink(), max_events=1 << 30, max_bytes=1 << 50)
+    event = node_event(1)
+    emit = target.emit
+    gc.disable()
+    begin = time.thread_time()
+    for _ in range(count):
+        emit(event)
+    seconds = time.thread_time() - begin
+    gc.enable()
+    target._after_fork()
+    return seconds / count * 1e9
+
+
 def measure_emit() -> None:
     """Print what emit costs."""
     times: dict[str, list[float]] = {name: [] for name in QUEUES}
@@ -118,6 +133,9 @@ def measure_emit() -> None:
             times[name].append(time_emit())
     say("emit, compiled queue", statistics.median(times["compiled"]), "ns", 100, at_most=True)
     say("emit, Python twin", statistics.median(times["twin"]), "ns", 400, at_most=True)
+    use_queue("compiled")
+    without = statistics.median(time_emit_without_loop() for _ in range(15))
+    say("emit without a loop, compiled queue", without, "ns", 100, at_most=True)
 
 
 async def flat_out(target: Publisher, events: list[Any], count: int) -> float:

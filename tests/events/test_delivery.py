@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from event_tools import ScriptedSink, assert_counters_add_up, scripted, until
 
+from bgtasks.errors import InvalidOptionError
 from bgtasks.events import Publisher, Reject, Retry
 from bgtasks.events import _delivery as delivery_module
 
@@ -62,22 +63,99 @@ async def test_retry_after_sets_the_delay():
     await publisher.close()
 
 
-def test_delays_double_with_full_jitter_between_50_ms_and_30_s(monkeypatch):
-    """Delays have the documented bounds."""
-    monkeypatch.setattr(delivery_module, "FIRST_DELAY", 0.05)
-    monkeypatch.setattr(delivery_module, "LONGEST_DELAY", 30.0)
-    asked = []
-    monkeypatch.setattr(random, "uniform", lambda low, high: asked.append((low, high)) or 0.0)
-    publisher = scripted([Retry()] * 14)
+class Unreachable(ScriptedSink):
+    """Cannot be opened while ``is_down``."""
+
+    is_down = True
+
+    async def open(self):
+        self.opened += 1
+        if self.is_down:
+            raise ConnectionError("no server at this address")
+
+
+def bounds_of_delays(monkeypatch, publisher, tries, *, flushes=False):
+    """Return the bounds of the delays after a number of failed tries, of which each is chosen at random."""
+    bounds = []
+    tried = asyncio.Event()
+
+    def uniform(low, high):
+        bounds.append((low, high))
+        if len(bounds) == tries:
+            publisher.sink.is_down = False
+            tried.set()
+        return 0.0
+
+    monkeypatch.setattr(random, "uniform", uniform)
 
     async def main():
         publisher.emit({"number": 1})
+        if flushes:
+            await publisher.flush()
+        await tried.wait()
         await publisher.close()
 
     asyncio.run(main())
-    assert [low for low, _ in asked] == [0] * 14
-    assert [high for _, high in asked][:4] == [0.05, 0.1, 0.2, 0.4]
-    assert [high for _, high in asked][-2:] == [30.0, 30.0]
+    assert [low for low, _ in bounds] == [0] * tries
+    return [high for _, high in bounds]
+
+
+def test_delays_double_with_full_jitter_up_to_a_longest(monkeypatch):
+    """Delays have the documented bounds: of a failed write, of a sink that cannot be opened, and during a flush."""
+    monkeypatch.undo()
+    bounds = bounds_of_delays(monkeypatch, scripted([Retry()] * 10), 10)
+    assert bounds == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0]
+    bounds = bounds_of_delays(monkeypatch, scripted(sink=Unreachable), 8)
+    assert bounds == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
+    bounds = bounds_of_delays(monkeypatch, scripted([Retry()] * 5), 5, flushes=True)
+    assert bounds == [0.05, 0.1, 0.2, 0.3, 0.3]
+
+
+def failing_writes(is_up):
+    """Return a script by which each write fails until the event is set."""
+
+    async def fail(batch, batch_id):
+        if not is_up.is_set():
+            raise Retry
+
+    return [fail] * 100_000
+
+
+@pytest.mark.parametrize("spool", [False, True], ids=["", "spool"])
+@pytest.mark.parametrize("end", ["flush", "close"])
+@pytest.mark.parametrize("fault", ["open", "write"])
+async def test_flush_and_close_try_at_once(fault, end, spool, monkeypatch):
+    """A flush or close does not sleep through a delay: the sink that is up again gets everything."""
+    # Without a flush, the next try is an hour away.
+    monkeypatch.setattr(random, "uniform", lambda low, high: high if delivery.is_urgent else 3600.0)
+    is_up = asyncio.Event()
+    options = {"batch": 2, "spool": ListSpool()} if spool else {"batch": 2}
+    sink = Unreachable if fault == "open" else ScriptedSink
+    publisher = scripted(failing_writes(is_up), sink=sink, **options)
+    delivery = publisher._delivery
+    for number in range(4):
+        publisher.emit(b"%d" % number)
+    await until(lambda: publisher.stats()["retried"] == 1)
+    ending = asyncio.ensure_future(getattr(publisher, end)(20))
+    # Still down when the flush begins, it keeps trying.
+    await until(lambda: publisher.stats()["retried"] >= 4)
+    is_up.set()
+    publisher.sink.is_down = False
+    assert (await ending)["status"] == "flushed"
+    assert publisher.sink.events == [b"0", b"1", b"2", b"3"]
+    await publisher.close()
+
+
+async def test_a_flush_waits_for_the_time_that_the_sink_asked_for():
+    """Retry(after=...) holds in a flush as well; the next flush does not shorten it."""
+    publisher = scripted([Retry(after=0.2)])
+    publisher.emit(b"1")
+    await until(lambda: publisher.stats()["retried"] == 1)
+    begun = time.monotonic()
+    while publisher.stats()["queue_events"]:
+        await publisher.flush(0.02)
+    assert time.monotonic() - begun >= 0.15
+    await publisher.close()
 
 
 async def test_a_batch_is_given_up_after_retry_for_and_others_go_on(tmp_path):
@@ -410,3 +488,179 @@ async def test_a_cancelled_flusher_neither_loses_nor_repeats_spooled_batches():
     first = list(dict.fromkeys(publisher.sink.events))
     assert first == [b"%d" % number for number in range(200)]
     assert spool.rows == {}
+
+
+async def test_overflow_spool_goes_to_the_disk_when_the_queue_is_half_full():
+    """A healthy sink that is too slow costs no event: those that it cannot take in time wait on the disk, in order."""
+    spool = ListSpool()
+
+    async def take_long(batch, batch_id):
+        await asyncio.sleep(0.02)
+
+    publisher = scripted([take_long] * 100_000, spool=spool, overflow="spool", batch=10, max_events=200)
+    await publisher.start()
+    await until(lambda: publisher._store.is_empty)
+    # Five times as many as the sink takes.
+    for first in range(0, 4000, 25):
+        for number in range(first, first + 25):
+            assert publisher.emit(b"%d" % number)
+        await asyncio.sleep(0.005)
+    assert spool.appended
+    assert publisher.stats()["refused"] == {}
+    publisher.sink.script.clear()
+    assert (await publisher.close(20))["status"] == "flushed"
+    assert publisher.sink.events == [b"%d" % number for number in range(4000)]
+    assert_counters_add_up(publisher.stats())
+
+
+async def test_a_queue_that_fills_ends_the_wait_for_a_slow_write():
+    """While one write takes long, events go to the disk as soon as the queue is half full, not when patience ends."""
+    spool = ListSpool()
+    gate = asyncio.Event()
+
+    async def wait(batch, batch_id):
+        await gate.wait()
+
+    publisher = scripted([wait], spool=spool, overflow="spool", batch=10, max_events=200)
+    await publisher.start()
+    await until(lambda: publisher._store.is_empty)
+    publisher.emit(b"0")
+    await until(lambda: publisher.sink.calls)
+    for number in range(1, 121):
+        publisher.emit(b"%d" % number)
+    async with asyncio.timeout(0.2):  # patience is 0.25 s
+        await until(lambda: len(spool.appended) >= 12)
+    gate.set()
+    await publisher.close(20)
+    assert sorted(publisher.sink.events, key=int) == publisher.sink.events == [b"%d" % number for number in range(121)]
+
+
+class PoisonedSink(ScriptedSink):
+    """Breaks the connection at each batch with a bad event; knows the ids of batches."""
+
+    def __init__(self, script=()):
+        super().__init__(script)
+        self.ids = set()
+        self.is_down = False
+
+    async def open(self):
+        if self.is_down:
+            raise ConnectionError("no server")
+
+    async def write(self, batch, batch_id):
+        self.calls.append((batch_id, list(batch)))
+        if b"bad" in batch:
+            raise ConnectionResetError("connection reset by peer")
+        assert batch_id not in self.ids
+        self.ids.add(batch_id)
+        self.events.extend(batch)
+
+
+@pytest.mark.parametrize("spool", [False, True], ids=["", "spool"])
+async def test_a_poison_event_is_isolated(spool, tmp_path):
+    """After max_attempts a batch is halved, until the bad event is alone; all others arrive once."""
+    options = {"spool": ListSpool()} if spool else {}
+    publisher = scripted(sink=PoisonedSink, max_attempts=2, batch=100, dead_letters=tmp_path / "dead", **options)
+    events = [b"%d" % number for number in range(99)]
+    for event in [*events[:40], b"bad", *events[40:]]:
+        publisher.emit(event)
+    publisher.emit(b"behind")
+    report = await publisher.close(20)
+    assert report["status"] == "flushed"
+    assert publisher.sink.events == [*events, b"behind"]
+    assert publisher.stats()["dropped"] == {"retries_exhausted": 1}
+    assert_counters_add_up(publisher.stats())
+    (letter,) = map(msgspec.json.decode, (tmp_path / "dead").read_bytes().splitlines())
+    assert (letter["event"], letter["error"]) == ("bad", "ConnectionResetError: connection reset by peer")
+    # Two tries of the batch and of each of its halves with the bad event.
+    assert Counter(batch_id for batch_id, batch in publisher.sink.calls if b"bad" in batch).most_common()[-1][1] == 2
+
+
+async def test_an_outage_does_not_count_as_poison():
+    """Tries to open the sink, and Retry, are no attempts: nothing is halved or dropped."""
+    publisher = scripted([], sink=PoisonedSink, max_attempts=1, batch=4)
+    publisher.sink.is_down = True
+    for number in range(4):
+        publisher.emit(b"%d" % number)
+    await until(lambda: publisher.stats()["retried"] >= 5)
+    publisher.sink.is_down = False
+    await publisher.close(20)
+    assert [batch for _, batch in publisher.sink.calls] == [[b"0", b"1", b"2", b"3"]]
+
+    publisher = scripted([Retry()] * 5, max_attempts=1, batch=4)
+    for number in range(4):
+        publisher.emit(b"%d" % number)
+    await publisher.close(20)
+    assert {len(batch) for _, batch in publisher.sink.calls} == {4}
+    assert publisher.stats()["delivered"] == 4
+
+
+class ConfirmingSink(ScriptedSink):
+    """Takes all events but the last of each batch, then fails; says which it took."""
+
+    hangs = False
+
+    async def write(self, batch, batch_id):
+        self.calls.append((batch_id, list(batch)))
+        if self.hangs:
+            await asyncio.Event().wait()
+        raise OSError("no confirmation")
+
+    def written(self, batch_id):
+        (batch,) = [batch for each, batch in self.calls if each == batch_id][:1]
+        return [0, 1, 99] if len(batch) == 3 else []
+
+
+@pytest.mark.parametrize("end", ["given up", "closed", "cancelled"])
+async def test_events_that_are_in_are_delivered_though_their_batch_is_given_up(end, tmp_path):
+    """A sink that confirms single events says which are in: they are neither dropped nor dead letters."""
+    retry_for = 0.0 if end == "given up" else 60.0
+    publisher = scripted(sink=ConfirmingSink, retry_for=retry_for, batch=3, linger=0.05, dead_letters=tmp_path / "dead")
+    publisher.sink.hangs = end == "cancelled"
+    waiting = [asyncio.create_task(publisher.publish(b"%d" % number, durable=True)) for number in range(3)]
+    await until(lambda: publisher.sink.calls)
+    if end == "given up":
+        await until(lambda: publisher.stats()["dropped"])
+    # Long enough for the thread that writes the dead letters.
+    await publisher.close(1.5)
+    reason = "retries_exhausted" if end == "given up" else "timeout"
+    assert publisher.stats()["dropped"] == {reason: 1}
+    assert publisher.stats()["delivered"] == 2
+    assert_counters_add_up(publisher.stats())
+    assert await asyncio.gather(*waiting) == [True, True, False]
+    letters = [msgspec.json.decode(line) for line in (tmp_path / "dead").read_bytes().splitlines()]
+    assert [letter["event"] for letter in letters] == ["2"]
+
+
+@pytest.mark.parametrize("method", ["open", "write"])
+async def test_a_sink_that_hangs_is_shown(method, monkeypatch):
+    """Before any timeout of the sink: the state, the call that hangs, and the age of the event in flight."""
+    monkeypatch.setattr(delivery_module, "STALLED_AFTER", 0.05)
+    gate = asyncio.Event()
+
+    class Hanging(ScriptedSink):
+        async def open(self):
+            if method == "open":
+                await gate.wait()
+
+        async def write(self, batch, batch_id):
+            await gate.wait()
+            await super().write(batch, batch_id)
+
+    publisher = scripted(sink=Hanging)
+    publisher.emit(b"1")
+    await until(lambda: publisher.stats()["state"] == "stalled")
+    stats = publisher.stats()
+    assert stats["last_error"].startswith(f"{method} of Hanging has not returned for ")
+    assert stats["oldest_age_seconds"] >= 0.05
+    report = await publisher.flush(0.01)
+    assert "has not returned" in report["last_error"]
+    gate.set()
+    await publisher.close(20)
+    assert publisher.stats()["last_error"] is None
+
+
+def test_a_wrong_max_attempts_is_refused():
+    """It is a whole number, or None."""
+    with pytest.raises(InvalidOptionError, match="max_attempts"):
+        scripted(max_attempts=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import weakref
@@ -31,10 +32,17 @@ class Calls:
         self.losses += 1
 
 
-def make(module, max_events=10, max_bytes=1 << 20, max_event_bytes=1 << 20, drop_oldest=False, calls=None):
+def weightless(event):
+    """Return 0 for the memory of any event."""
+    return 0
+
+
+def make(
+    module, max_events=10, max_bytes=1 << 20, max_event_bytes=1 << 20, drop_oldest=False, calls=None, measure=weightless
+):
     """Return a queue."""
     calls = calls or Calls()
-    return module.EventQueue(max_events, max_bytes, max_event_bytes, drop_oldest, calls.on_due, calls.on_loss)
+    return module.EventQueue(max_events, max_bytes, max_event_bytes, drop_oldest, calls.on_due, calls.on_loss, measure)
 
 
 @pytest.fixture
@@ -316,7 +324,7 @@ def test_wrong_arguments_are_type_errors(module, index):
     arguments = [10, 10, 10]
     arguments[index] = "ten"
     with pytest.raises(TypeError):
-        module.EventQueue(*arguments, False, int, int).emit(b"x")
+        module.EventQueue(*arguments, False, int, int, weightless).emit(b"x")
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -469,3 +477,26 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_a_queue_that_waits_for_a_loop_calls_only_where_one_runs(module):
+    """Events outside of loops cost no call; the first one on a loop does, until a flusher has armed the queue."""
+    calls = Calls()
+    queue = make(module, max_events=1000, calls=calls)
+    queue.arm_loop()
+    for number in range(200):
+        assert queue.emit(number)
+    assert calls.due == 0
+
+    async def emit_on_loop():
+        assert queue.emit("a")
+        assert queue.emit("b")
+
+    asyncio.run(emit_on_loop())
+    assert calls.due == 2
+    assert not queue.arm(300, 0)
+    asyncio.run(emit_on_loop())
+    assert calls.due == 2
+    for number in range(200):
+        queue.emit(number)
+    assert calls.due == 3

@@ -299,7 +299,7 @@ def test_the_queue_calls_again_at_the_next_event_if_its_call_failed(queue_of_twi
         if len(calls) == 1:
             raise error
 
-    queue = queue_of_twin.EventQueue(100, 1 << 20, 1 << 20, False, on_due, lambda: None)
+    queue = queue_of_twin.EventQueue(100, 1 << 20, 1 << 20, False, on_due, lambda: None, lambda _: 0)
     with pytest.raises(error):
         queue.emit(b"one")
     assert len(queue) == 1

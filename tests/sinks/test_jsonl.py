@@ -102,11 +102,73 @@ async def test_files_rotate_by_size_and_old_ones_are_deleted(tmp_path, path):
     async with JsonlSink(path, rotate_bytes=100, keep=2) as sink:
         for number in range(100):
             await sink.write(numbered(number), f"id-{number}")
-    files = [tmp_path / "events.jsonl.2", tmp_path / "events.jsonl.1", path]
+    last = max(int(file.suffix[1:]) for file in tmp_path.iterdir() if file != path)
+    files = [tmp_path / f"events.jsonl.{last - 1}", tmp_path / f"events.jsonl.{last}", path]
     assert sorted(tmp_path.iterdir()) == sorted(files)
     assert all(file.stat().st_size <= 100 for file in files)
     numbers = numbers_in(*files)
     assert numbers == list(range(100 - len(numbers), 100))
+
+
+async def test_rotation_continues_the_numbers_of_earlier_files(tmp_path, path):
+    """No file of an earlier process is overwritten; those that are too many are deleted, other files are not."""
+    for name in ("1", "7", "8", "9", "old", "007x"):
+        (tmp_path / f"events.jsonl.{name}").write_text('{"n":0}\n')
+    async with JsonlSink(path, rotate_bytes=8, keep=3) as sink:
+        for number in range(1, 4):
+            await sink.write(numbered(number), f"id-{number}")
+    found = {file.name.removeprefix("events.jsonl") for file in tmp_path.iterdir()}
+    assert found == {"", ".9", ".10", ".11", ".old", ".007x"}
+    assert numbers_in(tmp_path / "events.jsonl.10", tmp_path / "events.jsonl.11", path) == [1, 2, 3]
+
+
+async def test_rotation_renames_one_file_only(tmp_path, path, monkeypatch):
+    """The work of a rotation does not grow with the number of files."""
+    moves = []
+    replace = os.replace
+    monkeypatch.setattr(_line_file.os, "replace", lambda old, new: moves.append(replace(old, new)))
+    async with JsonlSink(path, rotate_bytes=8, keep=1000) as sink:
+        for number in range(50):
+            await sink.write(numbered(number % 10), f"id-{number}")
+    assert len(moves) == 49
+    assert len(list(tmp_path.iterdir())) == 50
+
+
+@pytest.mark.parametrize("change", ["renamed", "removed", "truncated", "replaced"])
+async def test_changes_by_other_programs_are_noticed(tmp_path, path, change):
+    """Logrotate renames the file, or copies and truncates it: no event is lost, and none goes where nobody looks."""
+    moved = tmp_path / "moved"
+    async with JsonlSink(path, rotate_bytes=200) as sink:
+        await sink.write(numbered(1, 2), "id-1")
+        if change == "renamed":
+            path.rename(moved)
+        elif change == "removed":
+            path.unlink()
+        elif change == "truncated":
+            moved.write_bytes(path.read_bytes())
+            os.truncate(path, 0)
+        else:
+            path.rename(moved)
+            path.write_bytes(b'{"n":9}\n{"half')
+        await sink.write(numbered(3), "id-2")
+        await sink.write(numbered(4), "id-3")
+    assert numbers_in(path) == ([9, 3, 4] if change == "replaced" else [3, 4])
+    if change != "removed":
+        assert numbers_in(moved) == [1, 2]
+    assert not list(tmp_path.glob("events.jsonl.*"))
+
+
+async def test_a_failed_write_to_a_truncated_file_leaves_no_gap(path, monkeypatch):
+    """What is undone is cut off at the present end of the file, not at the one before the truncation."""
+    async with JsonlSink(path) as sink:
+        await sink.write(numbered(*range(50)), "id-1")
+        os.truncate(path, 0)
+        with monkeypatch.context() as patched:
+            patched.setattr(_line_file.os, "write", lambda descriptor, data: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await sink.write(numbered(1), "id-2")
+        await sink.write(numbered(1), "id-2")
+    assert path.read_bytes() == b'{"n":1}\n'
 
 
 def test_files_rotate_by_age(tmp_path, monkeypatch):

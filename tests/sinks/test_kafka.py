@@ -120,3 +120,10 @@ def test_an_option_outside_its_values_is_refused(options, text):
     """Settings that librdkafka does not know are refused by name when the sink is made."""
     with pytest.raises(InvalidOptionError, match=text):
         KafkaSink(**options)
+
+
+def test_the_client_reconnects_within_a_second(kafka_broker):
+    """By default, librdkafka waits for up to ten seconds between its tries; the options of the user win."""
+    assert KafkaSink(kafka_broker.url, topic="x")._settings["reconnect.backoff.max.ms"] == 1000
+    own = KafkaSink(kafka_broker.url, topic="x", config={"reconnect.backoff.max.ms": 5000})
+    assert own._settings["reconnect.backoff.max.ms"] == 5000

@@ -33,6 +33,13 @@ async def make_stream(server: NatsServer, name: str, **config) -> None:
     await client.close()
 
 
+def test_a_url_of_another_kind_is_refused():
+    """The message names the schemes that there are."""
+    with pytest.raises(InvalidOptionError, match="begins with nats://, tls://, ws://, wss://; got http://"):
+        NatsSink("http://localhost:4222")
+    NatsSink("localhost:4222")
+
+
 async def test_jetstream_has_each_event_once_and_in_order(nats_server, name):
     """Each event is a message with an id; its body is the encoded event."""
     await make_stream(nats_server, name)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import uuid
 
 import pytest
 from arrivals import arrived, emit_numbers, in_rabbitmq, numbers_in
 from cutting_proxy import CuttingProxy
-from event_tools import has_failed
+from event_tools import has_failed, until
 from requirements import need
 from servers import free_port, make_queue
 
 from bgtasks.errors import InvalidOptionError
 from bgtasks.events import Publisher
 from bgtasks.events.errors import Reject, SinkError
+from bgtasks.events.sinks import rabbitmq as rabbitmq_module
 from bgtasks.events.sinks.rabbitmq import RabbitMQSink
 
 aio_pika = need("aio_pika")
@@ -169,3 +172,64 @@ def test_an_option_outside_its_values_is_refused(options, text):
     """The error names the option when the sink is made."""
     with pytest.raises(InvalidOptionError, match=text):
         RabbitMQSink(**options)
+
+
+async def test_an_unknown_virtual_host_is_named(rabbit_server):
+    """The broker's refusal says what is wrong with the URL."""
+    url = f"amqp://guest:guest@127.0.0.1:{rabbit_server.port}/no%20where"
+    with pytest.raises(SinkError, match="there is no virtual host 'no where', or this user may not use it"):
+        await RabbitMQSink(url).open()
+
+
+@pytest.mark.loops("asyncio")
+async def test_an_outage_is_one_line_in_the_log(rabbit_server, name, caplog):
+    """The publisher logs it; aiormq's own records of the sink's connections are hidden, those of others are not."""
+    caplog.set_level(logging.INFO)
+    queue = await make_queue(rabbit_server.url, name)
+    async with CuttingProxy(rabbit_server.port) as proxy:
+        url = f"amqp://guest:guest@127.0.0.1:{proxy.port}/"
+        publisher = Publisher(RabbitMQSink(url, routing_key=queue))
+        publisher.emit({"number": 0})
+        await publisher.flush(20)
+        proxy.refuse()
+        publisher.emit({"number": 1})
+        await until(lambda: publisher.stats()["retried"] >= 4)
+        with pytest.raises(aio_pika.exceptions.AMQPConnectionError):
+            await aio_pika.connect(url)
+        await publisher.close(0.2)
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.name for record in warnings] == ["bgtasks.events", "aiormq.connection", "bgtasks.events"]
+    assert ["cannot write" in warnings[0].message, "loses events" in warnings[2].message] == [True, True]
+
+
+@pytest.mark.parametrize("envelope", [False, True])
+async def test_confirmed_messages_of_a_batch_that_is_given_up_are_delivered(
+    rabbit_server, name, tmp_path, monkeypatch, envelope
+):
+    """They are in the queue, so they are neither dropped nor dead letters."""
+    monkeypatch.setattr(rabbitmq_module, "ENVELOPE_LIMIT", 60)
+    queue = await make_queue(rabbit_server.url, name)
+    sink = RabbitMQSink(rabbit_server.url, routing_key=queue, envelope=envelope)
+    publisher = Publisher(sink, linger=0.05, retry_for=0.0, dead_letters=tmp_path / "dead")
+    publish = sink._publish
+
+    async def publish_most(message_id, body, *arguments):
+        if b'"number":7' in body:
+            raise RuntimeError("no confirmation")
+        await publish(message_id, body, *arguments)
+
+    monkeypatch.setattr(sink, "_publish", publish_most)
+    for number in range(8):
+        publisher.emit({"number": number})
+    await publisher.close(20)
+    numbers = [
+        json.loads(line)["number"]
+        for message in await in_rabbitmq(rabbit_server.url, queue)
+        for line in message.body.splitlines()
+    ]
+    letters = [json.loads(json.loads(line)["event"])["number"] for line in (tmp_path / "dead").read_text().splitlines()]
+    assert 7 in letters
+    assert sorted(numbers + letters) == list(range(8))
+    stats = publisher.stats()
+    assert (stats["delivered"], stats["dropped"]) == (len(numbers), {"retries_exhausted": len(letters)})
+    assert len(numbers) >= 4

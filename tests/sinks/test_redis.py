@@ -294,3 +294,23 @@ def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(InvalidOptionError) as caught:
         RedisSink("redis:/user:secret@host")
     assert "secret" not in str(caught.value)
+
+
+async def test_a_missing_password_is_named(start_server):
+    """The server's own text does not say that a password is missing."""
+    server = start_server(RedisServer, password="secret")
+    with pytest.raises(SinkError, match="it demands a password; put it into the URL"):
+        await RedisSink(f"redis://127.0.0.1:{server.port}").open()
+
+
+async def test_missing_rights_are_named(start_server):
+    """A user who may run neither scripts nor transactions is told which rights to ask for; later it works."""
+    server = start_server(RedisServer)
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        await client.execute_command("ACL", "SETUSER", "ann", "on", ">word", "~*", "+ping")
+        async with RedisSink(f"redis://ann:word@127.0.0.1:{server.port}") as sink:
+            with pytest.raises(Retry, match=r"'evalsha' command; .*'watch' command. Grant \+evalsha \+eval"):
+                await sink.write([b"1"], "1")
+            await client.execute_command("ACL", "SETUSER", "ann", "+@all")
+            await sink.write([b"1"], "1")
+            assert sink._is_scripted

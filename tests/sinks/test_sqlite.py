@@ -57,6 +57,32 @@ async def test_fields_can_be_queried(path):
     assert query(path, "SELECT json_extract(event, '$.order') FROM events") == [(42,)]
 
 
+NO_JSON = ["", "no JSON", "1 2", '{"a":1}x', "[1", "2]", "3,4", "NaN", '"\x01"', "[" * 5000]
+
+
+@pytest.mark.parametrize("has_msgspec", [True, False], ids=["msgspec", "json"])
+@pytest.mark.parametrize("rows", ["event", "batch"])
+async def test_bytes_that_are_no_json_do_not_break_queries(path, rows, has_msgspec, monkeypatch):
+    """They are stored as JSON strings; JSON of any form stays as it is."""
+    if not has_msgspec:
+        monkeypatch.setitem(sys.modules, "msgspec", None)
+    good = ['{"name":"ann"}', ' {"name": "bob"}', '{"name":"\\ud800"}', "17"]
+    events = [*good, *NO_JSON, '{"name":"cyd"}']
+    async with SqliteSink(path, rows=rows) as sink:
+        await sink.write([event.encode() for event in events], "batch-1")
+        await sink.write([b'{"name":"dan"}'], "batch-2")
+    if rows == "event":
+        assert texts(path)[:4] == good
+        assert query(path, "SELECT count(*) FROM events WHERE json_extract(event, '$.name') = 'cyd'") == [(1,)]
+        assert query(path, "SELECT json_extract(event, '$') FROM events LIMIT 10 OFFSET 4") == [
+            (text,) for text in NO_JSON
+        ]
+    else:
+        values = query(path, "SELECT value FROM events, json_each(events.events) ORDER BY batch, id")
+        assert [value for (value,) in values[4:14]] == NO_JSON
+        assert len(values) == len(events) + 1
+
+
 @pytest.mark.parametrize("rows", ["event", "batch"])
 async def test_a_batch_that_is_written_again_is_there_once(path, rows):
     """A batch whose id is in the table is not written, by the same sink or by another one on the file."""

@@ -44,6 +44,11 @@ class CuttingProxy:
         for writer in self._writers:
             writer.transport.abort()
 
+    def refuse(self) -> None:
+        """Break all connections, and accept no further ones."""
+        self._server.close()
+        self.cut()
+
     async def cut_again_and_again(self, every: float) -> None:
         """Cut at an interval in seconds, until cancelled."""
         while True:

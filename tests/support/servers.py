@@ -223,14 +223,16 @@ class NatsServer(Server):
     Args:
         folder: an empty directory for its data and its log.
         token: the token of clients, or None.
+        options: further arguments of ``nats-server``.
 
     """
 
     program = "nats-server"
 
-    def __init__(self, folder: Path, *, token: str | None = None) -> None:
+    def __init__(self, folder: Path, *, token: str | None = None, options: tuple[str, ...] = ()) -> None:
         super().__init__(folder)
         self.token = token
+        self.options = options
 
     @property
     def url(self) -> str:
@@ -241,7 +243,7 @@ class NatsServer(Server):
     def arguments(self) -> list[str]:
         """Listen on the loopback address only."""
         login = ["--auth", self.token] if self.token else []
-        return ["-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.folder / "data"), *login]
+        return ["-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.folder / "data"), *login, *self.options]
 
     def is_ready(self) -> bool:
         """Return whether it greets clients, which it does after JetStream has recovered."""

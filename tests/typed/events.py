@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, assert_type
@@ -108,6 +108,7 @@ def options(manager: BackgroundTaskManager, spool: Spool, overflow: EventOverflo
         inflight=2,
         overflow=overflow,
         retry_for=None,
+        max_attempts=5,
         spool=None,
         dead_letters=Path("dead"),
         encode="now",
@@ -162,6 +163,9 @@ async def looking(publisher: Publisher) -> None:
     """What a publisher hands out is typed, with the units in the names."""
     assert_type(publisher.name, str)
     assert_type(publisher.sink, Sink)
+    assert_type(publisher.is_durable, bool)
+    assert_type(publisher.sink.is_durable, bool)
+    assert_type(publisher.sink.written("batch-1"), Collection[int])
     stats = publisher.stats()
     assert_type(stats, PublisherStats)
     assert_type(stats["state"], PublisherState)

@@ -10,6 +10,7 @@ from typing import Any
 
 from bgtasks.errors import text_of
 from bgtasks.events._dead_letters import DeadLetters
+from bgtasks.events._durable import DurableEvent, set_outcomes
 from bgtasks.events._encoding import Encoder
 from bgtasks.events._event_queue import EventQueue
 from bgtasks.events._health import Health
@@ -33,14 +34,19 @@ class Batch:
     """A batch on its way. Events that are accounted for leave it: a later flusher can resume where one was cancelled.
 
     ``parts`` are still to be written, as (id, payloads), the next one last. ``failing_since`` is the time of the first
-    failed try, on the monotonic clock. ``position`` is the number of events that had left the queue before it. None of
-    its events was emitted before ``since``, on the loop's clock. Both are used only if batches may overtake each other.
+    failed try, on the monotonic clock. ``is_held`` is whether the sink itself set the time of the next one,
+    ``has_durable`` whether the outcome of one of its events is waited for. ``attempts`` counts the failed writes of the
+    next part to an open sink. None of its events was emitted before ``since``, on the loop's clock. ``position`` is the
+    number of events that had left the queue before it; it is used only if batches may overtake each other.
     """
 
     batch_id: str
     parts: list[tuple[str, Sequence[Any]]]
     tries: int = 0
     failing_since: float | None = None
+    is_held: bool = False
+    has_durable: bool = False
+    attempts: int = 0
     position: int = 0
     since: float = 0.0
 
@@ -48,6 +54,18 @@ class Batch:
     def of(cls, batch_id: str, payloads: Sequence[Any], position: int = 0, since: float = 0.0) -> Batch:
         """Return a new batch of one part."""
         return cls(batch_id, [(batch_id, payloads)], position=position, since=since)
+
+    def halve(self) -> None:
+        """Replace the next part by its halves, always the same ones with the same ids: the sink may know them."""
+        part_id, payloads = self.parts[-1]
+        middle = len(payloads) // 2
+        self.parts[-1:] = [(f"{part_id}.1", payloads[middle:]), (f"{part_id}.0", payloads[:middle])]
+        self.attempts = 0
+
+    def set_outcomes(self, payloads: Sequence[Any], outcome: str) -> None:
+        """Note the outcome of events for the coroutines that wait for it."""
+        if self.has_durable:
+            set_outcomes(payloads, outcome)
 
     def events(self) -> int:
         """Return the number of events that are not accounted for yet."""
@@ -83,6 +101,8 @@ class Batcher:
         self._limits = limits
         self._health = health
         self._dead_letters = dead_letters
+        # Whether there may be events whose outcome is waited for.
+        self.has_receipts = False
         self.renew_ids()
 
     def renew_ids(self) -> None:
@@ -104,6 +124,7 @@ class Batcher:
 
         There may be several batches: the sizes of the events were estimates when they were popped.
         """
+        has_durable = self.has_receipts and any(type(event) is DurableEvent for event in events)
         payloads, total_bytes, failed = self._encoder.encode_batch(events)
         if payloads and type(events[0]) is not bytes:
             self._queue.add_mean(total_bytes // len(payloads))
@@ -116,6 +137,8 @@ class Batcher:
             Batch.of(f"{self._publisher_id}-{next(self._numbers)}", part, position, since)
             for part in self._split(payloads, total_bytes)
         ]
+        for batch in batches:
+            batch.has_durable = has_durable
         unfit: list[Unfit] = []
         if failed:
             unfit.append(Unfit([event for event, _ in failed], "encode", failed[0][1]))

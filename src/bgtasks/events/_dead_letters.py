@@ -26,7 +26,8 @@ WARNING_INTERVAL: Final = 5.0
 class DeadLetters:
     """Keeps events that were given up, each with the reason, the error, its batch and the time.
 
-    The file is bounded: at 64 MiB it is renamed to ``PATH.1`` and a new one is started.
+    The file is bounded: at 64 MiB it is renamed to ``PATH.N``, the next number, and a new one is started. Only the
+    newest renamed file is kept.
 
     Args:
         path: the file; None to keep nothing.

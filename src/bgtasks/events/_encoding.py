@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from bgtasks.errors import describe, missing_extra, text_of
+from bgtasks.events._durable import DurableEvent
 from bgtasks.events.errors import EncodeError
 
 __all__ = ["Encoder", "JsonEncoder", "NoEncoder"]
@@ -61,7 +62,12 @@ class JsonEncoder:
         except ModuleNotFoundError as error:
             raise missing_extra("events", "msgspec", "publish events") from error
         self._encode_json = msgspec.json.Encoder(enc_hook=_encode_nested).encode
-        self._by_type: dict[type, Callable[[Any], bytes]] = {bytes: _as_is, bytearray: bytes, memoryview: bytes}
+        self._by_type: dict[type, Callable[[Any], bytes]] = {
+            bytes: _as_is,
+            DurableEvent: _as_is,
+            bytearray: bytes,
+            memoryview: bytes,
+        }
 
     def encode(self, event: object) -> bytes:
         """Return the JSON of one event.

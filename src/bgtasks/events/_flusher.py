@@ -126,11 +126,11 @@ class Flusher:
 
     def oldest_age(self) -> float:
         """Return an upper bound of the age of the oldest queued event, in seconds."""
-        linger, loop, oldest = self._linger, self._loop, self._pending.oldest()
+        linger, loop, oldest = self._linger, self._loop, self._pending.since()
         if linger is None or loop is None:
             since_when = self._waiting_since
             return 0.0 if since_when is None else time.monotonic() - since_when
-        since = linger.since if oldest is None else min(linger.since, oldest.since)
+        since = linger.since if oldest is None else min(linger.since, oldest)
         return max(loop.time() - since, 0.0)
 
     # -- starting and stopping ------------------------------------------------------------------------------------
@@ -174,16 +174,22 @@ class Flusher:
         return loop.is_running() or _get_running_loop() is None
 
     def _wait_for_loop(self) -> None:
-        if self._pending.is_needed and not self._is_stopped:
-            _waiting.add(self)
-            if self._waiting_since is None:
-                self._waiting_since = time.monotonic()
-            self._await_loop()
-        else:
+        """Send what is there in the thread, unless a loop comes along before; have the queue call accordingly."""
+        while self._is_stopped or not self._pending.is_needed:
             self._waiting_since = None
-        while self._queue.arm(len(self._queue) + 1, 0):
-            # Another thread emitted in between.
-            continue
+            if self._is_stopped or not self._queue.arm(1, 0):
+                return
+        _waiting.add(self)
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+        self._await_loop()
+        # The thread has a look in any case: events that are emitted where no loop runs need not call.
+        self._queue.arm_loop()
+        linger = self._linger
+        if linger is not None and self._is_alive():
+            # A life began meanwhile, in another thread, and this has replaced the call that it waits for.
+            with suppress(Exception):
+                linger.notify()
 
     def _await_loop(self) -> None:
         """Have the thread for programs without a loop look, if no loop comes along before."""
@@ -198,13 +204,15 @@ class Flusher:
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start on the thread's loop if there is something to do and no other loop that may do it."""
         self._is_awaited = False
-        if self._is_stopped or not self._pending.is_needed:
+        if self._is_stopped:
             return
         own, task, linger = self._loop, self._task, self._linger
-        if linger is None or own is None or own.is_closed() or task is None or task.done():
+        if linger is not None and own is not None and not own.is_closed() and task is not None and not task.done():
+            linger.notify()
+        elif self._pending.is_needed:
             self._start(loop)
         else:
-            linger.notify()
+            self._wait_for_loop()
 
     async def leave_thread(self) -> None:
         """End the life in the thread for programs without a loop, if there is one: the running loop is the better one.
@@ -296,8 +304,8 @@ class Flusher:
         if linger is not self._linger:
             return
         # The task was cancelled, by ``stop`` or from outside, or nothing was left to send in the thread.
+        self._waiting_since = time.monotonic() - self.oldest_age()
         self._linger = None
-        self._waiting_since = time.monotonic() - linger.age
         self._wait_for_loop()
         # A stopped flusher does not come back: the publisher spools or drops what is left.
         if self._pending.is_needed and not self._is_stopped and not loop_thread.is_on(task.get_loop()):
@@ -312,12 +320,25 @@ class Flusher:
             self.ensure_running()
 
     def hurry(self, urgent: bool) -> None:
-        """Make batches due at once, or let them linger again; from any thread."""
+        """Make batches due at once and retries frequent, or neither of them any more; from any thread."""
+        self._delivery.hurry(urgent)
         linger, loop = self._linger, self._loop
         if linger is not None and loop is not None:
             # A closed loop has nothing to hurry.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(linger.hurry, urgent)
+
+    def hurry_once(self) -> None:
+        """Make the queued events due at once; from any thread."""
+        linger, loop = self._linger, self._loop
+        if linger is None or loop is None:
+            return
+        if loop is _get_running_loop():
+            linger.hurry_once()
+        else:
+            # A closed loop has nothing to hurry.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(linger.hurry_once)
 
     async def stop(self, timeout: float) -> None:
         """Cancel the task and wait for its end; on its loop.
@@ -374,6 +395,8 @@ class Flusher:
                 resumed = time.perf_counter()
 
     async def _flush_once_more(self, route: Route) -> None:
+        was_urgent = self._delivery.is_urgent
+        self._delivery.hurry(True)
         try:
             async with asyncio.timeout(LAST_FLUSH):
                 while self._pending.is_needed:
@@ -386,6 +409,8 @@ class Flusher:
                 self._name,
                 self._queue.counters()["queue_events"],
             )
+        finally:
+            self._delivery.hurry(was_urgent)
 
 
 def _release_thread(_: asyncio.Task[None]) -> None:

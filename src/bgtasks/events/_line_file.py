@@ -25,15 +25,16 @@ FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0
 class LineFile:
     """Appends lines, all of a batch or none.
 
-    The first ``append`` opens the file and cuts off half a line that a crash left at its end. An open file is locked
-    (``flock``, where the system has it), or two processes would repair and rotate it at the same time. Not safe for
-    several threads at once.
+    The first ``append`` opens the file and cuts off half a line that a crash left at its end. If another program
+    renames, removes or truncates the file, the next ``append`` notices and goes on in a new one, or at its end. An open
+    file is locked (``flock``, where the system has it), or two processes would repair and rotate it at the same time.
+    Not safe for several threads at once.
 
     Args:
         path: the file, in an existing directory. ``{pid}`` stands for the id of the process.
         max_bytes: the size in bytes beyond which a file does not grow: it is rotated before. None for no limit.
         max_age: seconds after its opening at which a file is rotated; None for never.
-        backups: the number of rotated files to keep, ``PATH.1`` being the newest.
+        backups: the number of rotated files to keep: ``PATH.1`` is the first, and the newest has the highest number.
         fsync: sync each batch to the disk before ``append`` returns.
 
     """
@@ -55,8 +56,12 @@ class LineFile:
         self._descriptor = -1
         # The id of the process that opened the file.
         self._pid = 0
+        self._opened_path = ""
         self._file_bytes = 0
         self._opened_at = 0.0
+        # The number of the last renamed file, and the path that it belongs to.
+        self._number = 0
+        self._number_of: Path | None = None
         self.repaired_bytes = 0
 
     @property
@@ -75,9 +80,10 @@ class LineFile:
             return
         # In the child of a fork, closes the inherited descriptor; the lock stays with the parent.
         self.close()
-        descriptor = os.open(self.path, FLAGS, 0o666)
+        path = self.path
+        descriptor = os.open(path, FLAGS, 0o666)
         try:
-            _lock(descriptor, self.path)
+            _lock(descriptor, path)
             size = os.fstat(descriptor).st_size
             whole = _end_of_last_line(descriptor, size)
             if whole < size:
@@ -88,6 +94,7 @@ class LineFile:
             raise
         self._descriptor = descriptor
         self._pid = os.getpid()
+        self._opened_path = str(path)
         self._file_bytes = whole
         self._opened_at = time.monotonic()
 
@@ -102,9 +109,22 @@ class LineFile:
             return
         data = b"\n".join(lines) + b"\n"
         self.open()
+        if not self._is_in_place():
+            self.close()
+            self.open()
         if self._is_full(len(data)):
             self.rotate()
         self._write(data)
+
+    def _is_in_place(self) -> bool:
+        """Return whether the open file still has its path, and read its size: logrotate may have been there."""
+        status = os.fstat(self._descriptor)
+        self._file_bytes = status.st_size
+        try:
+            found = os.stat(self._opened_path)
+        except FileNotFoundError:
+            return False
+        return found.st_ino == status.st_ino and found.st_dev == status.st_dev
 
     def _is_full(self, more: int) -> bool:
         if not self._file_bytes:
@@ -135,7 +155,9 @@ class LineFile:
             self.close()
 
     def rotate(self) -> None:
-        """Rename the file to ``PATH.1``, older ones to the next number, and start a new one.
+        """Rename the file to ``PATH.N``, the next number, delete the oldest one of too many, and start a new file.
+
+        The work does not grow with the number of files: no other is renamed.
 
         Raises:
             OSError: a file cannot be renamed or opened; the next ``append`` opens the file that is there.
@@ -146,10 +168,22 @@ class LineFile:
         if not self._backups:
             path.unlink(missing_ok=True)
         else:
-            for number in range(self._backups - 1, -1, -1):
-                with suppress(FileNotFoundError):
-                    os.replace(_numbered(path, number), _numbered(path, number + 1))
+            number = self._next_number(path)
+            with suppress(FileNotFoundError):
+                os.replace(path, _numbered(path, number))
+                self._number = number
+            _numbered(path, number - self._backups).unlink(missing_ok=True)
         self.open()
+
+    def _next_number(self, path: Path) -> int:
+        """Return the number of the next renamed file; the first time, look for files of earlier processes."""
+        if self._number_of != path:
+            found = sorted(_numbers(path))
+            for number in found[: max(len(found) - self._backups, 0)]:
+                _numbered(path, number).unlink(missing_ok=True)
+            self._number = found[-1] if found else 0
+            self._number_of = path
+        return self._number + 1
 
     def close(self) -> None:
         """Close the file if it is open."""
@@ -159,7 +193,14 @@ class LineFile:
 
 
 def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name}.{number}") if number else path
+    return path.with_name(f"{path.name}.{number}")
+
+
+def _numbers(path: Path) -> list[int]:
+    """Return the numbers of the renamed files of a path."""
+    prefix = f"{path.name}."
+    endings = [name[len(prefix) :] for name in os.listdir(path.parent) if name.startswith(prefix)]
+    return [int(ending) for ending in endings if ending.isascii() and ending.isdigit()]
 
 
 def _lock(descriptor: int, path: Path) -> None:

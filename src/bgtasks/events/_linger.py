@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from asyncio.events import _get_running_loop
+from collections.abc import Callable
 from contextvars import Context
 
 from bgtasks.events._event_queue import EventQueue
@@ -54,7 +55,11 @@ class Linger:
         self._phase = _Phase.BUSY
         self._due: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        # Called on the loop for each further batch of events that comes while the flusher works.
+        self.on_busy: Callable[[], None] | None = None
         self._urgent = False
+        # Until the queue is empty.
+        self._soon = False
         # No event in the queue is older than this, on the loop's clock.
         self._since = loop.time() - waited
         self._arm_once_a_batch()
@@ -80,7 +85,7 @@ class Linger:
 
     async def wait(self) -> None:
         """Wait until a batch is due."""
-        if self._urgent and len(self._queue):
+        if (self._urgent or self._soon) and len(self._queue):
             return
         self._due = self._loop.create_future()
         self._phase = _Phase.IDLE
@@ -99,6 +104,13 @@ class Linger:
     def set_empty(self, at: float) -> None:
         """Note that the queue was empty at a time on the loop's clock."""
         self._since = at
+        self._soon = False
+
+    def hurry_once(self) -> None:
+        """Make what is queued due at once, full or not; on the flusher's loop."""
+        self._soon = True
+        if self._phase is _Phase.LINGERING:
+            self._finish()
 
     def hurry(self, urgent: bool) -> None:
         """Make every batch due at once, full or not, or let them linger again; on the flusher's loop."""
@@ -126,10 +138,12 @@ class Linger:
             self._finish()
         else:
             self._arm_once_a_batch()
+            if self.on_busy is not None:
+                self.on_busy()
 
     def _linger_on(self) -> None:
         left = self._since + self._linger - self._loop.time()
-        if self._urgent or left <= 0 or self._queue.arm(self._batch, self._batch_bytes):
+        if self._urgent or self._soon or left <= 0 or self._queue.arm(self._batch, self._batch_bytes):
             self._finish()
         else:
             # An empty context: the timer must not keep the context of the request that emitted first.

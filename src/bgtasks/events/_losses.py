@@ -69,11 +69,15 @@ class LossReporter:
         self._log()
 
     def _warn(self) -> None:
-        # Perhaps ``stop`` has logged it since this call was scheduled.
-        if self._timer is None and self._lost() > self._reported:
+        if self._timer is not None:
+            return
+        if self._lost() > self._reported:
             if not self._is_stopped:
                 self._look_again()
             self._log()
+        else:
+            # ``stop`` has reported them meanwhile.
+            self._queue.arm_loss()
 
     def _look_again(self) -> None:
         loop = asyncio.get_running_loop()

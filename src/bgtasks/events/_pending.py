@@ -8,6 +8,7 @@ from typing import Any
 
 from bgtasks._notifier import Notifier
 from bgtasks.events._batches import Batch, Batcher, Unfit
+from bgtasks.events._durable import Receipt
 from bgtasks.events._event_queue import EventQueue
 from bgtasks.events._linger import Linger
 
@@ -33,13 +34,14 @@ class Pending:
     def after_fork(self) -> None:
         """Start empty in the child of a fork: the parent keeps the batches."""
         self._batcher.renew_ids()
+        # Notified when counters have changed, and when the queue has capacity again. New before batches are destroyed,
+        # which would wake the parent's coroutines.
+        self.progress = Notifier()
+        self.capacity = Notifier()
         self.batches: deque[Batch] = deque()
         # Out of the queue and not encoded, because that was interrupted; and what is to be dropped of those that were.
         self._unencoded: list[Any] = []
         self._unfit: list[Unfit] = []
-        # Notified when counters have changed, and when the queue has capacity again.
-        self.progress = Notifier()
-        self.capacity = Notifier()
 
     def __bool__(self) -> bool:
         """Return True if a batch is not accounted for."""
@@ -64,6 +66,10 @@ class Pending:
     def queued(self) -> int:
         """The number of events in the queue."""
         return len(self._queue)
+
+    def is_crowded(self, share: float) -> bool:
+        """Return whether the queue is filled to more than a share of its capacity."""
+        return self._queue.is_over(share)
 
     def fill(self, linger: Linger, most: int = 1) -> None:
         """Move up to ``most`` batches out of the queue."""
@@ -125,6 +131,12 @@ class Pending:
                 return self.batches[0]
         return None
 
+    def since(self) -> float | None:
+        """Return a time, on the loop's clock, before which no pending event was emitted; None if there is none."""
+        with suppress(IndexError):
+            return self.batches[0].since or None
+        return None
+
     def in_order(self, count: int) -> int:
         """Return how many events, from the first accepted on, have all left, if ``count`` have left in any order.
 
@@ -134,6 +146,11 @@ class Pending:
         """
         oldest = self.oldest()
         return count if oldest is None else min(count, oldest.position)
+
+    def expect_durable(self) -> Receipt:
+        """Return the receipt for an event that is about to be emitted."""
+        self._batcher.has_receipts = True
+        return Receipt(self.on_progress)
 
     def on_progress(self) -> None:
         """Wake the coroutines that wait for the counters to change."""
@@ -156,6 +173,8 @@ class Pending:
         left, self.batches = list(self.batches), deque()
         for batch in left:
             self._queue.account(batch.events(), "timeout")
+            for _, payloads in batch.parts:
+                batch.set_outcomes(payloads, "timeout")
         unencoded, self._unencoded = self._unencoded, []
         if unencoded:
             self._queue.account(len(unencoded), "timeout")

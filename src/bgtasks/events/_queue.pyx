@@ -13,14 +13,24 @@ from cpython.contextvars cimport PyContextVar_Get
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 
+from asyncio.events import _get_running_loop as get_running_loop
+
 from bgtasks.events._guard import at_work
 
 NEVER = 1 << 62
 FIRST_MEAN = 256
+# The queue looks at the memory of an event when it has grown to this number, and then each time when it is four times
+# as long, or has grown by a number between these bounds: at most two for each mebibyte of ``max_bytes``, and at least
+# half of that, at random, so as not to meet every tenth event.
+FIRST_LOOK = 8
+LEAST_STRETCH = 4
+LONGEST_STRETCH = 128
 
 # C variables: a lookup in the module's dict would cost a tenth of an emit.
 cdef int64_t _NEVER = NEVER
+cdef int64_t _FIRST_LOOK = FIRST_LOOK
 cdef object _at_work = at_work
+cdef object _get_running_loop = get_running_loop
 
 cdef enum:
     # Slots of a new queue, a power of two; an emptied queue frees those beyond LARGEST_KEPT.
@@ -48,15 +58,17 @@ cdef class EventQueue:
     """A bounded first-in, first-out queue of events, with counters; any thread may fill it.
 
     Args:
-        max_events: how many events it holds at most.
-        max_bytes: how many bytes it holds at most. An event that is ``bytes`` counts with its length, any other with
-            the mean length of those encoded so far.
-        max_event_bytes: an event of ``bytes`` longer than this is refused alone.
-        drop_oldest: at a bound, drop the oldest events instead of refusing the new one.
-        on_due: called without arguments, by whichever thread emits, when the number given to ``arm`` is reached. Once
-            for each ``arm``; if it raises, again at the next event.
-        on_loss: called without arguments when events were refused or dropped, once for each ``arm_loss``; if it raises,
-            again at the next loss.
+        max_events: the maximum number of queued events.
+        max_bytes: the maximum number of queued bytes. A ``bytes`` event counts with its length, any other with the
+            mean length of the events encoded so far or three quarters of the mean ``measure``, whichever is more.
+        max_event_bytes: a ``bytes`` event longer than this is refused.
+        drop_oldest: when the queue is full, drop the oldest events instead of refusing the new one.
+        on_due: called without arguments, by the emitting thread, when the number given to ``arm`` is reached; once
+            per ``arm``. If it raises, it is called again at the next event.
+        on_loss: called without arguments when events were refused or dropped; once per ``arm_loss``. If it raises, it
+            is called again at the next loss.
+        measure: returns about how many bytes of memory an unencoded event takes; called for some of the events that
+            make the queue grow.
 
     """
 
@@ -70,7 +82,17 @@ cdef class EventQueue:
     cdef int64_t _max_event_bytes
     cdef int64_t _bytes
     cdef int64_t _others
+    # The mean length of encoded events; three quarters of the mean memory; what an unencoded event counts: the maximum.
     cdef int64_t _mean
+    cdef int64_t _weight
+    cdef int64_t _charge
+    # The number of events at which to look at one, and how many more at most until the next look.
+    cdef int64_t _look_events
+    cdef int64_t _stretch
+    cdef int64_t _step
+    cdef int64_t _random
+    # The minimum of the numbers at which to look and to call ``on_due``.
+    cdef int64_t _next_events
     cdef int64_t _due_events
     cdef int64_t _due_bytes
     cdef int64_t _accepted
@@ -81,10 +103,12 @@ cdef class EventQueue:
     cdef bint _drop_oldest
     cdef bint _closed
     cdef bint _loss_armed
+    cdef bint _waits_for_loop
     cdef dict _dropped
     cdef dict _refused
     cdef object _on_due
     cdef object _on_loss
+    cdef object _measure
 
     def __init__(
         self,
@@ -94,6 +118,7 @@ cdef class EventQueue:
         bint drop_oldest,
         object on_due,
         object on_loss,
+        object measure,
     ):
         self._max_events = max_events
         self._max_bytes = max_bytes
@@ -101,6 +126,8 @@ cdef class EventQueue:
         self._drop_oldest = drop_oldest
         self._on_due = on_due
         self._on_loss = on_loss
+        self._measure = measure
+        self._stretch = min(max(max_bytes >> 19, LEAST_STRETCH), LONGEST_STRETCH)
         self._closed = False
         self.reset()
 
@@ -111,11 +138,15 @@ cdef class EventQueue:
         self._mask = FIRST_SLOTS - 1
         self._head = self._count = 0
         self._bytes = self._others = 0
-        self._mean = FIRST_MEAN
+        self._mean = self._charge = FIRST_MEAN
+        self._weight = 0
+        self._look_events = self._step = _FIRST_LOOK
+        self._random = 1
         self._accepted = self._recovered = self._delivered = self._spooled = self._in_flight = 0
         self._dropped = {}
         self._refused = {}
-        self._due_events = 1
+        self._waits_for_loop = False
+        self._due_events = self._next_events = 1
         self._due_bytes = _NEVER
         self._loss_armed = True
         # Destroying events may run code, which must find a consistent queue.
@@ -137,8 +168,8 @@ cdef class EventQueue:
 
         """
         cdef int64_t size = PyBytes_GET_SIZE(event) if PyBytes_CheckExact(event) else -1
-        cdef int64_t charge = self._mean if size < 0 else size
-        cdef int64_t total = self._bytes + self._others * self._mean + charge
+        cdef int64_t charge = self._charge if size < 0 else size
+        cdef int64_t total = self._bytes + self._others * self._charge + charge
         cdef list dropped = None
         if self._closed:
             return self._refuse("closed")
@@ -150,7 +181,7 @@ cdef class EventQueue:
             if not self._drop_oldest or charge > self._max_bytes:
                 return self._refuse("full")
             dropped = self._make_room(charge)
-            total = self._bytes + self._others * self._mean + charge
+            total = self._bytes + self._others * self._charge + charge
         if self._count > self._mask:
             self._grow()
         self._slots[(self._head + self._count) & self._mask] = event
@@ -160,17 +191,64 @@ cdef class EventQueue:
             self._others += 1
         else:
             self._bytes += size
-        if self._count >= self._due_events or total >= self._due_bytes:
-            self._due_events = self._due_bytes = _NEVER
-            self._call_due()
+        if self._count >= self._next_events or total >= self._due_bytes:
+            self._pass_threshold(event, size < 0)
         if dropped is not None:
             self._report_loss()
         return True
 
+    cdef int _pass_threshold(self, object event, bint is_unencoded) except -1:
+        if self._count >= self._look_events:
+            self._look(event, is_unencoded)
+        if self._waits_for_loop:
+            if _get_running_loop() is not None:
+                self._call_due()
+            return 0
+        # Read again: other code may have run.
+        self._next_events = min(self._due_events, self._look_events)
+        if self._count >= self._due_events or self._total() >= self._due_bytes:
+            self._due_events = self._due_bytes = _NEVER
+            self._next_events = self._look_events
+            self._call_due()
+        return 0
+
+    cdef int _look(self, object event, bint is_unencoded) except -1:
+        # The event stands for all since the last look.
+        cdef int64_t step = self._step
+        cdef int64_t weight = 0
+        # A linear congruential generator, the one of C's standard.
+        self._random = (self._random * 1103515245 + 12345) & 0x7FFFFFFF
+        self._step = min(max(3 * self._count, 1), self._stretch - (self._random >> 16) % (self._stretch // 2 + 1))
+        self._look_events = self._count + self._step
+        if not is_unencoded:
+            return 0
+        try:
+            weight = self._measure(event) * 3 // 4
+        except Exception:
+            # The event is queued already: emit must not raise.
+            return 0
+        if not weight:
+            return 0
+        if self._others > step:
+            weight = self._weight + (weight - self._weight) * step // self._others
+        self._weight = weight
+        self._charge = max(self._mean, weight)
+        return 0
+
+    cdef inline int64_t _total(self) noexcept:
+        return self._bytes + self._others * self._charge
+
     def has_capacity(self) -> bool:
         """Return whether an event of mean length would be accepted, or refused for another reason than load."""
         return self._closed or (
-            self._count < self._max_events and self._bytes + (self._others + 1) * self._mean <= self._max_bytes
+            self._count < self._max_events and self._total() + self._charge <= self._max_bytes
+        )
+
+    def is_over(self, share: float) -> bool:
+        """Return whether more than a share of either capacity is in use; False if the queue is closed."""
+        cdef double part = share
+        return not self._closed and (
+            self._count > part * self._max_events or self._total() > part * self._max_bytes
         )
 
     def refuse(self, reason: str) -> bool:
@@ -186,7 +264,8 @@ cdef class EventQueue:
         try:
             self._on_due()
         except BaseException:
-            self._due_events = self._count + 1
+            self._waits_for_loop = False
+            self._due_events = self._next_events = self._count + 1
             raise
         return 0
 
@@ -196,7 +275,7 @@ cdef class EventQueue:
         cdef int64_t queued = self._bytes
         cdef int64_t others = self._others
         cdef list dropped = []
-        while events and (events >= self._max_events or queued + others * self._mean + charge > self._max_bytes):
+        while events and (events >= self._max_events or queued + others * self._charge + charge > self._max_bytes):
             event = self._slots[(self._head + len(dropped)) & self._mask]
             dropped.append(event)
             events -= 1
@@ -207,6 +286,9 @@ cdef class EventQueue:
         self._dropped["full"] = self._dropped.get("full", 0) + len(dropped)
         for _ in range(len(dropped)):
             self._pop()
+        # A queue that is always full has to look, too.
+        self._look_events -= len(dropped)
+        self._next_events = min(self._due_events, self._look_events)
         return dropped
 
     cdef object _pop(self):
@@ -254,12 +336,21 @@ cdef class EventQueue:
             True if that number is queued already; then nothing is armed.
 
         """
-        if self._count >= events or (queued_bytes and self._bytes + self._others * self._mean >= queued_bytes):
+        self._waits_for_loop = False
+        if self._count >= events or (queued_bytes and self._total() >= queued_bytes):
             self._due_events = self._due_bytes = _NEVER
+            self._next_events = self._look_events
             return True
         self._due_events = events
         self._due_bytes = queued_bytes or _NEVER
+        self._next_events = min(self._due_events, self._look_events)
         return False
+
+    def arm_loop(self) -> None:
+        """Have ``on_due`` called at every event that is emitted where an event loop runs, until ``arm`` is called."""
+        self._waits_for_loop = True
+        self._due_events = self._next_events = 0
+        self._due_bytes = _NEVER
 
     def arm_loss(self) -> None:
         """Have ``on_loss`` called once, when the next event is refused or dropped."""
@@ -280,7 +371,7 @@ cdef class EventQueue:
             while self._count and len(batch) < most:
                 event = self._slots[self._head]
                 size = PyBytes_GET_SIZE(event) if PyBytes_CheckExact(event) else -1
-                left -= self._mean if size < 0 else size
+                left -= self._charge if size < 0 else size
                 if left < 0 and batch:
                     break
                 # What can fail comes first.
@@ -297,6 +388,11 @@ cdef class EventQueue:
             if not is_done:
                 self._put_back(batch)
         self._in_flight += len(batch)
+        if not self._others:
+            self._weight = 0
+            self._charge = self._mean
+        self._look_events = min(self._look_events, max(self._count + min(3 * self._count, self._stretch), _FIRST_LOOK))
+        self._next_events = min(self._due_events, self._look_events)
         if not self._count and self._mask >= LARGEST_KEPT:
             self._shrink()
         return batch
@@ -325,6 +421,7 @@ cdef class EventQueue:
     def add_mean(self, mean: int) -> None:
         """Update the mean length of events by that of the batch just encoded, in bytes."""
         self._mean = max((3 * self._mean + <int64_t>mean) // 4, 1)
+        self._charge = max(self._mean, self._weight)
 
     def account(self, count: int, outcome: str) -> None:
         """Count the outcome of events in flight: ``"delivered"``, ``"spooled"`` or the reason of a drop."""
@@ -385,7 +482,7 @@ cdef class EventQueue:
             "delivered": self._delivered,
             "spooled": self._spooled,
             "queue_events": self._count + self._in_flight,
-            "queue_bytes": self._bytes + self._others * self._mean,
+            "queue_bytes": self._total(),
             "in_flight": self._in_flight,
             "dropped": dict(self._dropped),
             "refused": dict(self._refused),

@@ -7,6 +7,7 @@ every change; the compiled queue changes its state only where no other Python co
 from __future__ import annotations
 
 import threading
+from asyncio.events import _get_running_loop
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -19,6 +20,12 @@ __all__ = ["EventQueue", "QueueStats"]
 NEVER: Final = 1 << 62
 # The assumed length of an unencoded event, in bytes, until the first batch is encoded.
 FIRST_MEAN: Final = 256
+# The queue looks at the memory of an event when it has grown to this number, and then each time when it is four times
+# as long, or has grown by a number between these bounds: at most two for each mebibyte of ``max_bytes``, and at least
+# half of that, at random, so as not to meet every tenth event.
+FIRST_LOOK: Final = 8
+LEAST_STRETCH: Final = 4
+LONGEST_STRETCH: Final = 128
 
 _at_work = at_work.get
 
@@ -45,20 +52,23 @@ class EventQueue:
     """A bounded first-in, first-out queue of events, with counters; any thread may fill it.
 
     Args:
-        max_events: how many events it holds at most.
-        max_bytes: how many bytes it holds at most. An event that is ``bytes`` counts with its length, any other with
-            the mean length of those encoded so far.
-        max_event_bytes: an event of ``bytes`` longer than this is refused alone.
-        drop_oldest: at a bound, drop the oldest events instead of refusing the new one.
-        on_due: called without arguments, by whichever thread emits, when the number given to ``arm`` is reached. Once
-            for each ``arm``; if it raises, again at the next event.
-        on_loss: called without arguments when events were refused or dropped, once for each ``arm_loss``; if it raises,
-            again at the next loss.
+        max_events: the maximum number of queued events.
+        max_bytes: the maximum number of queued bytes. A ``bytes`` event counts with its length, any other with the
+            mean length of the events encoded so far or three quarters of the mean ``measure``, whichever is more.
+        max_event_bytes: a ``bytes`` event longer than this is refused.
+        drop_oldest: when the queue is full, drop the oldest events instead of refusing the new one.
+        on_due: called without arguments, by the emitting thread, when the number given to ``arm`` is reached; once
+            per ``arm``. If it raises, it is called again at the next event.
+        on_loss: called without arguments when events were refused or dropped; once per ``arm_loss``. If it raises, it
+            is called again at the next loss.
+        measure: returns about how many bytes of memory an unencoded event takes; called for some of the events that
+            make the queue grow.
 
     """
 
     __slots__ = (
         "_bytes",
+        "_charge",
         "_closed",
         "_delivered",
         "_drop_oldest",
@@ -68,18 +78,26 @@ class EventQueue:
         "_events",
         "_in_flight",
         "_lock",
+        "_look_events",
         "_loss_armed",
         "_max_bytes",
         "_max_event_bytes",
         "_max_events",
         "_mean",
+        "_measure",
+        "_next_events",
         "_on_due",
         "_on_loss",
         "_others",
         "_popped",
+        "_random",
         "_recovered",
         "_refused",
         "_spooled",
+        "_step",
+        "_stretch",
+        "_waits_for_loop",
+        "_weight",
     )
 
     def __init__(
@@ -90,6 +108,7 @@ class EventQueue:
         drop_oldest: bool,
         on_due: Callable[[], object],
         on_loss: Callable[[], object],
+        measure: Callable[[object], int],
     ) -> None:
         self._max_events = max_events
         self._max_bytes = max_bytes
@@ -97,6 +116,8 @@ class EventQueue:
         self._drop_oldest = drop_oldest
         self._on_due = on_due
         self._on_loss = on_loss
+        self._measure = measure
+        self._stretch = min(max(max_bytes >> 19, LEAST_STRETCH), LONGEST_STRETCH)
         self._closed = False
         self.reset()
 
@@ -106,15 +127,23 @@ class EventQueue:
         # that emits in the middle of a change.
         self._lock = threading.RLock()
         self._events: deque[Any] = deque()
-        # Queued bytes, and the number of queued events that count with the mean length.
+        # Queued bytes, and the number of queued events that are not encoded yet.
         self._bytes = self._others = 0
-        self._mean = FIRST_MEAN
+        # The mean length of encoded events; three quarters of the mean memory; what an unencoded event counts: the
+        # maximum.
+        self._mean = self._charge = FIRST_MEAN
+        self._weight = 0
+        # The number of events at which to look at one.
+        self._look_events = self._step = FIRST_LOOK
+        self._random = 1
         # Events that ever left the queue; with the queued and the recovered ones, these are the accepted events.
         self._popped = 0
         self._recovered = self._delivered = self._spooled = self._in_flight = 0
         self._dropped: dict[str, int] = {}
         self._refused: dict[str, int] = {}
-        self._due_events = 1
+        self._waits_for_loop = False
+        # The next number is the minimum of those at which to look and to call ``on_due``.
+        self._due_events = self._next_events = 1
         self._due_bytes = NEVER
         self._loss_armed = True
 
@@ -135,7 +164,7 @@ class EventQueue:
         size = len(event) if type(event) is bytes else -1
         with self._lock:
             events = self._events
-            charge = self._mean if size < 0 else size
+            charge = self._charge if size < 0 else size
             total = self._bytes + charge
             # A closed queue has no capacity.
             if (
@@ -149,31 +178,87 @@ class EventQueue:
                 events.append(event)
                 self._bytes = total
                 self._others = others
-                if len(events) < self._due_events and total < self._due_bytes:
+                if len(events) < self._next_events and total < self._due_bytes:
                     return True
-                self._due_events = self._due_bytes = NEVER
-                is_due = True
+                is_queued = True
             else:
-                is_due = False
-        # Outside the lock: a callback may log, a log handler takes a lock, and code that holds that lock may emit.
-        if is_due:
-            self._call_due()
+                is_queued = False
+        if is_queued:
+            self._pass_threshold(event, size < 0)
             return True
         return self._emit_at_bound(event, size)
+
+    def _pass_threshold(self, event: object, is_unencoded: bool) -> None:
+        # Without the lock, as are all callbacks: one may log, a log handler takes a lock, and code that holds that lock
+        # may emit.
+        if len(self._events) >= self._look_events:
+            self._look(event, is_unencoded)
+        if self._waits_for_loop:
+            if _get_running_loop() is not None:
+                self._call_due()
+            return
+        with self._lock:
+            is_due = len(self._events) >= self._due_events or self._bytes >= self._due_bytes
+            # What can fail comes first, here as well.
+            following = self._look_events if is_due else min(self._due_events, self._look_events)
+            if is_due:
+                self._due_events = self._due_bytes = NEVER
+            self._next_events = following
+        if is_due:
+            self._call_due()
 
     def _call_due(self) -> None:
         try:
             self._on_due()
         except BaseException:
             with self._lock:
-                self._due_events = len(self._events) + 1
+                self._waits_for_loop = False
+                self._due_events = self._next_events = len(self._events) + 1
             raise
+
+    def _look(self, event: object, is_unencoded: bool) -> None:
+        looked = self._look_events
+        # Events that come meanwhile are not looked at.
+        self._look_events = NEVER
+        try:
+            weight = self._weigh(event) if is_unencoded else 0
+            with self._lock:
+                self._note_look(weight, len(self._events))
+        except BaseException:
+            self._look_events = looked
+            raise
+
+    def _weigh(self, event: object) -> int:
+        try:
+            return self._measure(event) * 3 // 4
+        except Exception:
+            # The event is queued already: emit must not raise.
+            return 0
+
+    def _note_look(self, weight: int, count: int) -> None:
+        # The event stands for all since the last look.
+        step = self._step
+        # A linear congruential generator, the one of C's standard.
+        self._random = (self._random * 1103515245 + 12345) & 0x7FFFFFFF
+        self._step = min(max(3 * count, 1), self._stretch - (self._random >> 16) % (self._stretch // 2 + 1))
+        following = count + self._step
+        if weight:
+            if self._others > step:
+                weight = self._weight + (weight - self._weight) * step // self._others
+            self._set_charge(max(self._mean, weight))
+            self._weight = weight
+        self._look_events = following
+
+    def _set_charge(self, charge: int) -> None:
+        queued = self._bytes + self._others * (charge - self._charge)
+        self._charge = charge
+        self._bytes = queued
 
     def _emit_at_bound(self, event: object, size: int) -> bool:
         dropped: list[Any] = []
-        is_due = False
+        is_reached = False
         with self._lock:
-            charge = self._mean if size < 0 else size
+            charge = self._charge if size < 0 else size
             refusal = self._refusal(charge, size)
             if refusal is None:
                 dropped = self._make_room(charge)
@@ -181,13 +266,11 @@ class EventQueue:
                 self._events.append(event)
                 self._bytes = total
                 self._others = others
-                is_due = len(self._events) >= self._due_events or self._bytes >= self._due_bytes
-                if is_due:
-                    self._due_events = self._due_bytes = NEVER
+                is_reached = len(self._events) >= self._next_events or self._bytes >= self._due_bytes
         if refusal is not None:
             return self.refuse(refusal)
-        if is_due:
-            self._call_due()
+        if is_reached:
+            self._pass_threshold(event, size < 0)
         if dropped:
             self._report_loss()
         return True
@@ -207,7 +290,14 @@ class EventQueue:
         """Return whether an event of mean length would be accepted, or refused for another reason than load."""
         with self._lock:
             return self._closed or (
-                len(self._events) < self._max_events and self._bytes + self._mean <= self._max_bytes
+                len(self._events) < self._max_events and self._bytes + self._charge <= self._max_bytes
+            )
+
+    def is_over(self, share: float) -> bool:
+        """Return whether more than a share of either capacity is in use; False if the queue is closed."""
+        with self._lock:
+            return not self._closed and (
+                len(self._events) > share * self._max_events or self._bytes > share * self._max_bytes
             )
 
     def refuse(self, reason: str) -> bool:
@@ -225,17 +315,22 @@ class EventQueue:
                 break
             dropped.append(event)
             left -= 1
-            queued -= len(event) if type(event) is bytes else self._mean
+            queued -= len(event) if type(event) is bytes else self._charge
         if dropped:
             count = self._dropped.get("full", 0) + len(dropped)
+            # A queue that is always full has to look, too.
+            look = self._look_events - len(dropped)
+            following = min(self._due_events, look)
             self._remove(dropped)
             self._dropped["full"] = count
+            self._look_events = look
+            self._next_events = following
         return dropped
 
     def _remove(self, oldest: list[Any]) -> None:
         """Remove these events, which are the oldest, once all numbers are made: from then on nothing can fail."""
         others = sum(type(event) is not bytes for event in oldest)
-        queued = self._bytes - others * self._mean - sum(len(event) for event in oldest if type(event) is bytes)
+        queued = self._bytes - others * self._charge - sum(len(event) for event in oldest if type(event) is bytes)
         others = self._others - others
         popped = self._popped + len(oldest)
         for _ in oldest:
@@ -272,12 +367,22 @@ class EventQueue:
 
         """
         with self._lock:
+            self._waits_for_loop = False
             if len(self._events) >= events or (queued_bytes and self._bytes >= queued_bytes):
                 self._due_events = self._due_bytes = NEVER
+                self._next_events = self._look_events
                 return True
             self._due_events = events
             self._due_bytes = queued_bytes or NEVER
+            self._next_events = min(self._due_events, self._look_events)
             return False
+
+    def arm_loop(self) -> None:
+        """Have ``on_due`` called at every event that is emitted where an event loop runs, until ``arm`` is called."""
+        with self._lock:
+            self._waits_for_loop = True
+            self._due_events = self._next_events = 0
+            self._due_bytes = NEVER
 
     def arm_loss(self) -> None:
         """Have ``on_loss`` called once, when the next event is refused or dropped."""
@@ -293,23 +398,29 @@ class EventQueue:
         with self._lock:
             # The batch is whole before the first event leaves the queue.
             for event in islice(self._events, events):
-                left -= len(event) if type(event) is bytes else self._mean
+                left -= len(event) if type(event) is bytes else self._charge
                 if batch and left < 0:
                     break
                 batch.append(event)
             in_flight = self._in_flight + len(batch)
+            count = len(self._events) - len(batch)
+            look = min(self._look_events, max(count + min(3 * count, self._stretch), FIRST_LOOK))
+            following = min(self._due_events, look)
             self._remove(batch)
             self._in_flight = in_flight
+            self._look_events = look
+            self._next_events = following
+            if not self._others:
+                self._weight = 0
+                self._charge = self._mean
         return batch
 
     def add_mean(self, mean: int) -> None:
         """Update the mean length of events by that of the batch just encoded, in bytes."""
         with self._lock:
-            before = self._mean
-            after = max((3 * before + mean) // 4, 1)
-            queued = self._bytes + self._others * (after - before)
-            self._mean = after
-            self._bytes = queued
+            mean = max((3 * self._mean + mean) // 4, 1)
+            self._set_charge(max(mean, self._weight))
+            self._mean = mean
 
     def account(self, count: int, outcome: str) -> None:
         """Count the outcome of events in flight: ``"delivered"``, ``"spooled"`` or the reason of a drop."""

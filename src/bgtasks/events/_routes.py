@@ -29,6 +29,8 @@ logger = logging.getLogger("bgtasks.events")
 DELAY_AFTER_SPOOL_ERROR: Final = 0.1
 # Seconds that a write which bypasses the spool may hold up the events behind it; then they go to the disk.
 PATIENCE: Final = 0.25
+# The share of the queue's capacity beyond which events go to the disk even though the sink is healthy: it is too slow.
+CROWDED: Final = 0.5
 # Batches committed to a spool per call in its thread.
 SPOOLED_AT_ONCE: Final = 4
 
@@ -175,6 +177,9 @@ class SpoolRoute(Route):
         super().__init__(parts)
         self._store = store
         self._tries_sink = tries_sink
+        # Ends the wait for a write that bypasses the disk.
+        self._enough: asyncio.Future[None] | None = None
+        parts.linger.on_busy = self._look_at_queue
         self._forwarding = asyncio.create_task(self._forward())
 
     @property
@@ -199,17 +204,31 @@ class SpoolRoute(Route):
             pending.fill(self.linger, SPOOLED_AT_ONCE)
         while pending and self.is_current():
             first = pending.batches[0]
-            may_pass = self._tries_sink and store.may_pass(first)
-            has_passed = may_pass and await store.pass_by(first, self.account, PATIENCE) is None
+            has_passed = self._may_pass(first) and await self._pass_by(first) is None
             if not has_passed and not await store.append(pending.batches):
                 delay: float | None = DELAY_AFTER_SPOOL_ERROR
                 if first.parts and store.may_pass(first):
                     delay = await store.pass_by(first, self.account, DELAY_AFTER_SPOOL_ERROR)
-                await asyncio.sleep(delay or 0)
+                await self.delivery.pause(delay or 0.0, first)
             pending.remove_finished()
             pending.on_progress()
         # Also if no event could be encoded, so that there is no batch.
         pending.on_progress()
+
+    def _may_pass(self, batch: Batch) -> bool:
+        return self._tries_sink and self._store.may_pass(batch) and not self.pending.is_crowded(CROWDED)
+
+    async def _pass_by(self, batch: Batch) -> float | None:
+        self._enough = asyncio.get_running_loop().create_future()
+        try:
+            return await self._store.pass_by(batch, self.account, PATIENCE, self._enough)
+        finally:
+            self._enough = None
+
+    def _look_at_queue(self) -> None:
+        enough = self._enough
+        if enough is not None and not enough.done() and self.pending.is_crowded(CROWDED):
+            enough.set_result(None)
 
     async def stop(self) -> None:
         """Stop sending; unsent batches stay in the spool."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 
 from bgtasks.errors import text_of
@@ -56,7 +57,7 @@ class _Passing:
     def __init__(self, delivery: Delivery, batch: Batch) -> None:
         self.batch = batch
         self.part_id, _ = batch.parts[-1]
-        self.copy = Batch(batch.batch_id, list(batch.parts), batch.tries, batch.failing_since)
+        self.copy = replace(batch, parts=list(batch.parts))
         self.outcomes: list[tuple[int, str]] = []
         self.task = asyncio.create_task(delivery.attempt(self.copy, self._account))
 
@@ -137,7 +138,9 @@ class Store:
         """Return whether a batch may bypass the disk: it would overtake no other, or bypasses it already."""
         return self.is_empty if self._passing is None else self._passing.batch is batch
 
-    async def pass_by(self, batch: Batch, account: Account, patience: float) -> float | None:
+    async def pass_by(
+        self, batch: Batch, account: Account, patience: float, enough: asyncio.Future[None] | None = None
+    ) -> float | None:
         """Try to write a batch without the disk; events that are accounted for leave it. Only if it ``may_pass``.
 
         A write that takes longer than ``patience`` goes on. If the batch is then committed, ``forward`` waits for the
@@ -147,6 +150,7 @@ class Store:
             batch: the batch to write.
             account: called with a number of events and their outcome.
             patience: seconds to wait for the write.
+            enough: a future that ends the wait earlier.
 
         Returns:
             As ``Delivery.attempt``; 0 if the write goes on.
@@ -156,7 +160,8 @@ class Store:
         if passing is None:
             passing = self._passing = _Passing(self._delivery, batch)
         try:
-            await asyncio.wait((passing.task,), timeout=patience)
+            awaited = (passing.task,) if enough is None else (passing.task, enough)
+            await asyncio.wait(awaited, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             await self.stop_passing()
             raise
@@ -211,6 +216,7 @@ class Store:
                     part_id, payloads = batch.parts[-1]
                     self._spool.append(payloads, part_id)
                     batch.parts.pop()
+                    batch.set_outcomes(payloads, "spooled")
                     commit.events += len(payloads)
             self._health.spool_error = None
         except Exception as error:

@@ -83,12 +83,21 @@ class Fanout(BasePublisher):
 
         Args:
             event: as for ``emit``.
-            durable: wait until no publisher holds the event in memory; see ``Publisher.publish``.
+            durable: wait until every publisher has the event in its spool or its sink; see ``Publisher.publish``.
 
         Returns:
-            Whether every publisher accepted it; with ``durable`` also whether none dropped an event meanwhile.
+            Whether every publisher accepted it; with ``durable``, whether each has it in its spool or its sink.
+
+        Raises:
+            InvalidOptionError: ``durable`` is true, and a publisher has no spool and a sink that keeps no events.
 
         """
+        for publisher in self.publishers:
+            if durable and not publisher.is_durable:
+                raise InvalidOptionError(
+                    f"publish(durable=True) needs a spool in every publisher whose sink keeps no events; {publisher!r} "
+                    "has none: make it with spool=PATH, or leave out durable"
+                )
         return all(await self._all([publisher.publish(event, durable=durable) for publisher in self.publishers]))
 
     async def start(self) -> Self:

@@ -23,7 +23,7 @@ Sync: TypeAlias = Literal["normal", "full"]
 # When a commit of a spool is on the disk: within half a second, before it returns, or when the system likes.
 SpoolSync: TypeAlias = Literal["interval", "full", "normal"]
 
-PublisherState: TypeAlias = Literal["ok", "retrying", "spooling", "dropping", "closed"]
+PublisherState: TypeAlias = Literal["ok", "retrying", "spooling", "stalled", "dropping", "closed"]
 
 
 class FlushReport(TypedDict):
@@ -51,7 +51,8 @@ class PublisherStats(TypedDict):
     ``encode``, ``expired``, ``feedback``, ``full``, ``rejected``, ``retries_exhausted``, ``spool_full``, ``timeout``,
     ``too_large``. ``accepted`` includes the ``recovered`` events, which an earlier process left in the spool.
     ``retried`` counts the further tries of batches, ``spool_errors`` the failures of the spool. ``queue_bytes``
-    is an estimate for events that are not encoded yet. ``oldest_age_seconds`` is an upper bound, 0 if no event is
+    is an estimate for events that are not encoded yet. ``state`` is ``"stalled"`` while a call of the sink has not
+    returned for five seconds; ``last_error`` then names it. ``oldest_age_seconds`` is an upper bound, 0 if no event is
     queued.
     """
 

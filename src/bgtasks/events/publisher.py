@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, final, get_args
 
-from bgtasks._checks import check_choice, check_count, check_seconds
+from bgtasks._checks import check_choice, check_count, check_limit, check_seconds
 from bgtasks._fork import follow_forks
 from bgtasks._notifier import outcome_of
 from bgtasks.errors import InvalidOptionError, describe, text_of
@@ -19,10 +19,12 @@ from bgtasks.events._base import BasePublisher
 from bgtasks.events._batches import Batcher, BatchLimits
 from bgtasks.events._dead_letters import DeadLetters
 from bgtasks.events._delivery import Delivery
+from bgtasks.events._durable import DurableEvent, Receipt
 from bgtasks.events._encoding import Encoder, JsonEncoder, NoEncoder
 from bgtasks.events._event_queue import EventQueue, QueueStats
 from bgtasks.events._exit import close_at_exit
 from bgtasks.events._flusher import Flusher
+from bgtasks.events._footprint import footprint
 from bgtasks.events._health import Health
 from bgtasks.events._linger import Linger
 from bgtasks.events._losses import LossReporter
@@ -63,7 +65,8 @@ class Publisher(BasePublisher):
     Args:
         sink: the destination. It is closed with this publisher and must not belong to another one.
         max_events: the capacity of the queue in events.
-        max_bytes: the capacity of the queue in bytes. Events that are not encoded yet count with the mean length.
+        max_bytes: the capacity of the queue in bytes. Events that are not encoded yet count with the mean length, or
+            with three quarters of their memory, estimated from some of them, if that is more.
         max_event_bytes: the maximum length of an encoded event.
         batch: the maximum number of events in a batch.
         batch_bytes: the maximum number of bytes in a batch.
@@ -72,9 +75,14 @@ class Publisher(BasePublisher):
             holds further batches in memory beside the queue, and excludes a spool.
         overflow: what a full queue does: ``"drop_newest"`` refuses the new event, ``"drop_oldest"`` drops the oldest,
             ``"block"`` has ``publish`` wait for capacity (``emit``, which cannot wait, refuses). ``"spool"`` writes to
-            the sink first, and commits only batches to the spool that the sink does not accept at once.
+            the sink first, and commits to the spool while the sink does not keep up: it fails, takes long, or the
+            queue is half full.
         retry_for: seconds for which a batch is retried before it is dropped; None, and always with a spool, for no
             limit.
+        max_attempts: the number of failed writes after which a batch is halved, until the events that cause the
+            failures are alone; these are dropped after as many. Writes that raise ``Retry``, and a sink that cannot be
+            opened, do not count. None for no limit: a batch that its sink can never take stops all behind it, for ever
+            if there is a spool.
         spool: a path or a spool; every batch is committed to it before it is sent. See ``bgtasks.events.spool``.
         dead_letters: the path of a file for events that are given up.
         encode: ``"flush"`` encodes in the flusher, ``"now"`` in ``emit``, for events that are changed afterwards.
@@ -110,6 +118,7 @@ class Publisher(BasePublisher):
         inflight: int = 1,
         overflow: EventOverflow = "drop_newest",
         retry_for: float | None = 60.0,
+        max_attempts: int | None = None,
         spool: str | os.PathLike[str] | AnySpool | None = None,
         dead_letters: str | os.PathLike[str] | None = None,
         encode: Literal["flush", "now"] = "flush",
@@ -128,6 +137,7 @@ class Publisher(BasePublisher):
         check_seconds("linger", linger)
         if retry_for is not None:
             check_seconds("retry_for", retry_for)
+        check_limit("max_attempts", max_attempts)
         check_choice("overflow", overflow, get_args(EventOverflow))
         check_choice("encode", encode, ("flush", "now"))
         _check_together(sink, inflight, overflow, spool)
@@ -138,15 +148,16 @@ class Publisher(BasePublisher):
         self.name: str = type(sink).__name__ if name is None else name
         self.sink: Sink = sink
         self._blocks = overflow == "block"
+        self._max_event_bytes = max_event_bytes
         self._connect = connect
         self._encoder = encoder
         self._health = Health()
         self._queue = EventQueue(
-            max_events, max_bytes, max_event_bytes, overflow == "drop_oldest", self._on_due, self._on_loss
+            max_events, max_bytes, max_event_bytes, overflow == "drop_oldest", self._on_due, self._on_loss, footprint
         )
         self._losses = LossReporter(self.name, self._queue, self._health)
         self._dead_letters = DeadLetters(dead_letters, self.name)
-        self._delivery = Delivery(sink, self.name, retry_for, self._dead_letters, self._health)
+        self._delivery = Delivery(sink, self.name, retry_for, max_attempts, self._dead_letters, self._health)
         # A queue smaller than a batch would be full before the flusher is notified.
         limits = BatchLimits(
             min(batch, max(max_events // 2, 1)), min(batch_bytes, max(max_bytes // 2, 1)), linger, max_event_bytes
@@ -223,12 +234,21 @@ class Publisher(BasePublisher):
 
         Args:
             event: as for ``emit``.
-            durable: wait until the event is out of memory: committed to the spool or, without one, delivered.
+            durable: wait until the event is committed to the spool or delivered to the sink, without waiting for others
+                to fill its batch. See ``is_durable``.
 
         Returns:
-            Whether the event was accepted; with ``durable`` also whether no event was dropped meanwhile.
+            Whether the event was accepted; with ``durable``, whether it is in the spool or the sink.
+
+        Raises:
+            InvalidOptionError: ``durable`` is true, and the publisher has no spool and a sink that keeps no events.
 
         """
+        if durable and not self.is_durable:
+            raise InvalidOptionError(
+                f"publish(durable=True) needs a spool, since {type(self.sink).__name__} keeps nothing: "
+                "make the publisher with spool=PATH, or leave out durable"
+            )
         self._flusher.ensure_running()
         self._calls += 1
         if self._calls >= TURN_EVERY:
@@ -239,15 +259,28 @@ class Publisher(BasePublisher):
         if not durable:
             return self.emit(event)
         payload = self._encode(event)
-        before = self._dropped()
-        if payload is None or not self._queue.emit(payload):
+        if not isinstance(payload, bytes):
             return False
-        position = self._queue.accepted - self._recovered()
-        await self._pending.progress.wait_until(partial(self._has_left, position), None)
-        return self._dropped() == before
+        if len(payload) > self._max_event_bytes:
+            return self._queue.refuse("too_large")
+        receipt = self._pending.expect_durable()
+        if not self._queue.emit(DurableEvent.of(payload, receipt)):
+            return False
+        self._flusher.hurry_once()
+        await self._pending.progress.wait_until(partial(self._is_known, receipt), None)
+        return receipt.outcome == "spooled" or (receipt.outcome == "delivered" and self.sink.is_durable)
 
-    def _has_left(self, position: int) -> bool:
-        return self._has_reached(self._queue.left, position)
+    @property
+    def is_durable(self) -> bool:
+        """Whether ``publish(event, durable=True)`` is possible: there is a spool, or the sink keeps events."""
+        return self._store is not None or self.sink.is_durable
+
+    def _is_known(self, receipt: Receipt) -> bool:
+        """Return whether the outcome of an event is known; if not, have the flusher run."""
+        if receipt.outcome is None:
+            self._flusher.ensure_running()
+            return False
+        return True
 
     def _has_finished(self, position: int) -> bool:
         return self._has_reached(self._queue.finished, position)
@@ -262,9 +295,6 @@ class Publisher(BasePublisher):
     def _recovered(self) -> int:
         """Return the number of recovered events. They precede all others, and positions do not count them."""
         return 0 if self._store is None else self._store.recovered
-
-    def _dropped(self) -> int:
-        return sum(self._queue.counters()["dropped"].values())
 
     def _on_due(self) -> None:
         self._flusher.notify()
@@ -335,8 +365,11 @@ class Publisher(BasePublisher):
             "queued": counters["queue_events"],
             "spooled": counters["spooled"],
             "duration_seconds": time.monotonic() - begun,
-            "last_error": self._health.last_error,
+            "last_error": self._last_error(),
         }
+
+    def _last_error(self) -> str | None:
+        return self._delivery.stalled() or self._health.last_error
 
     async def close(self, timeout: float = 5.0) -> FlushReport:
         """Refuse further events, flush, spool or drop the rest, and close the sink, all within ``timeout`` seconds.
@@ -401,6 +434,8 @@ class Publisher(BasePublisher):
                     if self._store is not None:
                         # A slow disk may complete a commit; a dead one must not make close late.
                         await self._store.append(self._pending.batches, grace=max(timeout, LEAST_GRACE))
+        for batch in self._pending.batches:
+            self._delivery.account_written(batch, self._pending.account)
         for batch in self._pending.drop_rest():
             for part_id, payloads in reversed(batch.parts):
                 self._dead_letters.add(payloads, part_id, "timeout", None)
@@ -414,11 +449,12 @@ class Publisher(BasePublisher):
 
     def _after_fork(self) -> None:
         """Reset in the child of a fork: an empty queue, new ids, no client. The parent keeps its events."""
+        # Before events are destroyed: nobody in the child waits for their outcomes.
+        self._pending.after_fork()
         self._queue.reset()
         self._dead_letters.after_fork()
         self._delivery.forget_client()
         self._losses.forget()
-        self._pending.after_fork()
         self._flusher.after_fork()
         if self._store is not None:
             self._store.after_fork()
@@ -444,7 +480,7 @@ class Publisher(BasePublisher):
             "dropped": counters["dropped"],
             "refused": counters["refused"],
             "oldest_age_seconds": self._flusher.oldest_age() if counters["queue_events"] else 0.0,
-            "last_error": self._health.last_error,
+            "last_error": self._last_error(),
         }
 
     def _state(self) -> PublisherState:
@@ -452,6 +488,8 @@ class Publisher(BasePublisher):
             return "closed"
         if self._losses.is_losing:
             return "dropping"
+        if self._delivery.stalled() is not None:
+            return "stalled"
         if self._delivery.is_failing:
             return "retrying" if self._store is None else "spooling"
         return "ok"
@@ -471,6 +509,10 @@ def _check_together(sink: Sink, inflight: int, overflow: str, spool: object) -> 
         )
     if overflow == "spool" and spool is None:
         raise InvalidOptionError("overflow='spool' needs spool=PATH")
+    if spool is not None and not sink.takes_bytes:
+        raise InvalidOptionError(
+            f"a spool keeps bytes, and {type(sink).__name__} takes events as they were emitted; leave out spool"
+        )
     if inflight > 1 and spool is not None:
         raise InvalidOptionError(
             "inflight must be 1 with a spool, which sends its batches one by one to keep their order; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -41,6 +41,8 @@ class Sink(ABC):
     max_inflight: ClassVar[int | None] = None
     # False if ``write`` takes the events as they were emitted, unencoded.
     takes_bytes: ClassVar[bool] = True
+    # False if the destination keeps nothing: a console, a channel. ``publish(durable=True)`` then needs a spool.
+    is_durable: bool = True
     # An upper bound, in seconds, of the time between the first and the last ``write`` of one batch. A sink that detects
     # duplicates by batch ids must remember them for this time. The publisher sets it before the first ``open``.
     retry_window: float = 120.0
@@ -71,6 +73,14 @@ class Sink(ABC):
             Exception: any other error; ``close`` and ``open`` are called before the next try.
 
         """
+
+    def written(self, batch_id: str) -> Collection[int]:
+        """Return the indexes of the events that are in, of a batch whose ``write`` failed or was cancelled.
+
+        The publisher asks before it gives up a batch: these events count as delivered, and are no dead letters. Only
+        for a sink that confirms single events; by default no event is known to be in.
+        """
+        return ()
 
     async def close(self) -> None:  # noqa: B027  as above
         """Release the client of ``open``, within one second; exceptions are logged."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -35,9 +36,7 @@ class NatsLink:
     """
 
     def __init__(self, timeout: float) -> None:
-        from nats.aio.client import Client
-
-        self._client: Any = Client()
+        self._client: Any = _client_class()()
         self._timeout = timeout
         self._wait: asyncio.Timeout | None = None
         self._last_error: Exception | None = None
@@ -196,6 +195,27 @@ class NatsLink:
     async def _stop_waiting(self) -> None:
         if self._wait is not None and not self._wait.expired():
             self._wait.reschedule(asyncio.get_running_loop().time())
+
+
+@functools.cache
+def _client_class() -> Any:
+    """Return the class of nats-py's client, with a check before ``CONNECT``: it would send passwords in plain text."""
+    from nats.aio.client import Client
+    from nats.errors import Error
+
+    # Any: nats-py may be missing.
+    class SecureClient(Client):  # type: ignore[misc, unused-ignore]
+        async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+            # Called with the server's greeting, from which nats-py alone learns whether to start TLS.
+            server = self._current_server
+            wants_tls = (server is not None and server.uri.scheme == "tls") or self.options.get("tls") is not None
+            if wants_tls and initial_connection and not self.options["tls_handshake_first"]:
+                if not (info.get("tls_required") or info.get("tls_available")):
+                    raise Error("the server offers no TLS; nothing was sent to it. Use nats:// for plain text")
+                info["tls_required"] = True
+            await super()._process_info(info, initial_connection)
+
+    return SecureClient
 
 
 def _places(servers: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ class ConsoleSink(Sink):
 
     # One thread.
     max_inflight: ClassVar[int | None] = 1
+    is_durable = False
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream

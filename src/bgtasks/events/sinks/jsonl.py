@@ -20,15 +20,17 @@ __all__ = ["JsonlSink"]
 class JsonlSink(Sink):
     """Appends one JSON object per line to a file, one system call per batch, in a thread.
 
-    The file is opened at the first batch, and half a line that a crash left at its end is cut off. An open file is
-    locked: give each process its own with ``{pid}`` in the path. Writes to a full or failing disk are retried as with
-    any sink; no half batch stays in the file. Duplicates arise only if a process dies within a write.
+    The file is opened at the first batch, and half a line that a crash left at its end is cut off. If another program
+    renames, removes or truncates it, as logrotate does, the next batch goes into a new file, or to its end. An open
+    file is locked: give each process its own with ``{pid}`` in the path. Writes to a full or failing disk are retried
+    as with any sink; no half batch stays in the file. Duplicates arise only if a process dies within a write.
 
     Args:
         path: the file, in an existing directory. ``{pid}`` stands for the id of the process.
-        rotate_bytes: rename the file to ``PATH.1`` before it would grow beyond this size; None for never.
+        rotate_bytes: rename the file to ``PATH.N``, the next number, before it would grow beyond this size; None for
+            never.
         rotate_age: rename the file when it has been open for this number of seconds; None for never.
-        keep: the number of renamed files to keep.
+        keep: the number of renamed files to keep; the newest has the highest number.
         fsync: sync each batch to the disk before it counts as delivered, against power cuts.
 
     Raises:

@@ -68,6 +68,7 @@ class KafkaSink(Sink):
             "enable.idempotence": True,
             "acks": "all",
             "linger.ms": 0,  # a batch is complete when it comes
+            "reconnect.backoff.max.ms": 1000,  # not 10 s: an outage ends when the broker is back
             "log_level": 2,  # the publisher logs errors; librdkafka would write them to stderr as well
             **(config or {}),
         }

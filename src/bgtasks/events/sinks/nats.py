@@ -20,6 +20,7 @@ logger: Final = logging.getLogger("bgtasks.events")
 
 # Bytes of the longest message that are reserved for headers.
 HEADER_ROOM: Final = 256
+SCHEMES: Final = ("nats", "tls", "ws", "wss")
 
 
 class NatsSink(Sink):
@@ -35,7 +36,8 @@ class NatsSink(Sink):
     more than five times the speed; its readers must split it.
 
     Args:
-        servers: one URL or several: ``nats://[[user:]password@]host[:port]``, ``tls://`` for TLS.
+        servers: one URL or several: ``nats://[[user:]password@]host[:port]``, ``tls://`` for TLS. With ``tls://`` or
+            ``connect_options={"tls": ...}``, a server that offers no TLS gets neither password nor events.
         subject: the subject of the messages.
         jetstream: have the stream that takes the subject acknowledge each message.
         envelope: send a batch as one message, or as few as the maximum length of messages allows.
@@ -71,9 +73,15 @@ class NatsSink(Sink):
         self._servers = [servers] if isinstance(servers, str) else list(servers)
         if not self._servers:
             raise InvalidOptionError("servers must name at least one server")
+        for server in self._servers:
+            scheme, separator, _ = server.partition("://")
+            if separator and scheme not in SCHEMES:
+                raise InvalidOptionError(
+                    f"the URL of a NATS server begins with {', '.join(f'{each}://' for each in SCHEMES)}; got {scheme}://"
+                )
         check_seconds("timeout", timeout, positive=True)
         self._subject = subject
-        self._jetstream = jetstream
+        self._jetstream = self.is_durable = jetstream
         self._envelope = envelope
         self._headers = {"Content-Type": CONTENT_TYPE} if envelope else None
         self._timeout = timeout

@@ -20,6 +20,11 @@ __all__ = ["LogExporter", "OtlpSink"]
 
 NANOSECONDS: Final = 1_000_000_000
 SCOPE: Final = "bgtasks.events"
+# Environment variables that name a maker of the exporter's session.
+PROVIDERS: Final = (
+    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_LOGS_CREDENTIAL_PROVIDER",
+    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
+)
 
 
 class LogExporter(Protocol):
@@ -39,15 +44,19 @@ class OtlpSink(Sink):
     An event becomes a log record: its ``event`` is the event name, its ``timestamp`` (seconds since 1970) the time, and
     the whole event the body; an event that is no JSON object becomes a body of text. A batch counts as delivered when
     the exporter reports success. The publisher does queueing, batching and retries: no processor of the SDK is needed.
-    The exporter runs in a thread. OTLP has no ids for batches: a batch whose answer was lost arrives twice.
+    A request is sent once, and redirects are not followed: the publisher tries again, after ``Retry-After`` if the
+    collector says so. Events that the collector refuses are rejected: by status 400, 413 or 422 one of a batch, by 404
+    and the like all. The exporter runs in a thread. OTLP has no ids for batches: a batch whose answer was lost arrives
+    twice.
 
     Args:
         endpoint: the URL of a collector, such as ``http://localhost:4318/v1/logs``; None to follow the environment
             (``OTEL_EXPORTER_OTLP_ENDPOINT``).
         headers: the headers of each request.
-        timeout: seconds for each export, the exporter's own retries included.
+        timeout: seconds for each export.
         resource: the source, as attributes: ``{"service.name": "shop"}``; None for the SDK's own detection.
-        exporter: a ``LogRecordExporter`` to use instead of ``endpoint``; the caller shuts it down.
+        exporter: a ``LogRecordExporter`` to use instead of ``endpoint``; the caller shuts it down. Its own retries and
+            redirects are its own affair, as they are if a credential provider of the SDK makes the session.
 
     Raises:
         MissingExtraError: the OpenTelemetry SDK or its exporter is not installed.
@@ -84,6 +93,7 @@ class OtlpSink(Sink):
         self._scope = InstrumentationScope(SCOPE)
         self._exporter_thread = WorkerThread("OTLP sink")
         self._exporter: Any = None
+        self._session: Any = None
         self._pid = 0
 
     async def open(self) -> None:
@@ -93,7 +103,15 @@ class OtlpSink(Sink):
             self._exporter = None
         await self.close()
         self._pid = os.getpid()
-        self._exporter = self._given or self._make_exporter(**self._arguments)
+        self._exporter = self._given or self._make_own_exporter()
+
+    def _make_own_exporter(self) -> Any:
+        from bgtasks.events.sinks._otlp_session import OneTrySession
+
+        if any(os.environ.get(name) for name in PROVIDERS):
+            return self._make_exporter(**self._arguments)
+        self._session = OneTrySession()
+        return self._make_exporter(**self._arguments, session=self._session)
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
         """Export a batch."""
@@ -101,6 +119,8 @@ class OtlpSink(Sink):
 
         result = await self._exporter_thread.run(self._export, self._exporter, batch)
         if result is not LogRecordExportResult.SUCCESS:
+            if self._session is not None:
+                raise self._session.outcome(self._server, len(batch))
             raise SinkError(f"{self._server}: the export failed; the exporter's log says why")
 
     async def close(self) -> None:

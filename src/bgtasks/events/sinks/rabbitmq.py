@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from contextvars import ContextVar
+from itertools import islice
+from typing import Any, Final, TypeAlias
+from urllib.parse import unquote, urlsplit
 
 from bgtasks._checks import check_seconds
 from bgtasks.errors import InvalidOptionError, missing_extra, text_of
@@ -19,6 +23,12 @@ __all__ = ["RabbitMQSink"]
 ENVELOPE_LIMIT: Final = 8 << 20
 # The number of batches whose confirmed messages are remembered; batches that were given up make room.
 REMEMBERED: Final = 64
+# Whether this context belongs to a connection of a sink.
+_is_quiet: ContextVar[bool] = ContextVar("bgtasks_rabbitmq_is_quiet", default=False)
+
+
+# Id, body, and the indexes of its events in the batch.
+_Message: TypeAlias = tuple[str, bytes, Sequence[int]]
 
 
 class RabbitMQSink(Sink):
@@ -81,8 +91,9 @@ class RabbitMQSink(Sink):
         self._expected = (aio_pika.exceptions.AMQPError, OSError, TimeoutError, RuntimeError)
         self._connection: Any = None
         self._exchange: Any = None
-        # Batch id -> ids of its messages that were confirmed.
-        self._confirmed: dict[str, set[str]] = {}
+        # Batch id -> ids of its messages that were confirmed -> the indexes of their events.
+        self._confirmed: dict[str, dict[str, Sequence[int]]] = {}
+        _hide_client_logs()
 
     async def open(self) -> None:
         """Connect, and find the exchange."""
@@ -91,6 +102,8 @@ class RabbitMQSink(Sink):
         keep_inherited(self._connection)
         self._connection = None
         connection = None
+        # The client's tasks, which are made here, inherit it.
+        quiet = _is_quiet.set(True)
         try:
             async with asyncio.timeout(self._timeout):
                 # Not connect_robust: it would send messages again by itself, unnoticed here.
@@ -104,18 +117,23 @@ class RabbitMQSink(Sink):
             if connection is not None:
                 await connection.close()
             if isinstance(error, self._expected):
-                raise SinkError(f"{self._server}: {text_of(error)}") from error
+                raise SinkError(f"{self._server}: {self._reason(error)}") from error
             raise
+        finally:
+            _is_quiet.reset(quiet)
         self._connection = connection
+
+    def _reason(self, error: BaseException) -> str:
+        text = text_of(error)
+        if "Connection.OpenOk" in text and "Connection.Close" in text:
+            # aiormq does not pass the broker's words on.
+            vhost = _vhost_of(self._url)
+            return f"there is no virtual host {vhost!r}, or this user may not use it; the URL ends with its name"
+        return text
 
     async def write(self, batch: Sequence[bytes], batch_id: str) -> None:
         """Publish a batch and wait until the broker has confirmed it."""
-        if self._envelope:
-            envelopes, unfit = fill_envelopes(batch, ENVELOPE_LIMIT)
-            bodies = [(f"{batch_id}:e{number}", body) for number, body in envelopes]
-        else:
-            unfit = []
-            bodies = [(f"{batch_id}:{index}", event) for index, event in enumerate(batch)]
+        bodies, unfit = self._bodies(batch, batch_id)
         confirmed = self._confirmed_of(batch_id)
         left = [self._publish(*body, confirmed) for body in bodies if body[0] not in confirmed]
         try:
@@ -140,15 +158,47 @@ class RabbitMQSink(Sink):
         if connection is not None:
             await connection.close()
 
-    def _confirmed_of(self, batch_id: str) -> set[str]:
+    def written(self, batch_id: str) -> list[int]:
+        """Return the indexes of the events that the broker has confirmed, of a batch that failed or was cancelled."""
+        return [index for indexes in self._confirmed.get(batch_id, {}).values() for index in indexes]
+
+    def _bodies(self, batch: Sequence[bytes], batch_id: str) -> tuple[list[_Message], list[int]]:
+        """Return the messages of a batch, and the indexes of the events that fit in none."""
+        if not self._envelope:
+            return [(f"{batch_id}:{index}", event, (index,)) for index, event in enumerate(batch)], []
+        envelopes, unfit = fill_envelopes(batch, ENVELOPE_LIMIT)
+        skipped = set(unfit)
+        indexes = iter([index for index in range(len(batch)) if index not in skipped])
+        return [
+            (f"{batch_id}:e{number}", body, tuple(islice(indexes, body.count(b"\n")))) for number, body in envelopes
+        ], unfit
+
+    def _confirmed_of(self, batch_id: str) -> dict[str, Sequence[int]]:
         if batch_id not in self._confirmed and len(self._confirmed) >= REMEMBERED:
             del self._confirmed[next(iter(self._confirmed))]
-        return self._confirmed.setdefault(batch_id, set())
+        return self._confirmed.setdefault(batch_id, {})
 
-    async def _publish(self, message_id: str, body: bytes, confirmed: set[str]) -> None:
+    async def _publish(
+        self, message_id: str, body: bytes, indexes: Sequence[int], confirmed: dict[str, Sequence[int]]
+    ) -> None:
         content_type = CONTENT_TYPE if self._envelope else "application/json"
         message = self._make_message(
             body, message_id=message_id, content_type=content_type, delivery_mode=self._persistent
         )
         await self._exchange.publish(message, self._routing_key, mandatory=True)
-        confirmed.add(message_id)
+        confirmed[message_id] = indexes
+
+
+def _vhost_of(url: str) -> str:
+    """Return the name of the virtual host in a URL."""
+    return unquote(urlsplit(url).path[1:]) or "/"
+
+
+def _hide_client_logs() -> None:
+    """Have aiormq log the connections of this sink at level DEBUG only: the publisher logs an outage in one line."""
+    # A filter that is there already is not added again.
+    logging.getLogger("aiormq.connection").addFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not _is_quiet.get() or logging.getLogger(record.name).isEnabledFor(logging.DEBUG)

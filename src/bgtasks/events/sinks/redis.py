@@ -104,6 +104,7 @@ class RedisSink(Sink):
         check_seconds("timeout", timeout, positive=True)
         self._target = key
         self._mode: Mode = mode
+        self.is_durable = mode != "pubsub"
         self._field = field
         self._maxlen = "" if maxlen is None else str(maxlen)
         self._remember_for = remember_for
@@ -168,8 +169,14 @@ class RedisSink(Sink):
         except self._errors.ResponseError as error:
             if not _forbids_scripts(error):
                 raise
+            try:
+                await self._run_transaction(keys, batch)
+            except self._errors.NoPermissionError as other:
+                raise self._errors.NoPermissionError(
+                    f"this user may run neither scripts nor the transaction in their place: {error}; {other}. Grant "
+                    "+evalsha +eval and the commands that the documentation of RedisSink names"
+                ) from other
             self._is_scripted = False
-            await self._run_transaction(keys, batch)
 
     async def _ask(self, *command: Any) -> None:
         """Send a command, packed by hiredis if it is installed, and wait for its answer.
@@ -227,6 +234,11 @@ class RedisSink(Sink):
             yield
         except errors.RedisError as error:
             reason = f"{self._server}: {error}"
+            if _wants_password(error):
+                reason = (
+                    f"{self._server}: it demands a password; put it into the URL, redis://:PASSWORD@HOST or "
+                    "redis://USER:PASSWORD@HOST"
+                )
             if isinstance(error, errors.ResponseError) and not isinstance(error, errors.ReadOnlyError):
                 raise Retry(reason=reason) from error
             # Also if the server became a replica: a new connection to its address may lead to the new primary.
@@ -282,6 +294,12 @@ def _tagged(key: str) -> str:
     opening = key.find("{")
     has_tag = opening >= 0 and key.find("}", opening + 1) > opening + 1
     return key if has_tag else f"{{{key}}}"
+
+
+def _wants_password(error: Exception) -> bool:
+    """Return whether an error means that no password was sent to a server that has one."""
+    text = str(error)
+    return "HELLO must be called with the client already authenticated" in text or "Authentication required" in text
 
 
 def _forbids_scripts(error: Exception) -> bool:

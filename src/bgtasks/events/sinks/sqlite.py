@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Final, Literal, TypeAlias, get_args
@@ -61,7 +62,8 @@ class SqliteSink(Sink):
     JSON array, for ``SELECT value FROM events, json_each(events.events)``. That is twice as fast, and more beside a
     busy loop. ``TABLE_batches`` has the id of each batch, so a batch that is written again, after a crash for example,
     is there once; and the Unix time at which it was written. No index is made: an index on a field at least halves the
-    speed.
+    speed. An event of bytes that are no JSON is stored as a JSON string, so that these queries work; bytes that are no
+    UTF-8 are rejected.
 
     The file is in WAL mode; other programs may read it meanwhile.
 
@@ -95,6 +97,7 @@ class SqliteSink(Sink):
         if not (isinstance(table, str) and table.isascii() and table.isidentifier()):
             raise InvalidOptionError(f"table must be a name of ASCII letters, digits and _, got {describe(table)}")
         self._thread = WorkerThread("SQLite sink")
+        self._skip = _skipper()
         self._path = Path(os.path.abspath(os.fspath(path)))
         self._table = table
         self._rows: Rows = rows
@@ -154,7 +157,7 @@ class SqliteSink(Sink):
                 f"INSERT OR IGNORE INTO {batches} (batch_id, written_at) VALUES (?, ?)", (batch_id, time.time())
             )
             if noted.rowcount and texts:
-                self._insert_rows(connection, noted.lastrowid, texts)
+                self._insert_rows(connection, noted.lastrowid, _as_json(texts, self._skip))
         if bad:
             raise Reject(bad, "it is no UTF-8 text")
 
@@ -198,6 +201,43 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
         raise
+
+
+def _skipper() -> Callable[[str], object]:
+    """Return a function that raises an error for a text that is no JSON, or perhaps none."""
+    try:
+        import msgspec
+    except ModuleNotFoundError:
+        # A sink without a publisher needs no extra.
+        return _load
+    # Skips through the text, without making objects of it.
+    return msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def _load(text: str) -> object:
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _as_json(texts: list[str], skip: Callable[[str], object]) -> list[str]:
+    """Return texts that SQLite reads as JSON: those that are none become JSON strings."""
+    try:
+        for text in texts:
+            skip(text)
+    except Exception:  # of msgspec, which refuses some texts that are JSON
+        return [text if _is_json(text) else json.dumps(text) for text in texts]
+    return texts
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _load(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _decoded(batch: Sequence[bytes]) -> tuple[list[str], list[int]]:

@@ -1,0 +1,73 @@
+"""Estimates how much memory an event takes, before it is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from gc import get_referents
+from operator import attrgetter
+from sys import getrefcount, getsizeof
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, Final
+
+__all__ = ["footprint"]
+
+# An object with as many references is shared with the program: a constant, a setting. Looking at it makes five.
+SHARED: Final = 8
+# How many parts of a container are looked at, by its depth in the event; those of a larger one are extrapolated.
+SAMPLES: Final[tuple[int, ...]] = (32, 8, 4, 2, 2)
+# Classes whose parts are known; then they are forgotten.
+MOST_CLASSES: Final = 256
+# The bytes of an empty text.
+EMPTY: Final = getsizeof("")
+
+_LEAVES: Final = frozenset(
+    (str, bytes, int, float, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType)
+)
+_parts_of: dict[type, Callable[[Any], Sequence[Any]]] = {}
+
+
+def footprint(event: Any) -> int:
+    """Return about how many bytes of memory an event takes by itself; 0 if it cannot be told."""
+    try:
+        total: int = getsizeof(event)
+        return total if type(event) in _LEAVES else total + _parts_footprint(event, 0)
+    except Exception:
+        # A foreign class may raise anything in __sizeof__ or in a property.
+        return 0
+
+
+def _parts_footprint(whole: Any, depth: int) -> int:
+    kind = type(whole)
+    parts = [*whole.values(), *whole] if kind is dict else (_parts_of.get(kind) or _learn(kind))(whole)
+    count = len(parts)
+    if count > SAMPLES[depth]:
+        parts = parts[:: count // SAMPLES[depth]]
+    total = 0
+    for part in parts:
+        if getrefcount(part) < SHARED:
+            if type(part) is str and part.isascii():
+                total += len(part) + EMPTY
+            else:
+                total += getsizeof(part)
+                if type(part) not in _LEAVES and depth + 1 < len(SAMPLES):
+                    total += _parts_footprint(part, depth + 1)
+    return total if len(parts) == count else total * count // len(parts)
+
+
+def _learn(kind: type) -> Callable[[Any], Sequence[Any]]:
+    if len(_parts_of) >= MOST_CLASSES:
+        _parts_of.clear()
+    fields: tuple[str, ...] = getattr(kind, "__struct_fields__", ())
+    # The garbage collector does not look into a msgspec.Struct with gc=False.
+    parts: Callable[[Any], Sequence[Any]] = get_referents
+    if len(fields) == 1:
+        parts = partial(_only_field, attrgetter(fields[0]))
+    elif fields:
+        parts = attrgetter(*fields)
+    _parts_of[kind] = parts
+    return parts
+
+
+def _only_field(get: Callable[[Any], Any], whole: Any) -> Sequence[Any]:
+    return (get(whole),)

@@ -1,0 +1,168 @@
+"""max_bytes bounds the memory of a queue, whatever the events are; on both twins."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from collections import deque
+from dataclasses import dataclass
+
+import pytest
+from event_tools import queue_module
+from requirements import need
+
+from bgtasks.events._footprint import footprint
+
+msgspec = need("msgspec")
+
+MEBIBYTE = 1 << 20
+
+
+class Struct(msgspec.Struct, gc=False):
+    """A Struct into which the garbage collector does not see."""
+
+    name: str
+    text: str
+
+
+class OneField(msgspec.Struct, gc=False):
+    """A Struct with one field."""
+
+    text: str
+
+
+@dataclass
+class Data:
+    """A dataclass."""
+
+    text: str
+    numbers: list[float]
+
+
+@dataclass(slots=True)
+class Slotted:
+    """A dataclass with slots."""
+
+    text: str
+
+
+def long_text(number, size=100_000):
+    """Return a new text."""
+    return f"{number:010d}" + "x" * size
+
+
+BURSTS = {
+    "one long text": lambda number: {"payload": long_text(number)},
+    "long bytes inside": lambda number: {"payload": long_text(number).encode()},
+    "nested": lambda number: {"a": {"b": [{"c": long_text(number, 20_000)}, number]}},
+    "many numbers": lambda number: {"points": [number + part / 7 for part in range(3000)]},
+    "many keys": lambda number: {f"key {part}": number + part / 7 for part in range(500)},
+    "rows": lambda number: [{"id": number + part, "value": part / 7} for part in range(100)],
+    "small": lambda number: {"event": "order_paid", "order": number, "user": f"user {number}"},
+    "struct": lambda number: Struct("name", long_text(number, 5000)),
+    "struct of one field": lambda number: OneField(long_text(number, 5000)),
+    "dataclass": lambda number: Data(long_text(number, 2000), [number / 7] * 20),
+    "slots": lambda number: Slotted(long_text(number, 5000)),
+    "text": lambda number: long_text(number, 5000),
+    "bytearray": lambda number: bytearray(long_text(number, 5000).encode()),
+    "tuple": lambda number: ("name", long_text(number, 5000)),
+    "alternating": lambda number: {"payload": long_text(number, 50_000 if number % 2 else 10)},
+    "one in ten": lambda number: {"payload": long_text(number, 200_000 if number % 10 == 0 else 10)},
+    "long after short": lambda number: {"payload": long_text(number, 100_000 if number > 1000 else 10)},
+}
+
+
+def memory_of_burst(queue, make, count):
+    """Return the bytes of memory after a burst of events, as many as fit."""
+    tracemalloc.start()
+    try:
+        for number in range(count):
+            queue.emit(make(number))
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("burst", "drop_oldest"), [*((burst, False) for burst in BURSTS), ("one in ten", True), ("long after short", True)]
+)
+def test_a_burst_takes_at_most_twice_max_bytes_and_a_batch(twin, burst, drop_oldest):
+    """Nothing was encoded yet, and no mean is known."""
+    limit = 4 * MEBIBYTE
+    queue = queue_module(twin).EventQueue(200_000, limit, MEBIBYTE, drop_oldest, int, int, footprint)
+    used = memory_of_burst(queue, BURSTS[burst], 1500 if burst != "small" else 20_000)
+    assert used <= 2 * limit + MEBIBYTE
+    # It is not refused much too early either.
+    assert used >= limit / 2
+
+
+def test_the_mean_length_does_not_hide_the_memory(twin):
+    """Events that become short JSON may take much memory; encoding other ones before changes nothing."""
+    limit = 4 * MEBIBYTE
+    queue = queue_module(twin).EventQueue(200_000, limit, MEBIBYTE, False, int, int, footprint)
+    queue.add_mean(10)
+    for number in itertools.count():
+        if not queue.emit({"points": [number + part / 7 for part in range(1000)]}):
+            break
+        if number % 10 == 9:
+            assert queue.pop_batch(4, MEBIBYTE)
+            queue.add_mean(10)
+        assert number < 1000
+    # A batch is no larger than it is said to be either.
+    assert len(queue.pop_batch(500, MEBIBYTE // 2)) < 30
+
+
+def test_a_drained_queue_forgets_the_estimate(twin):
+    """Large events of the past do not make the queue refuse small ones."""
+    queue = queue_module(twin).EventQueue(10_000, MEBIBYTE, MEBIBYTE, False, int, int, footprint)
+    while queue.emit({"payload": long_text(1)}):
+        pass
+    while queue.pop_batch(100, MEBIBYTE):
+        pass
+    assert all(queue.emit({"number": number}) for number in range(3000))
+
+
+def test_a_measure_that_fails_harms_nothing(twin):
+    """An event that cannot be measured is accepted, and on_due is called."""
+    calls = []
+
+    def fail(event):
+        raise MemoryError
+
+    queue = queue_module(twin).EventQueue(100, MEBIBYTE, MEBIBYTE, False, lambda: calls.append(1), int, fail)
+    assert queue.pop_batch(1, 1) == []
+    queue.arm(20, 0)
+    assert all(queue.emit(number) for number in range(50))
+    assert len(calls) == 1
+
+    class Odd:
+        def __sizeof__(self):
+            raise ValueError
+
+    assert footprint(Odd()) == 0
+
+
+def test_a_measure_may_emit(twin):
+    """Measuring may run other code, which finds a consistent queue."""
+    found = deque()
+
+    def measure(event):
+        found.append(len(queue))
+        queue.emit("from inside")
+        return 10
+
+    queue = queue_module(twin).EventQueue(1000, MEBIBYTE, MEBIBYTE, False, int, int, measure)
+    for number in range(100):
+        assert queue.emit(number)
+    counters = queue.counters()
+    assert counters["queue_events"] == counters["accepted"] == 100 + len(found)
+
+
+def test_shared_parts_are_not_counted_for_each_event():
+    """A constant that all events refer to is in memory once."""
+    constant = {"settings": ["x" * 100_000]}
+    events = [{"number": number, "constant": constant} for number in range(20)]
+    assert footprint(events[0]) < 1000
+    cycle = {"itself": None}
+    cycle["itself"] = cycle
+    assert footprint(cycle) > 0
