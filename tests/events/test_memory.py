@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tracemalloc
 from collections import deque
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ BURSTS = {
     "slots": lambda number: Slotted(long_text(number, 5000)),
     "text": lambda number: long_text(number, 5000),
     "bytearray": lambda number: bytearray(long_text(number, 5000).encode()),
+    "raw": lambda number: OneField(msgspec.Raw(json.dumps(long_text(number, 5000)))),
+    "raw in a dict": lambda number: {"payload": msgspec.Raw(json.dumps(long_text(number, 5000)).encode())},
     "tuple": lambda number: ("name", long_text(number, 5000)),
     "alternating": lambda number: {"payload": long_text(number, 50_000 if number % 2 else 10)},
     "one in ten": lambda number: {"payload": long_text(number, 200_000 if number % 10 == 0 else 10)},

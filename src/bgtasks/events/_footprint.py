@@ -30,8 +30,7 @@ _parts_of: dict[type, Callable[[Any], Sequence[Any]]] = {}
 def footprint(event: Any) -> int:
     """Return about how many bytes of memory an event takes by itself; 0 if it cannot be told."""
     try:
-        total: int = getsizeof(event)
-        return total if type(event) in _LEAVES else total + _parts_footprint(event, 0)
+        return getsizeof(event) if type(event) in _LEAVES else _size(event) + _parts_footprint(event, 0)
     except Exception:
         # A foreign class may raise anything in __sizeof__ or in a property.
         return 0
@@ -48,11 +47,21 @@ def _parts_footprint(whole: Any, depth: int) -> int:
         if getrefcount(part) < SHARED:
             if type(part) is str and part.isascii():
                 total += len(part) + EMPTY
-            else:
+            elif type(part) in _LEAVES:
                 total += getsizeof(part)
-                if type(part) not in _LEAVES and depth + 1 < len(SAMPLES):
+            else:
+                total += _size(part)
+                if depth + 1 < len(SAMPLES):
                     total += _parts_footprint(part, depth + 1)
     return total if len(parts) == count else total * count // len(parts)
+
+
+def _size(whole: Any) -> int:
+    kind = type(whole)
+    if kind.__name__ == "Raw" and kind.__module__ == "msgspec":
+        # Its type says that items follow the object, but they do not: getsizeof would take an address for their number.
+        return kind.__basicsize__ + memoryview(whole).nbytes
+    return getsizeof(whole)
 
 
 def _learn(kind: type) -> Callable[[Any], Sequence[Any]]:
