@@ -19,6 +19,7 @@ from loops import LOOPS
 
 from bgtasks import InvalidOptionError
 from bgtasks.events import Publisher, Sink
+from bgtasks.events._loop_thread import loop_thread
 from bgtasks.events.sinks.memory import MemorySink
 
 pytestmark = pytest.mark.usefixtures("queue_of_twin")
@@ -231,6 +232,54 @@ def test_events_emitted_before_any_loop_runs_wait_for_one():
 
     assert asyncio.run(main())["status"] == "flushed"
     assert publisher.sink.events == [b"early", b"also early", b"late"]
+
+
+def test_events_without_a_loop_do_not_notify_one_by_one(monkeypatch):
+    """The thread for programs without a loop looks by itself; the first event after it has ended wakes it again."""
+    publisher = Publisher(MemorySink(), linger=0.001)
+    flusher, calls = publisher._flusher, []
+    notify = flusher._notify
+
+    def counting_notify():
+        calls.append(len(publisher._queue))
+        notify()
+
+    monkeypatch.setattr(flusher, "_notify", counting_notify)
+    monkeypatch.setattr("bgtasks.events._flusher.IDLE_IN_THREAD", 0.05)
+    for count in (1, 2):
+        with monkeypatch.context() as patch:
+            # So that the thread does not come in between.
+            patch.setattr(loop_thread, "call_later", lambda delay, function: None)
+            calls.clear()
+            for number in range(1000):
+                assert publisher.emit({"n": number})
+            assert len(calls) == 1
+        loop_thread.call_later(0, flusher._look)
+        asyncio.run(until(lambda: not publisher.stats()["queue_events"]))
+        assert publisher.stats()["delivered"] == 1000 * count
+        asyncio.run(until(lambda: flusher.loop is None))
+    asyncio.run(publisher.close())
+
+
+async def test_a_flusher_that_began_meanwhile_is_notified(monkeypatch):
+    """Another thread, which found no flusher, is late to have the queue call where a loop runs; a new flusher waits."""
+    publisher = Publisher(MemorySink(), linger=0.001)
+    reached, may_go_on = threading.Event(), threading.Event()
+
+    def wait():
+        reached.set()
+        may_go_on.wait(20)
+
+    monkeypatch.setattr(publisher._flusher, "_await_loop", wait)
+    emitting = asyncio.create_task(asyncio.to_thread(publisher._queue.emit, {"n": 0}))
+    await until(reached.is_set)
+    await publisher.flush(20)
+    await asyncio.sleep(0.05)
+    may_go_on.set()
+    await emitting
+    await asyncio.to_thread(publisher._queue.emit, {"n": 1})
+    await until(lambda: publisher.stats()["delivered"] == 2)
+    await publisher.close()
 
 
 async def test_a_flusher_cancelled_from_outside_starts_again():

@@ -141,7 +141,7 @@ class Pending:
         """Return how many events, from the first accepted on, have all left, if ``count`` have left in any order.
 
         Args:
-            count: the queue's ``finished`` or ``left``, read before this call.
+            count: the queue's ``finished``, read before this call.
 
         """
         oldest = self.oldest()

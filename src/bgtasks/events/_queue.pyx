@@ -469,11 +469,6 @@ cdef class EventQueue:
         """The number of accepted events that were delivered or dropped."""
         return self._accepted - self._count - self._in_flight - self._spooled
 
-    @property
-    def left(self):
-        """The number of accepted events that have left memory: delivered, dropped or spooled."""
-        return self._accepted - self._count - self._in_flight
-
     def counters(self) -> QueueStats:
         """Return a consistent snapshot of the counters. Safe from any thread."""
         return {

@@ -471,12 +471,6 @@ class EventQueue:
         with self._lock:
             return self._recovered + self._popped - self._in_flight - self._spooled
 
-    @property
-    def left(self) -> int:
-        """The number of accepted events that have left memory: delivered, dropped or spooled."""
-        with self._lock:
-            return self._recovered + self._popped - self._in_flight
-
     def counters(self) -> QueueStats:
         """Return a consistent snapshot of the counters. Safe from any thread."""
         with self._lock:
