@@ -19,16 +19,15 @@ from bgtasks.events._guard import at_work
 
 NEVER = 1 << 62
 FIRST_MEAN = 256
-# The queue looks at the memory of an event when it has grown to this number, and then each time when it is four times
-# as long, or has grown by a number between these bounds: at most two for each mebibyte of ``max_bytes``, and at least
-# half of that, at random, so as not to meet every tenth event.
+# The queue looks at the memory of an event when it has grown to this number, or to one for each mebibyte of
+# ``max_bytes`` up to 64, and then each time when it is four times as long, or has grown by a number between these
+# bounds: at most two for each mebibyte, and at least half of that, at random, so as not to meet every tenth event.
 FIRST_LOOK = 8
 LEAST_STRETCH = 4
 LONGEST_STRETCH = 128
 
 # C variables: a lookup in the module's dict would cost a tenth of an emit.
 cdef int64_t _NEVER = NEVER
-cdef int64_t _FIRST_LOOK = FIRST_LOOK
 cdef object _at_work = at_work
 cdef object _get_running_loop = get_running_loop
 
@@ -86,8 +85,9 @@ cdef class EventQueue:
     cdef int64_t _mean
     cdef int64_t _weight
     cdef int64_t _charge
-    # The number of events at which to look at one, and how many more at most until the next look.
+    # The number of events at which to look at one, that of an empty queue, and how many more at most until the next.
     cdef int64_t _look_events
+    cdef int64_t _first_look
     cdef int64_t _stretch
     cdef int64_t _step
     cdef int64_t _random
@@ -128,6 +128,7 @@ cdef class EventQueue:
         self._on_loss = on_loss
         self._measure = measure
         self._stretch = min(max(max_bytes >> 19, LEAST_STRETCH), LONGEST_STRETCH)
+        self._first_look = max(self._stretch // 2, FIRST_LOOK)
         self._closed = False
         self.reset()
 
@@ -140,7 +141,7 @@ cdef class EventQueue:
         self._bytes = self._others = 0
         self._mean = self._charge = FIRST_MEAN
         self._weight = 0
-        self._look_events = self._step = _FIRST_LOOK
+        self._look_events = self._step = self._first_look
         self._random = 1
         self._accepted = self._recovered = self._delivered = self._spooled = self._in_flight = 0
         self._dropped = {}
@@ -365,6 +366,7 @@ cdef class EventQueue:
         cdef object event
         cdef int64_t left = batch_bytes
         cdef int64_t size
+        cdef int64_t look
         cdef Py_ssize_t most = events
         cdef bint is_done = False
         try:
@@ -391,7 +393,8 @@ cdef class EventQueue:
         if not self._others:
             self._weight = 0
             self._charge = self._mean
-        self._look_events = min(self._look_events, max(self._count + min(3 * self._count, self._stretch), _FIRST_LOOK))
+        look = max(self._count + min(3 * self._count, self._stretch), self._first_look)
+        self._look_events = min(self._look_events, look)
         self._next_events = min(self._due_events, self._look_events)
         if not self._count and self._mask >= LARGEST_KEPT:
             self._shrink()

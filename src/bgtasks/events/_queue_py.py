@@ -20,9 +20,9 @@ __all__ = ["EventQueue", "QueueStats"]
 NEVER: Final = 1 << 62
 # The assumed length of an unencoded event, in bytes, until the first batch is encoded.
 FIRST_MEAN: Final = 256
-# The queue looks at the memory of an event when it has grown to this number, and then each time when it is four times
-# as long, or has grown by a number between these bounds: at most two for each mebibyte of ``max_bytes``, and at least
-# half of that, at random, so as not to meet every tenth event.
+# The queue looks at the memory of an event when it has grown to this number, or to one for each mebibyte of
+# ``max_bytes`` up to 64, and then each time when it is four times as long, or has grown by a number between these
+# bounds: at most two for each mebibyte, and at least half of that, at random, so as not to meet every tenth event.
 FIRST_LOOK: Final = 8
 LEAST_STRETCH: Final = 4
 LONGEST_STRETCH: Final = 128
@@ -76,6 +76,7 @@ class EventQueue:
         "_due_bytes",
         "_due_events",
         "_events",
+        "_first_look",
         "_in_flight",
         "_lock",
         "_look_events",
@@ -118,6 +119,7 @@ class EventQueue:
         self._on_loss = on_loss
         self._measure = measure
         self._stretch = min(max(max_bytes >> 19, LEAST_STRETCH), LONGEST_STRETCH)
+        self._first_look = max(self._stretch // 2, FIRST_LOOK)
         self._closed = False
         self.reset()
 
@@ -134,7 +136,7 @@ class EventQueue:
         self._mean = self._charge = FIRST_MEAN
         self._weight = 0
         # The number of events at which to look at one.
-        self._look_events = self._step = FIRST_LOOK
+        self._look_events = self._step = self._first_look
         self._random = 1
         # Events that ever left the queue; with the queued and the recovered ones, these are the accepted events.
         self._popped = 0
@@ -404,7 +406,7 @@ class EventQueue:
                 batch.append(event)
             in_flight = self._in_flight + len(batch)
             count = len(self._events) - len(batch)
-            look = min(self._look_events, max(count + min(3 * count, self._stretch), FIRST_LOOK))
+            look = min(self._look_events, max(count + min(3 * count, self._stretch), self._first_look))
             following = min(self._due_events, look)
             self._remove(batch)
             self._in_flight = in_flight
