@@ -17,7 +17,7 @@ from bgtasks.events.sinks.memory import MemorySink  # noqa: E402
 from bgtasks.events.spool import Spool  # noqa: E402
 
 OF_PUBLISHERS = {"attach", "attached", "close", "emit", "emit_encoded", "flush", "manager", "publish", "start", "stats"}
-OF_SINKS = {"close", "max_inflight", "open", "retry_window", "takes_bytes", "write"}
+OF_SINKS = {"close", "is_durable", "max_inflight", "open", "retry_window", "takes_bytes", "write", "written"}
 # Options that a sink cannot be made without, by module and class.
 SINKS = {
     "console.ConsoleSink": {},
@@ -48,7 +48,7 @@ def public_members(thing):
 def test_a_publisher_shows_none_of_its_parts():
     """Queue, flusher, spool and what they call are inside."""
     publisher = Publisher(MemorySink())
-    assert public_members(publisher) == OF_PUBLISHERS | {"name", "sink"}
+    assert public_members(publisher) == OF_PUBLISHERS | {"is_durable", "name", "sink"}
     assert public_members(Fanout([publisher])) == OF_PUBLISHERS | {"publishers"}
 
 
