@@ -497,7 +497,7 @@ async def test_overflow_spool_goes_to_the_disk_when_the_queue_is_half_full():
     async def take_long(batch, batch_id):
         await asyncio.sleep(0.02)
 
-    publisher = scripted([take_long] * 100_000, spool=spool, overflow="spool", batch=10, max_events=200)
+    publisher = scripted([take_long] * 100_000, spool=spool, overflow="spool", batch=10, max_events=1000)
     await publisher.start()
     await until(lambda: publisher._store.is_empty)
     # Five times as many as the sink takes.
