@@ -62,6 +62,8 @@ def extensions() -> list[Extension]:
     queue = Extension(
         "bgtasks.events._queue",
         ["src/bgtasks/events/_queue.pyx"],
+        depends=["src/bgtasks/events/_footprint.h"],
+        include_dirs=["src/bgtasks/events"],
         define_macros=macros,
         optional=BUILD == "auto",
         **options,

@@ -12,7 +12,7 @@ import pytest
 from event_tools import queue_module
 from requirements import need
 
-from bgtasks.events._footprint import footprint
+from bgtasks.events._footprint import footprint, footprints
 
 msgspec = need("msgspec")
 
@@ -75,6 +75,11 @@ BURSTS = {
 }
 
 
+def measure_of(twin):
+    """Return the function by which a publisher has the queue of a twin measure events."""
+    return getattr(queue_module(twin), "footprints", footprints)
+
+
 def memory_of_burst(queue, make, count):
     """Return the bytes of memory after a burst of events, as many as fit."""
     tracemalloc.start()
@@ -92,7 +97,7 @@ def memory_of_burst(queue, make, count):
 def test_a_burst_takes_at_most_twice_max_bytes_and_a_batch(twin, burst, drop_oldest):
     """Nothing was encoded yet, and no mean is known."""
     limit = 4 * MEBIBYTE
-    queue = queue_module(twin).EventQueue(200_000, limit, MEBIBYTE, drop_oldest, int, int, footprint)
+    queue = queue_module(twin).EventQueue(200_000, limit, MEBIBYTE, drop_oldest, int, int, measure_of(twin))
     used = memory_of_burst(queue, BURSTS[burst], 1500 if burst != "small" else 20_000)
     assert used <= 2 * limit + MEBIBYTE
     # It is not refused much too early either.
@@ -102,7 +107,7 @@ def test_a_burst_takes_at_most_twice_max_bytes_and_a_batch(twin, burst, drop_old
 def test_the_mean_length_does_not_hide_the_memory(twin):
     """Events that become short JSON may take much memory; encoding other ones before changes nothing."""
     limit = 4 * MEBIBYTE
-    queue = queue_module(twin).EventQueue(200_000, limit, MEBIBYTE, False, int, int, footprint)
+    queue = queue_module(twin).EventQueue(200_000, limit, MEBIBYTE, False, int, int, measure_of(twin))
     queue.add_mean(10)
     for number in itertools.count():
         if not queue.emit({"points": [number + part / 7 for part in range(1000)]}):
@@ -117,7 +122,7 @@ def test_the_mean_length_does_not_hide_the_memory(twin):
 
 def test_a_drained_queue_forgets_the_estimate(twin):
     """Large events of the past do not make the queue refuse small ones."""
-    queue = queue_module(twin).EventQueue(10_000, MEBIBYTE, MEBIBYTE, False, int, int, footprint)
+    queue = queue_module(twin).EventQueue(10_000, MEBIBYTE, MEBIBYTE, False, int, int, measure_of(twin))
     while queue.emit({"payload": long_text(1)}):
         pass
     while queue.pop_batch(100, MEBIBYTE):
@@ -129,7 +134,7 @@ def test_a_measure_that_fails_harms_nothing(twin):
     """An event that cannot be measured is accepted, and on_due is called."""
     calls = []
 
-    def fail(event):
+    def fail(events):
         raise MemoryError
 
     queue = queue_module(twin).EventQueue(100, MEBIBYTE, MEBIBYTE, False, lambda: calls.append(1), int, fail)
@@ -149,7 +154,7 @@ def test_a_measure_may_emit(twin):
     """Measuring may run other code, which finds a consistent queue."""
     found = deque()
 
-    def measure(event):
+    def measure(events):
         found.append(len(queue))
         queue.emit("from inside")
         return 10

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Final
 
 from bgtasks._implementation import choose
 
-__all__ = ["IMPLEMENTATION", "EventQueue", "QueueStats"]
+__all__ = ["IMPLEMENTATION", "EventQueue", "QueueStats", "footprints"]
 
 IMPLEMENTATION: Final = choose("bgtasks.events._queue", "event queue")
 
 if TYPE_CHECKING or IMPLEMENTATION == "python":
+    from bgtasks.events._footprint import footprints
     from bgtasks.events._queue_py import EventQueue, QueueStats
 else:
-    from bgtasks.events._queue import EventQueue, QueueStats
+    from bgtasks.events._queue import EventQueue, QueueStats, footprints

@@ -14,17 +14,20 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 
 from asyncio.events import _get_running_loop as get_running_loop
+from struct import pack
 
+from bgtasks.events._footprint import footprint
 from bgtasks.events._guard import at_work
 
 NEVER = 1 << 62
 FIRST_MEAN = 256
-# The queue looks at the memory of an event when it has grown to this number, or to one for each mebibyte of
-# ``max_bytes`` up to 64, and then each time when it is four times as long, or has grown by a number between these
-# bounds: at most two for each mebibyte, and at least half of that, at random, so as not to meet every tenth event.
+# The queue looks at the memory of its newest events when it has grown to this number, and then each time when it has
+# grown by one event for every 2 MiB of ``max_bytes``, within these bounds.
 FIRST_LOOK = 8
 LEAST_STRETCH = 4
-LONGEST_STRETCH = 128
+LONGEST_STRETCH = 32
+# Classes whose layout is known; then they are forgotten.
+MOST_CLASSES = 256
 
 # C variables: a lookup in the module's dict would cost a tenth of an emit.
 cdef int64_t _NEVER = NEVER
@@ -35,12 +38,84 @@ cdef enum:
     # Slots of a new queue, a power of two; an emptied queue frees those beyond LARGEST_KEPT.
     FIRST_SLOTS = 256
     LARGEST_KEPT = 16384
+    # A weight is kept in these parts of a byte: as a number of bytes, each look would round it down.
+    UNITS = 1024
 
 QueueStats = dict
 
 
 cdef extern from "Python.h":
     void Py_DECREF(PyObject* value)
+
+
+cdef extern from "_footprint.h":
+    Py_ssize_t bgtasks_footprint(PyObject* event, PyObject* layouts, PyObject** unknown) noexcept
+    Py_ssize_t bgtasks_offset(object member) noexcept
+
+# How to find the parts of an object, by its class: the places of its fields, True if the garbage collector sees them,
+# None if only Python code can tell.
+cdef dict _layouts = {}
+# Of fewer events than this, all are looked at.
+cdef enum:
+    GROUP = 32
+cdef int64_t _random = 1
+
+
+def footprints(events: list) -> int:
+    """Return about how many bytes of memory these events take by themselves, from some of them if they are many."""
+    cdef list found = events
+    cdef Py_ssize_t count = len(found)
+    cdef Py_ssize_t index = 0
+    cdef Py_ssize_t looks = 0
+    cdef int64_t total = 0
+    while index < count:
+        total += _footprint_of(found[index])
+        looks += 1
+        index += 1 if count < GROUP else _random_step()
+    return total * count // looks if looks else 0
+
+
+cdef inline Py_ssize_t _random_step() noexcept:
+    """Return 1 to 5, so that every tenth event is not always met, or never."""
+    global _random
+    # A linear congruential generator, the one of C's standard.
+    _random = (_random * 1103515245 + 12345) & 0x7FFFFFFF
+    return 1 + (_random >> 16) % 5
+
+
+cdef int64_t _footprint_of(object event) except -1:
+    cdef PyObject* unknown
+    cdef int64_t size = bgtasks_footprint(<PyObject*>event, <PyObject*>_layouts, &unknown)
+    while size < 0 and unknown is not NULL and _learn(<object>unknown):
+        size = bgtasks_footprint(<PyObject*>event, <PyObject*>_layouts, &unknown)
+    return <int64_t>footprint(event) if size < 0 else size
+
+
+cdef bint _learn(object kind) except -1:
+    """Return whether the class was not known, and is now."""
+    # The hash of a foreign metaclass may run Python code.
+    if type(kind).__hash__ is not type.__hash__ or kind in _layouts:
+        return False
+    if len(_layouts) >= MOST_CLASSES:
+        _layouts.clear()
+    _layouts[kind] = _layout_of(kind)
+    return True
+
+
+cdef object _layout_of(object kind):
+    try:
+        fields = getattr(kind, "__struct_fields__", ())
+        if fields:
+            # The garbage collector does not look into a msgspec.Struct with gc=False.
+            offsets = [bgtasks_offset(getattr(kind, name)) for name in fields]
+            return None if -1 in offsets else pack(f"{len(offsets)}n", *offsets)
+        if kind.__module__ == "decimal":
+            return True
+        # A class that says how large its objects are may keep memory that nobody sees.
+        is_plain = kind.__sizeof__ is object.__sizeof__ and (not kind.__itemsize__ or issubclass(kind, tuple))
+        return True if is_plain else None
+    except Exception:
+        return None
 
 
 cdef inline bint _is_at_work(object queue) except -1:
@@ -66,8 +141,8 @@ cdef class EventQueue:
             per ``arm``. If it raises, it is called again at the next event.
         on_loss: called without arguments when events were refused or dropped; once per ``arm_loss``. If it raises, it
             is called again at the next loss.
-        measure: returns about how many bytes of memory an unencoded event takes; called for some of the events that
-            make the queue grow.
+        measure: returns about how many bytes of memory a list of unencoded events takes; called for the events that
+            make the queue grow, many at a time.
 
     """
 
@@ -81,16 +156,15 @@ cdef class EventQueue:
     cdef int64_t _max_event_bytes
     cdef int64_t _bytes
     cdef int64_t _others
-    # The mean length of encoded events; three quarters of the mean memory; what an unencoded event counts: the maximum.
+    # The mean length of encoded events; three quarters of the mean memory, in units; what an unencoded event counts: the
+    # maximum in bytes.
     cdef int64_t _mean
     cdef int64_t _weight
     cdef int64_t _charge
-    # The number of events at which to look at one, that of an empty queue, and how many more at most until the next.
+    # The number of events at which to look at the newest, that of an empty queue, and how many more until the next.
     cdef int64_t _look_events
     cdef int64_t _first_look
     cdef int64_t _stretch
-    cdef int64_t _step
-    cdef int64_t _random
     # The minimum of the numbers at which to look and to call ``on_due``.
     cdef int64_t _next_events
     cdef int64_t _due_events
@@ -127,8 +201,8 @@ cdef class EventQueue:
         self._on_due = on_due
         self._on_loss = on_loss
         self._measure = measure
-        self._stretch = min(max(max_bytes >> 19, LEAST_STRETCH), LONGEST_STRETCH)
-        self._first_look = max(self._stretch // 2, FIRST_LOOK)
+        self._stretch = min(max(max_bytes >> 21, LEAST_STRETCH), LONGEST_STRETCH)
+        self._first_look = max(self._stretch, FIRST_LOOK)
         self._closed = False
         self.reset()
 
@@ -141,8 +215,7 @@ cdef class EventQueue:
         self._bytes = self._others = 0
         self._mean = self._charge = FIRST_MEAN
         self._weight = 0
-        self._look_events = self._step = self._first_look
-        self._random = 1
+        self._look_events = self._first_look
         self._accepted = self._recovered = self._delivered = self._spooled = self._in_flight = 0
         self._dropped = {}
         self._refused = {}
@@ -193,14 +266,14 @@ cdef class EventQueue:
         else:
             self._bytes += size
         if self._count >= self._next_events or total >= self._due_bytes:
-            self._pass_threshold(event, size < 0)
+            self._pass_threshold()
         if dropped is not None:
             self._report_loss()
         return True
 
-    cdef int _pass_threshold(self, object event, bint is_unencoded) except -1:
+    cdef int _pass_threshold(self) except -1:
         if self._count >= self._look_events:
-            self._look(event, is_unencoded)
+            self._look()
         if self._waits_for_loop:
             if _get_running_loop() is not None:
                 self._call_due()
@@ -213,28 +286,36 @@ cdef class EventQueue:
             self._call_due()
         return 0
 
-    cdef int _look(self, object event, bint is_unencoded) except -1:
-        # The event stands for all since the last look.
-        cdef int64_t step = self._step
+    cdef int _look(self) except -1:
+        # After the first look, the events before were looked at already.
+        cdef int64_t step = self._stretch if self._count > self._first_look else self._count
         cdef int64_t weight = 0
-        # A linear congruential generator, the one of C's standard.
-        self._random = (self._random * 1103515245 + 12345) & 0x7FFFFFFF
-        self._step = min(max(3 * self._count, 1), self._stretch - (self._random >> 16) % (self._stretch // 2 + 1))
-        self._look_events = self._count + self._step
-        if not is_unencoded:
-            return 0
+        cdef list newest
+        self._look_events = self._count + self._stretch
         try:
-            weight = self._measure(event) * 3 // 4
+            newest = self._newest(step)
+            if newest:
+                weight = self._measure(newest) * 3 * UNITS // (4 * len(newest))
         except Exception:
-            # The event is queued already: emit must not raise.
+            # The events are queued already: emit must not raise.
             return 0
-        if not weight:
-            return 0
-        if self._others > step:
-            weight = self._weight + (weight - self._weight) * step // self._others
-        self._weight = weight
-        self._charge = max(self._mean, weight)
+        if weight:
+            if self._others > len(newest):
+                weight = self._weight + (weight - self._weight) * <int64_t>len(newest) // self._others
+            self._weight = weight
+            self._charge = max(self._mean, weight // UNITS)
         return 0
+
+    cdef list _newest(self, Py_ssize_t count):
+        """Return those of the newest events that are not encoded."""
+        cdef Py_ssize_t begin = (self._head + self._count - count) & self._mask
+        cdef list newest = self._slots[begin : begin + count]
+        if len(newest) < count:
+            newest += self._slots[: count - len(newest)]
+        for event in newest:
+            if PyBytes_CheckExact(event):
+                return [event for event in newest if not PyBytes_CheckExact(event)]
+        return newest
 
     cdef inline int64_t _total(self) noexcept:
         return self._bytes + self._others * self._charge
@@ -393,7 +474,7 @@ cdef class EventQueue:
         if not self._others:
             self._weight = 0
             self._charge = self._mean
-        look = max(self._count + min(3 * self._count, self._stretch), self._first_look)
+        look = max(self._count + self._stretch, self._first_look)
         self._look_events = min(self._look_events, look)
         self._next_events = min(self._due_events, self._look_events)
         if not self._count and self._mask >= LARGEST_KEPT:
@@ -424,7 +505,7 @@ cdef class EventQueue:
     def add_mean(self, mean: int) -> None:
         """Update the mean length of events by that of the batch just encoded, in bytes."""
         self._mean = max((3 * self._mean + <int64_t>mean) // 4, 1)
-        self._charge = max(self._mean, self._weight)
+        self._charge = max(self._mean, self._weight // UNITS)
 
     def account(self, count: int, outcome: str) -> None:
         """Count the outcome of events in flight: ``"delivered"``, ``"spooled"`` or the reason of a drop."""

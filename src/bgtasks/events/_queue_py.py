@@ -20,12 +20,13 @@ __all__ = ["EventQueue", "QueueStats"]
 NEVER: Final = 1 << 62
 # The assumed length of an unencoded event, in bytes, until the first batch is encoded.
 FIRST_MEAN: Final = 256
-# The queue looks at the memory of an event when it has grown to this number, or to one for each mebibyte of
-# ``max_bytes`` up to 64, and then each time when it is four times as long, or has grown by a number between these
-# bounds: at most two for each mebibyte, and at least half of that, at random, so as not to meet every tenth event.
+# The queue looks at the memory of its newest events when it has grown to this number, and then each time when it has
+# grown by one event for every 2 MiB of ``max_bytes``, within these bounds.
 FIRST_LOOK: Final = 8
 LEAST_STRETCH: Final = 4
-LONGEST_STRETCH: Final = 128
+LONGEST_STRETCH: Final = 32
+# A weight is kept in these parts of a byte: as a number of bytes, each look would round it down.
+UNITS: Final = 1024
 
 _at_work = at_work.get
 
@@ -61,8 +62,8 @@ class EventQueue:
             per ``arm``. If it raises, it is called again at the next event.
         on_loss: called without arguments when events were refused or dropped; once per ``arm_loss``. If it raises, it
             is called again at the next loss.
-        measure: returns about how many bytes of memory an unencoded event takes; called for some of the events that
-            make the queue grow.
+        measure: returns about how many bytes of memory a list of unencoded events takes; called for the events that
+            make the queue grow, many at a time.
 
     """
 
@@ -91,11 +92,9 @@ class EventQueue:
         "_on_loss",
         "_others",
         "_popped",
-        "_random",
         "_recovered",
         "_refused",
         "_spooled",
-        "_step",
         "_stretch",
         "_waits_for_loop",
         "_weight",
@@ -109,7 +108,7 @@ class EventQueue:
         drop_oldest: bool,
         on_due: Callable[[], object],
         on_loss: Callable[[], object],
-        measure: Callable[[object], int],
+        measure: Callable[[list[Any]], int],
     ) -> None:
         self._max_events = max_events
         self._max_bytes = max_bytes
@@ -118,8 +117,8 @@ class EventQueue:
         self._on_due = on_due
         self._on_loss = on_loss
         self._measure = measure
-        self._stretch = min(max(max_bytes >> 19, LEAST_STRETCH), LONGEST_STRETCH)
-        self._first_look = max(self._stretch // 2, FIRST_LOOK)
+        self._stretch = min(max(max_bytes >> 21, LEAST_STRETCH), LONGEST_STRETCH)
+        self._first_look = max(self._stretch, FIRST_LOOK)
         self._closed = False
         self.reset()
 
@@ -131,13 +130,12 @@ class EventQueue:
         self._events: deque[Any] = deque()
         # Queued bytes, and the number of queued events that are not encoded yet.
         self._bytes = self._others = 0
-        # The mean length of encoded events; three quarters of the mean memory; what an unencoded event counts: the
-        # maximum.
+        # The mean length of encoded events; three quarters of the mean memory, in units; what an unencoded event counts:
+        # the maximum in bytes.
         self._mean = self._charge = FIRST_MEAN
         self._weight = 0
-        # The number of events at which to look at one.
-        self._look_events = self._step = self._first_look
-        self._random = 1
+        # The number of events at which to look at the newest.
+        self._look_events = self._first_look
         # Events that ever left the queue; with the queued and the recovered ones, these are the accepted events.
         self._popped = 0
         self._recovered = self._delivered = self._spooled = self._in_flight = 0
@@ -186,15 +184,15 @@ class EventQueue:
             else:
                 is_queued = False
         if is_queued:
-            self._pass_threshold(event, size < 0)
+            self._pass_threshold()
             return True
         return self._emit_at_bound(event, size)
 
-    def _pass_threshold(self, event: object, is_unencoded: bool) -> None:
+    def _pass_threshold(self) -> None:
         # Without the lock, as are all callbacks: one may log, a log handler takes a lock, and code that holds that lock
         # may emit.
         if len(self._events) >= self._look_events:
-            self._look(event, is_unencoded)
+            self._look()
         if self._waits_for_loop:
             if _get_running_loop() is not None:
                 self._call_due()
@@ -218,38 +216,34 @@ class EventQueue:
                 self._due_events = self._next_events = len(self._events) + 1
             raise
 
-    def _look(self, event: object, is_unencoded: bool) -> None:
-        looked = self._look_events
-        # Events that come meanwhile are not looked at.
-        self._look_events = NEVER
+    def _look(self) -> None:
+        with self._lock:
+            looked, count = self._look_events, len(self._events)
+            # After the first look, the events before were looked at already.
+            step = self._stretch if count > self._first_look else count
+            newest = [event for event in islice(reversed(self._events), step) if type(event) is not bytes]
+            self._look_events = count + self._stretch
         try:
-            weight = self._weigh(event) if is_unencoded else 0
-            with self._lock:
-                self._note_look(weight, len(self._events))
+            weight = self._weigh(newest) if newest else 0
+            if weight:
+                with self._lock:
+                    self._note_weight(weight, len(newest))
         except BaseException:
             self._look_events = looked
             raise
 
-    def _weigh(self, event: object) -> int:
+    def _weigh(self, newest: list[Any]) -> int:
         try:
-            return self._measure(event) * 3 // 4
+            return self._measure(newest) * 3 * UNITS // (4 * len(newest))
         except Exception:
-            # The event is queued already: emit must not raise.
+            # The events are queued already: emit must not raise.
             return 0
 
-    def _note_look(self, weight: int, count: int) -> None:
-        # The event stands for all since the last look.
-        step = self._step
-        # A linear congruential generator, the one of C's standard.
-        self._random = (self._random * 1103515245 + 12345) & 0x7FFFFFFF
-        self._step = min(max(3 * count, 1), self._stretch - (self._random >> 16) % (self._stretch // 2 + 1))
-        following = count + self._step
-        if weight:
-            if self._others > step:
-                weight = self._weight + (weight - self._weight) * step // self._others
-            self._set_charge(max(self._mean, weight))
-            self._weight = weight
-        self._look_events = following
+    def _note_weight(self, weight: int, count: int) -> None:
+        if self._others > count:
+            weight = self._weight + (weight - self._weight) * count // self._others
+        self._set_charge(max(self._mean, weight // UNITS))
+        self._weight = weight
 
     def _set_charge(self, charge: int) -> None:
         queued = self._bytes + self._others * (charge - self._charge)
@@ -272,7 +266,7 @@ class EventQueue:
         if refusal is not None:
             return self.refuse(refusal)
         if is_reached:
-            self._pass_threshold(event, size < 0)
+            self._pass_threshold()
         if dropped:
             self._report_loss()
         return True
@@ -406,7 +400,7 @@ class EventQueue:
                 batch.append(event)
             in_flight = self._in_flight + len(batch)
             count = len(self._events) - len(batch)
-            look = min(self._look_events, max(count + min(3 * count, self._stretch), self._first_look))
+            look = min(self._look_events, max(count + self._stretch, self._first_look))
             following = min(self._due_events, look)
             self._remove(batch)
             self._in_flight = in_flight
@@ -421,7 +415,7 @@ class EventQueue:
         """Update the mean length of events by that of the batch just encoded, in bytes."""
         with self._lock:
             mean = max((3 * self._mean + mean) // 4, 1)
-            self._set_charge(max(mean, self._weight))
+            self._set_charge(max(mean, self._weight // UNITS))
             self._mean = mean
 
     def account(self, count: int, outcome: str) -> None:

@@ -21,10 +21,9 @@ from bgtasks.events._dead_letters import DeadLetters
 from bgtasks.events._delivery import Delivery
 from bgtasks.events._durable import DurableEvent, Receipt
 from bgtasks.events._encoding import Encoder, JsonEncoder, NoEncoder
-from bgtasks.events._event_queue import EventQueue, QueueStats
+from bgtasks.events._event_queue import EventQueue, QueueStats, footprints
 from bgtasks.events._exit import close_at_exit
 from bgtasks.events._flusher import Flusher
-from bgtasks.events._footprint import footprint
 from bgtasks.events._health import Health
 from bgtasks.events._linger import Linger
 from bgtasks.events._losses import LossReporter
@@ -153,7 +152,7 @@ class Publisher(BasePublisher):
         self._encoder = encoder
         self._health = Health()
         self._queue = EventQueue(
-            max_events, max_bytes, max_event_bytes, overflow == "drop_oldest", self._on_due, self._on_loss, footprint
+            max_events, max_bytes, max_event_bytes, overflow == "drop_oldest", self._on_due, self._on_loss, footprints
         )
         self._losses = LossReporter(self.name, self._queue, self._health)
         self._dead_letters = DeadLetters(dead_letters, self.name)
