@@ -295,7 +295,9 @@ cdef class EventQueue:
         try:
             newest = self._newest(step)
             if newest:
-                weight = self._measure(newest) * 3 * UNITS // (4 * len(newest))
+                # A C number first: the rest is done without objects.
+                weight = self._measure(newest)
+                weight = weight * 3 * UNITS // (4 * len(newest))
         except Exception:
             # The events are queued already: emit must not raise.
             return 0
