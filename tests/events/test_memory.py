@@ -104,6 +104,78 @@ def test_a_burst_takes_at_most_twice_max_bytes_and_a_batch(twin, burst, drop_old
     assert used >= limit / 2
 
 
+SMALL = {"event": "order_paid", "order": 123_456, "total": 12.5}
+MIXED_BURSTS = {
+    "every tenth 500 kB": lambda number: ({**SMALL, "text": "x"}, 500_000 if number % 10 == 0 else 0),
+    "every tenth 500 kB, in a struct": lambda number: (Struct("name", "x"), 500_000 if number % 10 == 0 else 0),
+    "every tenth 500 kB, nested": lambda number: ({**SMALL, "data": {"a": [{}]}}, 500_000 if number % 10 == 0 else 0),
+    "every tenth 500 kB, as bytes": lambda number: ({**SMALL, "text": b"x"}, 500_000 if number % 10 == 0 else 0),
+    "every 50th 500 kB": lambda number: ({**SMALL, "text": "x"}, 500_000 if number % 50 == 0 else 0),
+    "every 300th 900 kB": lambda number: ({**SMALL, "text": "x"}, 900_000 if number % 300 == 0 else 0),
+    "100 kB": lambda number: ({**SMALL, "text": "x"}, 100_000),
+    "5 kB": lambda number: ({**SMALL, "text": "x"}, 5000),
+    "20 kB after small ones": lambda number: ({**SMALL, "text": "x"}, 20_000 if number > 50_000 else 0),
+}
+
+
+def enlarge(event, size):
+    """Put a text of a size into an event."""
+    if isinstance(event, Struct):
+        event.text = "x" * size
+    elif "data" in event:
+        event["data"]["a"][0]["text"] = "x" * size
+    else:
+        event["text"] = event["text"] * size
+
+
+@pytest.mark.parametrize("burst", MIXED_BURSTS)
+def test_large_events_among_small_ones_are_within_the_default_bound(twin, burst):
+    """A small share of the events may take most of the memory; the bytes of the large fields alone are counted here."""
+    limit = 64 * MEBIBYTE
+    queue = queue_module(twin).EventQueue(200_000, limit, MEBIBYTE, False, int, int, measure_of(twin))
+    used = 0
+    for number in range(200_000):
+        event, size = MIXED_BURSTS[burst](number)
+        if size:
+            enlarge(event, size)
+        if not queue.emit(event):
+            break
+        used += size
+    assert used <= 2 * limit + MEBIBYTE
+    # It is refused, and not much too early.
+    assert number < 199_999
+    assert used >= limit / 2
+
+
+def test_small_events_fill_the_default_queue(twin):
+    """As many small events as max_events are accepted."""
+    queue = queue_module(twin).EventQueue(200_000, 64 * MEBIBYTE, MEBIBYTE, False, int, int, measure_of(twin))
+    assert all(queue.emit({"event": "paid", "order": number}) for number in range(150_000))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"text": "x" * 10_000 + str(1)},
+        {"texts": ["x" * 500 + str(number) for number in range(1000)]},
+        {"nested": {"a": [{"b": ("x" * 5000, b"y" * 5000, bytearray(5000), {1.5, 2.5})}]}},
+        {f"key {number}": number / 7 for number in range(1000)},
+        [number / 7 for number in range(100_000)],
+        Struct("name", "x" * 10_001),
+        Data("x" * 10_002, [number / 7 for number in range(30)]),
+        Slotted("x" * 10_003),
+        deque(["x" * 10_004]),
+        10**10_000,
+        "ü" * 10_000,
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_the_twins_measure_alike(event):
+    """What the compiled function says is near to what Python says of each object."""
+    compiled, pure = (measure_of(each)([event]) for each in ("cython", "python"))
+    assert pure * 0.7 <= compiled <= pure * 1.4
+
+
 def test_the_mean_length_does_not_hide_the_memory(twin):
     """Events that become short JSON may take much memory; encoding other ones before changes nothing."""
     limit = 4 * MEBIBYTE

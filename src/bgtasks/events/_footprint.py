@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from gc import get_referents
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from random import Random
 from sys import getrefcount, getsizeof
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -21,6 +21,8 @@ SAMPLES: Final[tuple[int, ...]] = (32, 8, 4, 2, 2)
 FLAT: Final = 200
 FIELD: Final = 50
 SHORT: Final = 100
+# An event with more fields is measured with their names.
+FEW: Final = 16
 # Classes whose parts are known; then they are forgotten.
 MOST_CLASSES: Final = 256
 # The bytes of an empty text.
@@ -29,13 +31,8 @@ EMPTY: Final = getsizeof("")
 _LEAVES: Final = frozenset(
     (str, bytes, int, float, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType)
 )
-# The parts and events that are looked at must be random, so as not to meet each tenth one, or none of them.
+# The parts of a large container are taken at random, so as not to meet each tenth one, or none of them.
 _random = Random(1)
-# Of these numbers of events, one in this number is looked at.
-GROUP: Final = 32
-SHARE: Final = 5
-choice: Final = _random.choice
-_choices: Final = [itemgetter(*sorted(_random.sample(range(GROUP), GROUP // SHARE))) for _ in range(61)]
 _NUMBERS: Final = frozenset((int, float, bool, type(None)))
 # Classes of msgspec.Struct are in both.
 _structs: set[type] = set()
@@ -44,20 +41,22 @@ _parts_of: dict[type, Callable[[Any], Sequence[Any]]] = {}
 
 def footprints(events: list[Any]) -> int:
     """Return about how many bytes of memory these events take by themselves."""
-    count = len(events)
-    if count < GROUP:
-        return sum(map(footprint, events))
-    chosen = choice(_choices)(events)
     total = 0
-    for event in chosen:
+    for event in events:
         kind = type(event)
-        parts = event.values() if kind is dict else _parts_of[kind](event) if kind in _structs else None
-        total += footprint(event) if parts is None else _flat_footprint(event, parts)
-    return total * count // len(chosen)
+        if kind is dict:
+            total += _flat_footprint(event, event.values())
+        elif kind in _structs:
+            total += _flat_footprint(event, _parts_of[kind](event))
+        else:
+            total += footprint(event)
+    return total
 
 
 def _flat_footprint(event: Any, parts: Collection[Any]) -> int:
     # Most events are flat and short: this takes a fifth of the time.
+    if len(parts) > FEW:
+        return footprint(event)
     total = FLAT + FIELD * len(parts)
     for part in parts:
         kind = type(part)

@@ -25,7 +25,6 @@ FIRST_MEAN = 256
 # grown by one event for every 2 MiB of ``max_bytes``, within these bounds.
 FIRST_LOOK = 8
 LEAST_STRETCH = 4
-LONGEST_STRETCH = 32
 # Classes whose layout is known; then they are forgotten.
 MOST_CLASSES = 256
 
@@ -40,6 +39,9 @@ cdef enum:
     LARGEST_KEPT = 16384
     # A weight is kept in these parts of a byte: as a number of bytes, each look would round it down.
     UNITS = 1024
+    LONGEST_STRETCH = 32
+    # A mean weight that only large events reach: then the queue looks at all events until it is empty.
+    LARGE_MEAN = 2048
 
 QueueStats = dict
 
@@ -55,32 +57,14 @@ cdef extern from "_footprint.h":
 # How to find the parts of an object, by its class: the places of its fields, True if the garbage collector sees them,
 # None if only Python code can tell.
 cdef dict _layouts = {}
-# Of fewer events than this, all are looked at.
-cdef enum:
-    GROUP = 32
-cdef int64_t _random = 1
 
 
 def footprints(events: list) -> int:
-    """Return about how many bytes of memory these events take by themselves, from some of them if they are many."""
-    cdef list found = events
-    cdef Py_ssize_t count = len(found)
-    cdef Py_ssize_t index = 0
-    cdef Py_ssize_t looks = 0
+    """Return about how many bytes of memory these events take by themselves."""
     cdef int64_t total = 0
-    while index < count:
-        total += _footprint_of(found[index])
-        looks += 1
-        index += 1 if count < GROUP else _random_step()
-    return total * count // looks if looks else 0
-
-
-cdef inline Py_ssize_t _random_step() noexcept:
-    """Return 1 to 5, so that every tenth event is not always met, or never."""
-    global _random
-    # A linear congruential generator, the one of C's standard.
-    _random = (_random * 1103515245 + 12345) & 0x7FFFFFFF
-    return 1 + (_random >> 16) % 5
+    for event in <list>events:
+        total += _footprint_of(event)
+    return total
 
 
 cdef int64_t _footprint_of(object event) except -1:
@@ -165,6 +149,8 @@ cdef class EventQueue:
     cdef int64_t _look_events
     cdef int64_t _first_look
     cdef int64_t _stretch
+    cdef int64_t _random
+    cdef bint _looks_at_all
     # The minimum of the numbers at which to look and to call ``on_due``.
     cdef int64_t _next_events
     cdef int64_t _due_events
@@ -216,6 +202,8 @@ cdef class EventQueue:
         self._mean = self._charge = FIRST_MEAN
         self._weight = 0
         self._look_events = self._first_look
+        self._random = 1
+        self._looks_at_all = False
         self._accepted = self._recovered = self._delivered = self._spooled = self._in_flight = 0
         self._dropped = {}
         self._refused = {}
@@ -289,35 +277,50 @@ cdef class EventQueue:
     cdef int _look(self) except -1:
         # After the first look, the events before were looked at already.
         cdef int64_t step = self._stretch if self._count > self._first_look else self._count
-        cdef int64_t weight = 0
+        cdef int64_t weight
         cdef list newest
+        cdef bint is_all = self._looks_at_all or step < LONGEST_STRETCH
         self._look_events = self._count + self._stretch
         try:
-            newest = self._newest(step)
-            if newest:
-                # A C number first: the rest is done without objects.
-                weight = self._measure(newest)
-                weight = weight * 3 * UNITS // (4 * len(newest))
+            newest = self._newest(step, is_all)
+            weight = self._weigh(newest)
+            # Measuring may have emptied the queue.
+            if weight > LARGE_MEAN * UNITS and not is_all and self._count >= step:
+                self._looks_at_all = is_all = True
+                newest = self._newest(step, True)
+                weight = self._weigh(newest)
+            if is_all:
+                step = len(newest)
         except Exception:
             # The events are queued already: emit must not raise.
             return 0
         if weight:
-            if self._others > len(newest):
-                weight = self._weight + (weight - self._weight) * <int64_t>len(newest) // self._others
+            if self._others > step:
+                weight = self._weight + (weight - self._weight) * step // self._others
             self._weight = weight
             self._charge = max(self._mean, weight // UNITS)
         return 0
 
-    cdef list _newest(self, Py_ssize_t count):
-        """Return those of the newest events that are not encoded."""
-        cdef Py_ssize_t begin = (self._head + self._count - count) & self._mask
-        cdef list newest = self._slots[begin : begin + count]
-        if len(newest) < count:
-            newest += self._slots[: count - len(newest)]
-        for event in newest:
-            if PyBytes_CheckExact(event):
-                return [event for event in newest if not PyBytes_CheckExact(event)]
+    cdef list _newest(self, int64_t step, bint is_all):
+        """Return the newest events that are not encoded, or a third of them at random."""
+        cdef list newest = []
+        cdef object event
+        cdef Py_ssize_t index = self._head + self._count - step
+        while index < self._head + self._count:
+            event = self._slots[index & self._mask]
+            if not PyBytes_CheckExact(event):
+                newest.append(event)
+            if is_all:
+                index += 1
+            else:
+                # A linear congruential generator, the one of C's standard: not always each tenth event, or never.
+                self._random = (self._random * 1103515245 + 12345) & 0x7FFFFFFF
+                index += 1 + (self._random >> 16) % 5
         return newest
+
+    cdef int64_t _weigh(self, list newest) except -1:
+        cdef int64_t size = self._measure(newest) if newest else 0
+        return size * 3 * UNITS // (4 * len(newest)) if newest else 0
 
     cdef inline int64_t _total(self) noexcept:
         return self._bytes + self._others * self._charge
@@ -474,6 +477,7 @@ cdef class EventQueue:
                 self._put_back(batch)
         self._in_flight += len(batch)
         if not self._others:
+            self._looks_at_all = False
             self._weight = 0
             self._charge = self._mean
         look = max(self._count + self._stretch, self._first_look)

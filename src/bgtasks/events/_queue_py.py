@@ -10,7 +10,9 @@ import threading
 from asyncio.events import _get_running_loop
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
+from itertools import cycle, islice
+from operator import itemgetter
+from random import Random
 from typing import Any, Final, TypedDict, final
 
 from bgtasks.events._guard import at_work
@@ -27,7 +29,14 @@ LEAST_STRETCH: Final = 4
 LONGEST_STRETCH: Final = 32
 # A weight is kept in these parts of a byte: as a number of bytes, each look would round it down.
 UNITS: Final = 1024
+# A mean weight that only large events reach: then the queue looks at all events until it is empty.
+LARGE_MEAN: Final = 2048
+# Before, it looks at so few of its newest events, at random: not always at each tenth event, or never.
+SAMPLE: Final = 2
+SAMPLES: Final = 97
 
+_random = Random(1)
+_samples = cycle([itemgetter(*_random.sample(range(-LONGEST_STRETCH, 0), SAMPLE)) for _ in range(SAMPLES)])
 _at_work = at_work.get
 
 
@@ -81,6 +90,7 @@ class EventQueue:
         "_in_flight",
         "_lock",
         "_look_events",
+        "_looks_at_all",
         "_loss_armed",
         "_max_bytes",
         "_max_event_bytes",
@@ -130,12 +140,13 @@ class EventQueue:
         self._events: deque[Any] = deque()
         # Queued bytes, and the number of queued events that are not encoded yet.
         self._bytes = self._others = 0
-        # The mean length of encoded events; three quarters of the mean memory, in units; what an unencoded event counts:
-        # the maximum in bytes.
+        # The mean length of encoded events; three quarters of the mean memory, in units; what an unencoded event
+        # counts: the maximum in bytes.
         self._mean = self._charge = FIRST_MEAN
         self._weight = 0
         # The number of events at which to look at the newest.
         self._look_events = self._first_look
+        self._looks_at_all = False
         # Events that ever left the queue; with the queued and the recovered ones, these are the accepted events.
         self._popped = 0
         self._recovered = self._delivered = self._spooled = self._in_flight = 0
@@ -161,29 +172,33 @@ class EventQueue:
             Whether the event was accepted. Refused events are counted by reason.
 
         """
-        size = len(event) if type(event) is bytes else -1
+        if type(event) is bytes:
+            size = len(event)
+            is_other = 0
+        else:
+            size = -1
+            is_other = 1
         with self._lock:
             events = self._events
-            charge = self._charge if size < 0 else size
-            total = self._bytes + charge
+            count = len(events)
+            total = self._bytes + (self._charge if is_other else size)
             # A closed queue has no capacity.
             if (
-                len(events) < self._max_events
+                count < self._max_events
                 and total <= self._max_bytes
                 and size <= self._max_event_bytes
                 and _at_work() is not self
             ):
                 # What can fail comes first: a number is an object that has to be made.
-                others = self._others + 1 if size < 0 else self._others
+                others = self._others + is_other
                 events.append(event)
                 self._bytes = total
                 self._others = others
-                if len(events) < self._next_events and total < self._due_bytes:
+                if count + 1 < self._next_events and total < self._due_bytes:
                     return True
-                is_queued = True
             else:
-                is_queued = False
-        if is_queued:
+                count = -1
+        if count >= 0:
             self._pass_threshold()
             return True
         return self._emit_at_bound(event, size)
@@ -221,20 +236,31 @@ class EventQueue:
             looked, count = self._look_events, len(self._events)
             # After the first look, the events before were looked at already.
             step = self._stretch if count > self._first_look else count
-            newest = [event for event in islice(reversed(self._events), step) if type(event) is not bytes]
+            is_all = self._looks_at_all or step < LONGEST_STRETCH
+            newest = self._newest(step, is_all)
             self._look_events = count + self._stretch
         try:
-            weight = self._weigh(newest) if newest else 0
+            weight = self._weigh(newest)
+            if weight > LARGE_MEAN * UNITS and not is_all:
+                with self._lock:
+                    self._looks_at_all = is_all = True
+                    newest = self._newest(step, True)
+                weight = self._weigh(newest)
             if weight:
                 with self._lock:
-                    self._note_weight(weight, len(newest))
+                    self._note_weight(weight, len(newest) if is_all else step)
         except BaseException:
             self._look_events = looked
             raise
 
+    def _newest(self, step: int, is_all: bool) -> list[Any]:
+        """Return the newest events that are not encoded, or some of them at random."""
+        events = islice(reversed(self._events), step) if is_all else next(_samples)(self._events)
+        return [event for event in events if type(event) is not bytes]
+
     def _weigh(self, newest: list[Any]) -> int:
         try:
-            return self._measure(newest) * 3 * UNITS // (4 * len(newest))
+            return self._measure(newest) * 3 * UNITS // (4 * len(newest)) if newest else 0
         except Exception:
             # The events are queued already: emit must not raise.
             return 0
@@ -407,6 +433,7 @@ class EventQueue:
             self._look_events = look
             self._next_events = following
             if not self._others:
+                self._looks_at_all = False
                 self._weight = 0
                 self._charge = self._mean
         return batch
