@@ -30,7 +30,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from bgtasks.events import Publisher, Sink, publisher
+from bgtasks.events import Publisher, Sink, _footprint, publisher
 from bgtasks.events.sinks.jsonl import JsonlSink
 
 QUEUES = {"compiled": "bgtasks.events._queue", "twin": "bgtasks.events._queue_py"}
@@ -88,7 +88,9 @@ def say(what: str, value: float, unit: str, must: float | None = None, at_most: 
 
 def use_queue(name: str) -> None:
     """Have publishers use this event queue."""
-    publisher.EventQueue = importlib.import_module(QUEUES[name]).EventQueue  # type: ignore[misc]
+    module = importlib.import_module(QUEUES[name])
+    publisher.EventQueue = module.EventQueue  # type: ignore[misc]
+    publisher.footprints = getattr(module, "footprints", _footprint.footprints)
 
 
 def time_emit(count: int = 100_000) -> float:

@@ -125,10 +125,11 @@ def queue_of_twin(twin: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Have publishers use the event queue of the twin, and give its module."""
     from event_tools import queue_module
 
-    from bgtasks.events import publisher
+    from bgtasks.events import _footprint, publisher
 
     module = queue_module(twin)
     monkeypatch.setattr(publisher, "EventQueue", module.EventQueue)
+    monkeypatch.setattr(publisher, "footprints", getattr(module, "footprints", _footprint.footprints))
     return module
 
 
