@@ -172,6 +172,8 @@ def test_a_deletion_that_finds_no_row_is_noticed(tmp_path):
     found += drain_all(spool)
     assert found == batches
     assert spool.stats()["events"] == 0
+    # Noticed: the file is kept aside.
+    assert spool.stats()["corrupt_files"] == 1
     spool.close()
 
 
