@@ -1,9 +1,10 @@
-"""A TCP proxy that a test cuts: data on its way is lost, as when a router goes down."""
+"""A TCP proxy that a test cuts: data on its way is lost, as when a router goes down. It can also be slow."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from types import TracebackType
 from typing import Self
 
@@ -15,11 +16,17 @@ class CuttingProxy:
 
     Args:
         target: the port to pass to.
+        delay: seconds that data is on its way, in each direction.
+        stalls: the share of pieces of data that take one ``delay`` more, as after a lost packet, and hold up what comes
+            behind them.
 
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, *, delay: float = 0.0, stalls: float = 0.0) -> None:
         self._target = target
+        self._delay = delay
+        self._stalls = stalls
+        self._chance = random.Random(target)
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
         self.port = 0
@@ -64,7 +71,8 @@ class CuttingProxy:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
             self._writers |= {writer, far_writer}
             try:
-                await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+                pump = self._pump_late if self._delay else self._pump
+                await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
             finally:
                 self._writers -= {writer, far_writer}
                 far_writer.transport.abort()
@@ -75,4 +83,32 @@ class CuttingProxy:
             while data := await reader.read(1 << 16):
                 writer.write(data)
                 await writer.drain()
+        writer.transport.abort()
+
+    async def _pump_late(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass data on with the delay; what is on its way is in a queue."""
+        loop = asyncio.get_running_loop()
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def read() -> None:
+            due, data = 0.0, b"-"
+            with contextlib.suppress(OSError):
+                while data:
+                    data = await reader.read(1 << 16)
+                    delay = self._delay * (1 + (self._chance.random() < self._stalls))
+                    due = max(due, loop.time() + delay)
+                    under_way.put_nowait((due, data))
+
+        reading = asyncio.create_task(read())
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    due, data = await under_way.get()
+                    await asyncio.sleep(due - loop.time())
+                    if not data:
+                        break
+                    writer.write(data)
+                    await writer.drain()
+        finally:
+            reading.cancel()
         writer.transport.abort()
