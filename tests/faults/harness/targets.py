@@ -75,7 +75,8 @@ def _read_stream(address: str) -> list[bytes]:
 def _rabbitmq(address: str) -> Sink:
     from bgtasks.events.sinks.rabbitmq import RabbitMQSink
 
-    return RabbitMQSink(address, routing_key="events", timeout=1)
+    # A connection takes nine round trips.
+    return RabbitMQSink(address, routing_key="events", timeout=5)
 
 
 def _read_queue(address: str) -> list[bytes]:

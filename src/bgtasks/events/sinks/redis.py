@@ -155,6 +155,7 @@ class RedisSink(Sink):
         if connection is not None:
             await connection.disconnect(nowait=True)
         await client.aclose()
+        await _close_nodes(client)
 
     def _seconds_remembered(self) -> int:
         return math.ceil(self.retry_window if self._remember_for is None else self._remember_for)
@@ -243,6 +244,20 @@ class RedisSink(Sink):
                 raise Retry(reason=reason) from error
             # Also if the server became a replica: a new connection to its address may lead to the new primary.
             raise SinkError(reason) from error
+
+
+async def _close_nodes(client: Any) -> None:
+    """Close what a client of Sentinel or a Cluster leaves open, such as the connections to the Sentinels.
+
+    redis-py closes the nodes of a Cluster only if no command has failed since it asked for them.
+    """
+    sentinels = getattr(getattr(client, "connection_pool", None), "sentinel_manager", None)
+    for sentinel in getattr(sentinels, "sentinels", ()):
+        await sentinel.aclose()
+    nodes = getattr(client, "nodes_manager", None)
+    if nodes is not None:
+        await nodes.aclose()
+        await nodes.aclose("startup_nodes")
 
 
 def _packer() -> Callable[[tuple[Any, ...]], bytes] | None:
