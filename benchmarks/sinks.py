@@ -7,6 +7,7 @@ machine::
 
     python benchmarks/sinks.py                                   # every sink, paced and flat out
     python benchmarks/sinks.py redis --rate 250000 --seconds 10
+    python benchmarks/sinks.py redis --rate 250000 --fsync always --batch 2000
     python benchmarks/sinks.py redis --agentflow VENV/bin/python # next to agentflow's publisher, run by that Python
 
 ``lag`` is by how much a callback due every millisecond is late, beside the producing and sending: its 99th percentile
@@ -207,7 +208,7 @@ async def make_queue(server: RabbitServer) -> None:
 
 
 @contextlib.contextmanager
-def targets(names: set[str], fsync: bool) -> Iterator[dict[str, Target]]:
+def targets(names: set[str], fsync: str, batch: int = 500) -> Iterator[dict[str, Target]]:
     """Start the servers that the sinks need."""
     found: dict[str, Target] = {"memory": Target(lambda: Publisher(MemorySink()), None)}
     with contextlib.ExitStack() as stack:
@@ -216,12 +217,15 @@ def targets(names: set[str], fsync: bool) -> Iterator[dict[str, Target]]:
             return Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
 
         if names & {"redis", "redis-list"}:
-            options = () if fsync else ("--appendonly", "no")
+            options = ("--appendfsync", fsync) if fsync else ("--appendonly", "no")
             redis_server = stack.enter_context(RedisServer(folder(), options=options))
             found["redis"] = Target(
-                lambda: Publisher(RedisSink(redis_server.url, key="events")), lambda: redis_entries(redis_server)
+                lambda: Publisher(RedisSink(redis_server.url, key="events"), batch=batch),
+                lambda: redis_entries(redis_server),
             )
-            found["redis-list"] = Target(lambda: Publisher(RedisSink(redis_server.url, key="list", mode="list")), None)
+            found["redis-list"] = Target(
+                lambda: Publisher(RedisSink(redis_server.url, key="list", mode="list"), batch=batch), None
+            )
         if names & {"jetstream", "jetstream-events", "nats"}:
             nats_server = stack.enter_context(NatsServer(folder()))
             asyncio.run(make_stream(nats_server))
@@ -282,7 +286,7 @@ def compare_with_agentflow(python: str, rounds: int) -> None:
         found = json.loads(done.stdout)
         agentflow_rates.append(found["delivered"] / found["seconds"])
         print(f"agentflow: {found['delivered']:,} of {found['offered']:,} delivered", flush=True)
-        with targets({"redis"}, fsync=False) as sinks:
+        with targets({"redis"}, fsync="") as sinks:
             run = on_a_loop(run_once(sinks["redis"], 250_000, 3))
         our_rates.append(run.arrived / run.seconds)
         print(f"bgtasks: {run.arrived:,} of {run.offered:,} delivered", flush=True)
@@ -302,9 +306,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--fsync",
-        action="store_true",
-        help="have Redis write to its append-only file, and to the disk, before each answer",
+        choices=["always", "everysec", "no"],
+        default="",
+        help="have Redis write to its append-only file; sync it before each answer, each second, or not",
     )
+    parser.add_argument("--batch", type=int, default=500, help="the most events in a batch for Redis")
     parser.add_argument("--agentflow", metavar="PYTHON", help="a Python that has 10xscale-agentflow[redis] and uvloop")
     arguments = parser.parse_args()
     names = set(arguments.sinks or SINKS)
@@ -315,7 +321,7 @@ def main() -> None:
         compare_with_agentflow(arguments.agentflow, arguments.rounds)
         return
     rates = [arguments.rate] if arguments.rate is not None else [100_000, 250_000, 0]
-    with targets(names, arguments.fsync) as found:
+    with targets(names, arguments.fsync, arguments.batch) as found:
         for rate in rates:
             runs: dict[str, list[Run]] = {name: [] for name in found}
             for _ in range(arguments.rounds):

@@ -55,7 +55,7 @@ class Producer:
     async def run(self, manager: bgtasks.BackgroundTaskManager) -> None:
         """Emit the events, and close the publisher."""
         self.ledger = Ledger(Path(self.folder, f"{self.name}.ledger"))
-        self.next = 0
+        self.next = self.child = 0
         # Of an overload only 500 fit into the queue, which a batch empties.
         bound = 500 if self.fault == "overload" else 200_000
         sink = TARGETS[self.target].make(self.address)
@@ -72,6 +72,9 @@ class Producer:
             report = await self.publisher.close(PATIENCE)
             sampler.cancel()
             self.ledger.write(producer=self.name, closed=report, stats=self.publisher.stats())
+            if self.child:
+                # Some sinks let one process write at a time: the child's turn has come.
+                os.waitpid(self.child, 0)
 
     async def _emit_all(self) -> None:
         await self._emit_group()
@@ -114,7 +117,8 @@ class Producer:
     def _fork(self) -> None:
         """Have a child emit events of its own through the publisher that it inherited."""
         self.ledger.write(fault="fork")
-        if os.fork():
+        self.child = os.fork()
+        if self.child:
             return
         name = f"{self.name}-child"
         ledger = Ledger(Path(self.folder, f"{name}.ledger"))
