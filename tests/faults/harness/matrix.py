@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -127,17 +127,21 @@ class Row:
         from harness.producer import Producer
 
         producer = Producer(str(self.folder), name, self.target, self.address, self.spool, **options)
-        with self._process(["harness.producer", json.dumps(dataclasses.asdict(producer))]) as process:
+        # It dies with this process, as the servers do; the injector ends with its input, to free what it holds.
+        command = ["harness.producer", json.dumps(dataclasses.asdict(producer))]
+        with self._process(command, prefix=["setpriv", "--pdeathsig", "KILL"]) as process:
             yield process
             code = process.wait(180)
         if code not in ((-9, 143) if self.fault in ("sigkill", "sigterm", "damage") else ()) and code:
             raise RowError(f"the producer ended with status {code}:\n{self.errors.read_text()}")
 
     @contextmanager
-    def _process(self, command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    def _process(
+        self, command: list[str], prefix: Sequence[str] = (), **options: Any
+    ) -> Iterator[subprocess.Popen[str]]:
         with self.errors.open("a") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [*prefix, sys.executable, "-m", *command],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
