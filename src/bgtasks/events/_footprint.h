@@ -4,6 +4,9 @@
 #define BGTASKS_FOOTPRINT_H
 
 #include <Python.h>
+#if PY_VERSION_HEX < 0x030C0000
+#include <structmember.h>
+#endif
 
 /* A part with as many references is shared with the program: a constant, a setting. */
 #define BGTASKS_SHARED 4
