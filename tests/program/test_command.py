@@ -129,9 +129,10 @@ def test_it_names_the_extras_and_what_is_missing(distribution):
     assert "[all]" not in lines
 
 
-def test_it_works_where_no_distribution_is_installed():
+def test_it_works_where_no_distribution_is_installed(tmp_path):
     """In a copy of the sources, the extras cannot be known."""
-    lines = run(options=["-S", "-B"])
+    shutil.copytree(PACKAGE, tmp_path / "bgtasks", ignore=shutil.ignore_patterns("__pycache__"))
+    lines = run(path=tmp_path, options=["-S", "-B"])
     assert "is not installed" in lines["extras"]
 
 
