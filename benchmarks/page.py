@@ -44,6 +44,8 @@ def page(runs: Sequence[Run], titles: Mapping[str, str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Without it a browser asks the server for one.
+        '<link rel="icon" href="data:,">'
         f"<title>bgtasks: benchmarks</title><style>{STYLE}</style></head>\n<body><h1>bgtasks: benchmarks</h1>"
         "<p>Each figure is the median of its rounds, in which the contenders took turns; the thin lines show where the "
         "middle half of the rounds lies. Printed by <code>python benchmarks/run.py --html FILE</code>.</p>\n"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 from typing import Any, assert_type
 
-from bgtasks import BackgroundTaskManager
+from bgtasks import BackgroundFuture, BackgroundTaskManager
 from bgtasks.events import BasePublisher, Publisher
 from bgtasks.events.sinks.memory import MemorySink
 from bgtasks.integrations import agentflow, langgraph
@@ -52,9 +51,9 @@ def of_langgraph(manager: BackgroundTaskManager) -> None:
 async def executors(manager: BackgroundTaskManager) -> None:
     """They are made with a config, and typed as those that they derive from."""
     with BackgroundExecutor({"max_concurrency": 0, "tags": []}, manager=manager) as submit:
-        assert_type(submit(area, 1), concurrent.futures.Future[float])
+        assert_type(submit(area, 1), BackgroundFuture[float])
         submit(area)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
-    assert_type(BackgroundExecutor({}).submit(area, 1, __name__="area"), concurrent.futures.Future[float])
+    assert_type(BackgroundExecutor({}).submit(area, 1, __name__="area"), BackgroundFuture[float])
     async with AsyncBackgroundExecutor({}) as submit_async:
         assert_type(submit_async(fetch, "a"), asyncio.Task[bytes])
         submit_async(area, 1)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]

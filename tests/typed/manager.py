@@ -196,7 +196,7 @@ async def ending(manager: BackgroundTaskManager) -> None:
     await manager.wait_for_all(names="a")
     await manager.wait_for_all(names=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await manager.wait_for_all(on_timeout="stop")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await manager.wait_for_all(5, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await manager.wait_for_all(5, True)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
     await manager.wait_for_all("5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await manager.cancel_all()
     await manager.cancel_all(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -140,8 +140,8 @@ cdef class EventQueue:
     cdef int64_t _max_event_bytes
     cdef int64_t _bytes
     cdef int64_t _others
-    # The mean length of encoded events; three quarters of the mean memory, in units; what an unencoded event counts: the
-    # maximum in bytes.
+    # The mean length of encoded events; three quarters of the mean memory, in units; what an unencoded event counts,
+    # the maximum of both in bytes.
     cdef int64_t _mean
     cdef int64_t _weight
     cdef int64_t _charge

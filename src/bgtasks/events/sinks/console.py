@@ -25,7 +25,7 @@ class ConsoleSink(Sink):
 
     # One thread.
     max_inflight: ClassVar[int | None] = 1
-    is_durable = False
+    is_durable: bool = False
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream

@@ -81,7 +81,8 @@ class NatsSink(Sink):
                 )
         check_seconds("timeout", timeout, positive=True)
         self._subject = subject
-        self._jetstream = self.is_durable = jetstream
+        self._jetstream = jetstream
+        self.is_durable: bool = jetstream
         self._envelope = envelope
         self._headers = {"Content-Type": CONTENT_TYPE} if envelope else None
         self._timeout = timeout

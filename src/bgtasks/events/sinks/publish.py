@@ -40,7 +40,7 @@ class PublishSink(Sink):
     # ``workers`` sets the concurrency; published events are remembered for one batch only.
     max_inflight: ClassVar[int | None] = 1
     takes_bytes: ClassVar[bool] = False
-    is_durable = False
+    is_durable: bool = False
 
     def __init__(self, publisher: PublishesOne, *, workers: int = WORKERS) -> None:
         if not isinstance(publisher, PublishesOne):

@@ -104,7 +104,7 @@ class RedisSink(Sink):
         check_seconds("timeout", timeout, positive=True)
         self._target = key
         self._mode: Mode = mode
-        self.is_durable = mode != "pubsub"
+        self.is_durable: bool = mode != "pubsub"
         self._field = field
         self._maxlen = "" if maxlen is None else str(maxlen)
         self._remember_for = remember_for
