@@ -66,8 +66,8 @@ def test_the_page_needs_no_network(measured):
     links = Links()
     links.feed(text)
     assert "script" not in links.tags
-    assert "link" not in links.tags
-    assert all(reference.startswith("#") for reference in links.references)
+    # An empty icon keeps a browser from asking the server for one.
+    assert [reference for reference in links.references if not reference.startswith("#")] == ["data:,"]
     rows = json.loads((measured / "run.json").read_text())["rows"]
     cases = {(row["part"], row["case"]) for row in rows}
     assert links.tags.count("svg") == len(cases) == text.count('role="img"')

@@ -192,13 +192,16 @@ def test_a_batch_interrupted_by_the_end_of_its_loop_is_written_again(loop_kind):
     assert publisher.sink.calls[0] == publisher.sink.calls[1] == publisher.sink.calls[2]
 
 
-def test_the_flusher_leaves_a_closed_loop(loop_kind):
+@pytest.mark.parametrize("delay", [0, 0.01], ids=["lingering", "busy"])
+def test_the_flusher_leaves_a_closed_loop(loop_kind, delay):
     """If a loop is closed without cancelling the flusher, an event that fills a batch starts it on the next loop."""
     publisher = scripted(batch=2)
     loop = LOOPS[loop_kind]()
 
     async def begin():
         publisher.emit(b"one")
+        # The event has lingered before the flusher takes its first step.
+        time.sleep(delay)
 
     loop.run_until_complete(begin())
     task = publisher._flusher._task

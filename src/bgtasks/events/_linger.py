@@ -62,10 +62,14 @@ class Linger:
         self._soon = False
         # No event in the queue is older than this, on the loop's clock.
         self._since = loop.time() - waited
-        self._arm_once_a_batch()
+        self.arm_once_a_batch()
 
-    def _arm_once_a_batch(self) -> None:
-        # While the flusher is busy the queue calls once per batch: enough to notice a loop that was closed meanwhile.
+    def arm_once_a_batch(self) -> None:
+        """Have the queue call at the next batch of events, counted from now.
+
+        While the flusher is busy that is enough to notice a loop that was closed meanwhile. Called again when events
+        have left the queue: the number at which it calls would be too high by them.
+        """
         self._queue.arm(len(self._queue) + self._batch, 0)
 
     @property
@@ -99,7 +103,7 @@ class Linger:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            self._arm_once_a_batch()
+            self.arm_once_a_batch()
 
     def set_empty(self, at: float) -> None:
         """Note that the queue was empty at a time on the loop's clock."""
@@ -137,7 +141,7 @@ class Linger:
         elif self._phase is _Phase.LINGERING:
             self._finish()
         else:
-            self._arm_once_a_batch()
+            self.arm_once_a_batch()
             if self.on_busy is not None:
                 self.on_busy()
 
@@ -155,6 +159,8 @@ class Linger:
             # By the loop, because a future whose result is set is not asked again: if this fails, the next event tries.
             self._loop.call_soon(_resolve, self._due, context=Context())
         self._phase = _Phase.BUSY
+        # The loop may be closed before it resolves the future.
+        self.arm_once_a_batch()
 
 
 def _resolve(due: asyncio.Future[None]) -> None:

@@ -93,6 +93,12 @@ class Route(ABC):
         """Stop everything that runs beside the flusher; no step follows."""
         await self.interrupt()
 
+    def fill(self, most: int = 1) -> None:
+        """Move up to ``most`` batches out of the queue."""
+        self.pending.fill(self.linger, most)
+        if self.is_current():
+            self.linger.arm_once_a_batch()
+
     def account(self, count: int, outcome: str) -> None:
         """Count the outcome of events."""
         if self.is_current():
@@ -107,7 +113,7 @@ class InOrderRoute(Route):
         pending = self.pending
         await self.dead_letters.wait_written()
         if not pending:
-            pending.fill(self.linger)
+            self.fill()
         while pending and self.is_current():
             await self.delivery.deliver(pending.batches[0], self.account)
             pending.remove_finished()
@@ -143,7 +149,7 @@ class ParallelRoute(Route):
         await writers.wait_free()
         await self.dead_letters.wait_written()
         if self._next() is None:
-            self.pending.fill(self.linger)
+            self.fill()
         while self.is_current() and (batch := self._next()) is not None:
             writers.start(batch, partial(self._account_part, batch))
             await writers.wait_free()
@@ -201,7 +207,7 @@ class SpoolRoute(Route):
         pending, store = self.pending, self._store
         await self.dead_letters.wait_written()
         if not pending:
-            pending.fill(self.linger, SPOOLED_AT_ONCE)
+            self.fill(SPOOLED_AT_ONCE)
         while pending and self.is_current():
             first = pending.batches[0]
             has_passed = self._may_pass(first) and await self._pass_by(first) is None
