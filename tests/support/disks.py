@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def small_disk(directory: Path, mebibytes: int) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        subprocess.run(["umount", str(directory)], check=True)
+        unmount(directory)
 
 
 @contextlib.contextmanager
@@ -62,7 +63,20 @@ def image_disk(image: Path, directory: Path, mebibytes: int | None) -> Iterator[
     try:
         yield directory
     finally:
-        subprocess.run(["umount", str(directory)], check=True)
+        unmount(directory)
+
+
+def unmount(directory: Path) -> None:
+    """Unmount a disk, at once or when a thread that syncs a file there has closed it.
+
+    One that stays mounted would fail each later run of the tests, which cannot remove its folder.
+    """
+    give_up = time.monotonic() + 10
+    while (done := subprocess.run(["umount", str(directory)], capture_output=True, text=True, check=False)).returncode:
+        if time.monotonic() > give_up:
+            subprocess.run(["umount", "--lazy", str(directory)], check=True)
+            pytest.fail(f"the disk is still in use: {done.stderr.strip()}")
+        time.sleep(0.01)
 
 
 def fill_disk(directory: Path, leave: int = 0) -> Path:
