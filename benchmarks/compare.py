@@ -334,36 +334,44 @@ def compare_scale(in_flight: int, rounds: int) -> None:
             print(f"  {loop_name:8} {name:9} {figure:6.3f}   {goal}")
 
 
+async def bytes_per_task(start: Callable[[Coroutine[Any, Any, Any]], Any], count: int) -> tuple[float, float]:
+    """Return the memory of a task in flight, its coroutine included, and what is left of it when all have ended."""
+    release = asyncio.Event()
+    start(noop())
+    await run_until_idle()
+    gc.collect()
+    kept: list[Any] = [None] * count  # made before, so that it does not count
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(count):
+        kept[number] = start(release.wait())
+    await run_until_idle()
+    gc.collect()
+    held = tracemalloc.get_traced_memory()[0] - before
+    release.set()
+    kept.clear()
+    await run_until_idle(lambda: len(asyncio.all_tasks()) == 1)
+    gc.collect()
+    left = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    return held / count, left / count
+
+
 def compare_memory(count: int) -> None:
     """Print the memory of a task in flight above a bare one, and what is left when all have ended."""
     print(f"\n## Memory of a task in flight, {count:,} of them, above a bare task\n")
 
-    async def measure(start: Callable[[Coroutine[Any, Any, Any]], Any]) -> tuple[float, float]:
-        release = asyncio.Event()
-        start(noop())
-        await run_until_idle()
-        gc.collect()
-        tracemalloc.start()
-        before = tracemalloc.get_traced_memory()[0]
-        kept = [start(release.wait()) for _ in range(count)]
-        await run_until_idle()
-        gc.collect()
-        held = tracemalloc.get_traced_memory()[0] - before
-        release.set()
-        kept.clear()
-        await run_until_idle(lambda: len(asyncio.all_tasks()) == 1)
-        gc.collect()
-        left = tracemalloc.get_traced_memory()[0] - before
-        tracemalloc.stop()
-        return held / count, left / count
-
     async def of_bare() -> tuple[float, float]:
-        return await measure(asyncio.get_running_loop().create_task)
+        return await bytes_per_task(asyncio.get_running_loop().create_task, count)
 
     def of_manager(twin: str) -> Callable[[], Awaitable[tuple[float, float]]]:
         async def run() -> tuple[float, float]:
             manager = manager_module(twin).BackgroundTaskManager()
-            return await measure(lambda coro: manager.create_task(coro, name="event", timeout=3600.0, context=CONTEXT))
+
+            def start(coro: Coroutine[Any, Any, Any]) -> Any:
+                return manager.create_task(coro, name="event", timeout=3600.0, context=CONTEXT)
+
+            return await bytes_per_task(start, count)
 
         return run
 
@@ -449,6 +457,18 @@ def compare_info(count: int, rounds: int) -> None:
     asyncio.run(main())
 
 
+def run_parts(parser: argparse.ArgumentParser, parts: dict[str, Callable[[argparse.Namespace], None]]) -> None:
+    """Run the parts that the command line names, or all of them, with the options that it gives."""
+    parser.add_argument("part", nargs="*", help=f"parts to run: {', '.join(parts)}; all by default")
+    options = parser.parse_args()
+    unknown = set(options.part) - set(parts)
+    if unknown:
+        parser.error(f"unknown part: {', '.join(sorted(unknown))}")
+    print(f"# CPython {platform.python_version()}, {platform.machine()}")
+    for name in options.part or parts:
+        parts[name](options)
+
+
 def main() -> None:
     """Run the parts asked for."""
     parts: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -460,17 +480,10 @@ def main() -> None:
         "info": lambda options: compare_info(100_000, 9),
     }
     parser = argparse.ArgumentParser(description="Compare ways to run background tasks.")
-    parser.add_argument("part", nargs="*", help=f"parts to run: {', '.join(parts)}; all by default")
     parser.add_argument("--burst", type=int, default=1000, help="tasks started before the loop runs them (1000)")
     parser.add_argument("--rounds", type=int, default=151, help="rounds of the part 'tasks' (151)")
     parser.add_argument("--in-flight", type=int, default=1_000_000, help="tasks of the part 'scale' (1000000)")
-    options = parser.parse_args()
-    unknown = set(options.part) - set(parts)
-    if unknown:
-        parser.error(f"unknown part: {', '.join(sorted(unknown))}")
-    print(f"# CPython {platform.python_version()}, {platform.machine()}")
-    for name in options.part or parts:
-        parts[name](options)
+    run_parts(parser, parts)
 
 
 if __name__ == "__main__":

@@ -93,30 +93,19 @@ def use_queue(name: str) -> None:
     publisher.footprints = getattr(module, "footprints", _footprint.footprints)
 
 
-def time_emit(count: int = 100_000) -> float:
-    """Return the nanoseconds of one emit of a ready event, the loop around it included."""
+def time_emit(count: int = 100_000, flusher: bool = True) -> float:
+    """Return the nanoseconds of one emit of a ready event, the loop around it included.
+
+    Without a flusher it is that of an emit in a thread without an event loop.
+    """
     target = Publisher(NullSink(), max_events=1 << 30, max_bytes=1 << 50)
-    # A flusher that sleeps until a batch that never comes: emit alone is timed.
-    target._queue.arm(1 << 60, 0)
+    if flusher:
+        # One that sleeps until a batch that never comes: emit alone is timed.
+        target._queue.arm(1 << 60, 0)
     event = node_event(1)
     emit = target.emit
     gc.disable()
     # The time of this thread: other threads and programs do not count.
-    begin = time.thread_time()
-    for _ in range(count):
-        emit(event)
-    seconds = time.thread_time() - begin
-    gc.enable()
-    target._after_fork()
-    return seconds / count * 1e9
-
-
-def time_emit_without_loop(count: int = 100_000) -> float:
-    """Return the nanoseconds of one emit in a thread without an event loop."""
-    target = Publisher(NullSink(), max_events=1 << 30, max_bytes=1 << 50)
-    event = node_event(1)
-    emit = target.emit
-    gc.disable()
     begin = time.thread_time()
     for _ in range(count):
         emit(event)
@@ -136,7 +125,7 @@ def measure_emit() -> None:
     say("emit, compiled queue", statistics.median(times["compiled"]), "ns", 100, at_most=True)
     say("emit, Python twin", statistics.median(times["twin"]), "ns", 400, at_most=True)
     use_queue("compiled")
-    without = statistics.median(time_emit_without_loop() for _ in range(15))
+    without = statistics.median(time_emit(flusher=False) for _ in range(15))
     say("emit without a loop, compiled queue", without, "ns", 100, at_most=True)
 
 

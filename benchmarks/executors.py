@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import platform
 import queue
 import random
 import statistics
@@ -27,7 +26,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from compare import loops, noop, ratio, tick, verdict
+from compare import loops, noop, ratio, run_parts, tick, verdict
 
 from bgtasks import AsyncBackgroundExecutor, BackgroundExecutor, BackgroundTaskManager
 
@@ -204,19 +203,12 @@ def main() -> None:
         "memory": compare_memory,
     }
     parser = argparse.ArgumentParser(description="Compare executors.")
-    parser.add_argument("part", nargs="*", help=f"parts to run: {', '.join(parts)}; all by default")
     parser.add_argument("--burst", type=int, default=1000, help="tasks started before the loop runs them (1000)")
     parser.add_argument("--rounds", type=int, default=101, help="rounds of the part 'async' (101)")
     parser.add_argument("--functions", type=int, default=100_000, help="functions of the part 'threads' (100000)")
     parser.add_argument("--sync-rounds", type=int, default=7, help="rounds of the part 'threads' (7)")
     parser.add_argument("--queued", type=int, default=100_000, help="submissions of the part 'memory' (100000)")
-    options = parser.parse_args()
-    unknown = set(options.part) - set(parts)
-    if unknown:
-        parser.error(f"unknown part: {', '.join(sorted(unknown))}")
-    print(f"# CPython {platform.python_version()}, {platform.machine()}")
-    for name in options.part or parts:
-        parts[name](options)
+    run_parts(parser, parts)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import gc
 import itertools
 import tempfile
 import threading
-import tracemalloc
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from compare import (
     TIMEOUT,
     Contender,
     bare,
+    bytes_per_task,
     clock,
     creates,
     creates_with_different_timeouts,
@@ -258,25 +258,6 @@ def _steps_of_growth(options: Options) -> int:
 # -- memory: bars ------------------------------------------------------------------------------------------------------
 
 
-async def _bytes_per_task(start: Callable[[Coroutine[Any, Any, Any]], Any], count: int) -> float:
-    """Return the memory of a task in flight, its coroutine included."""
-    release = asyncio.Event()
-    start(noop())
-    await run_until_idle()
-    gc.collect()
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    for _ in range(count):
-        start(release.wait())
-    await run_until_idle()
-    gc.collect()
-    held = tracemalloc.get_traced_memory()[0] - before
-    tracemalloc.stop()
-    release.set()
-    await run_until_idle(lambda: len(asyncio.all_tasks()) == 1)
-    return held / count
-
-
 def _starts() -> dict[str, Callable[[Coroutine[Any, Any, Any]], Any]]:
     kept: set[Any] = set()
 
@@ -290,7 +271,7 @@ def _starts() -> dict[str, Callable[[Coroutine[Any, Any, Any]], Any]]:
         return lambda coro: manager.create_task(coro, name="event", timeout=3600.0, context=CONTEXT)
 
     return {
-        "bare task": lambda coro: kept.add(asyncio.get_running_loop().create_task(coro)),
+        "bare task": lambda coro: asyncio.get_running_loop().create_task(coro),
         "recipe: set + discard": by_recipe,
         "bgtasks, name + timeout + context": by("cython"),
         "bgtasks in Python": by("python"),
@@ -302,7 +283,8 @@ def _measure_memory(options: Options, step: Callable[[], None]) -> list[Row]:
     for name in _starts():
         values = []
         for _ in range(3):
-            values.append(asyncio.run(_bytes_per_task(_starts()[name], min(options.most, 20_000))))
+            held, _ = asyncio.run(bytes_per_task(_starts()[name], min(options.most, 20_000)))
+            values.append(held)
             step()
         rows.append(Row.of(values, "memory", "a task in flight", name, "bytes"))
     return rows

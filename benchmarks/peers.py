@@ -17,7 +17,6 @@ import asyncio
 import functools
 import importlib.util
 import logging
-import platform
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from compare import CONTEXT, TIMEOUT, Contender, clock, loops, noop, race, ratio, tick
+from compare import CONTEXT, TIMEOUT, Contender, clock, loops, noop, race, ratio, run_parts, tick
 from servers import RedisServer
 
 from bgtasks import BackgroundExecutor, BackgroundTaskManager
@@ -323,16 +322,9 @@ def main() -> None:
         "engines": lambda options: compare_engines(100),
     }
     parser = argparse.ArgumentParser(description="Compare what runs background tasks inside one process.")
-    parser.add_argument("part", nargs="*", help=f"parts to run: {', '.join(parts)}; all by default")
     parser.add_argument("--burst", type=int, default=1000, help="tasks started before the loop runs them (1000)")
     parser.add_argument("--rounds", type=int, default=31, help="rounds of the part 'cost' (31)")
-    options = parser.parse_args()
-    unknown = set(options.part) - set(parts)
-    if unknown:
-        parser.error(f"unknown part: {', '.join(sorted(unknown))}")
-    print(f"# CPython {platform.python_version()}, {platform.machine()}")
-    for name in options.part or parts:
-        parts[name](options)
+    run_parts(parser, parts)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ machine::
     python benchmarks/sinks.py redis --rate 250000 --fsync always --batch 2000
     python benchmarks/sinks.py redis --agentflow VENV/bin/python # next to agentflow's publisher, run by that Python
 
-``lag`` is by how much a callback due every millisecond is late, beside the producing and sending: its 99th percentile
-and its maximum. ``arrived`` is counted by the server.
+``cpu`` is the share of a core that producing and sending take, and what that is for each event; for Redis with what the
+server takes beside it. ``lag`` is by how much a callback due every millisecond is late, beside the producing and
+sending: its 99th percentile and its maximum. What arrived is counted by the server.
 """
 
 from __future__ import annotations
@@ -75,15 +76,20 @@ class Run(NamedTuple):
     arrived: int
     seconds: float
     cpu: float
+    server_cpu: float
     lag_p99: float
     lag_max: float
 
 
 class Target(NamedTuple):
-    """A sink: what makes its publisher, and what counts the events that have arrived so far (None: nobody can)."""
+    """A sink: what makes its publisher, counts the events that have arrived, and reads the server's seconds of CPU.
+
+    None is for a server that does not tell.
+    """
 
     make: Callable[[], Any]
-    count: Callable[[], int] | None
+    count: Callable[[], int] | None = None
+    cpu: Callable[[], float] | None = None
 
 
 class LagMeter:
@@ -147,6 +153,7 @@ async def run_once(target: Target, rate: int, seconds: float) -> Run:
     publisher.emit(make_event(0))
     await publisher.flush(10)
     gc.collect()
+    server_before = await asyncio.to_thread(target.cpu) if target.cpu else 0.0
     meter = LagMeter(asyncio.get_running_loop())
     begun, cpu = time.perf_counter(), time.process_time()
     if rate:
@@ -156,11 +163,12 @@ async def run_once(target: Target, rate: int, seconds: float) -> Run:
     await publisher.flush(30)
     took, used = time.perf_counter() - begun, time.process_time() - cpu
     p99, longest = meter.stop()
+    server_used = await asyncio.to_thread(target.cpu) - server_before if target.cpu else 0.0
     report = await publisher.close(30)
     delivered = publisher.stats()["delivered"]
     arrived = await asyncio.to_thread(target.count) - before if target.count else delivered
     assert arrived == delivered, (arrived, delivered, report)
-    return Run(offered, accepted, arrived - 1, took, used / took, p99, longest)
+    return Run(offered, accepted, arrived - 1, took, used, server_used, p99, longest)
 
 
 # -- the sinks -------------------------------------------------------------------------------------------------------
@@ -172,6 +180,15 @@ def redis_entries(server: RedisServer) -> int:
 
     with redis.Redis.from_url(server.url) as client:
         return int(client.xinfo_stream("events")["entries-added"]) if client.exists("events") else 0
+
+
+def redis_cpu(server: RedisServer) -> float:
+    """Return the seconds of CPU that Redis has used."""
+    import redis
+
+    with redis.Redis.from_url(server.url) as client:
+        used = client.info("cpu")
+    return float(used["used_cpu_user"] + used["used_cpu_sys"])
 
 
 def nats_messages(server: NatsServer) -> int:
@@ -210,7 +227,7 @@ async def make_queue(server: RabbitServer) -> None:
 @contextlib.contextmanager
 def targets(names: set[str], fsync: str, batch: int = 500) -> Iterator[dict[str, Target]]:
     """Start the servers that the sinks need."""
-    found: dict[str, Target] = {"memory": Target(lambda: Publisher(MemorySink()), None)}
+    found: dict[str, Target] = {"memory": Target(lambda: Publisher(MemorySink()))}
     with contextlib.ExitStack() as stack:
 
         def folder() -> Path:
@@ -222,31 +239,31 @@ def targets(names: set[str], fsync: str, batch: int = 500) -> Iterator[dict[str,
             found["redis"] = Target(
                 lambda: Publisher(RedisSink(redis_server.url, key="events"), batch=batch),
                 lambda: redis_entries(redis_server),
+                lambda: redis_cpu(redis_server),
             )
             found["redis-list"] = Target(
-                lambda: Publisher(RedisSink(redis_server.url, key="list", mode="list"), batch=batch), None
+                lambda: Publisher(RedisSink(redis_server.url, key="list", mode="list"), batch=batch),
+                cpu=lambda: redis_cpu(redis_server),
             )
         if names & {"jetstream", "jetstream-events", "nats"}:
             nats_server = stack.enter_context(NatsServer(folder()))
             asyncio.run(make_stream(nats_server))
             url = nats_server.url
-            found["jetstream"] = Target(lambda: Publisher(NatsSink(url, subject="events", envelope=True)), None)
+            found["jetstream"] = Target(lambda: Publisher(NatsSink(url, subject="events", envelope=True)))
             found["jetstream-events"] = Target(
                 lambda: Publisher(NatsSink(url, subject="events")), lambda: nats_messages(nats_server)
             )
-            found["nats"] = Target(lambda: Publisher(NatsSink(url, subject="other", jetstream=False)), None)
+            found["nats"] = Target(lambda: Publisher(NatsSink(url, subject="other", jetstream=False)))
         if "kafka" in names:
             broker = stack.enter_context(KafkaBroker().running())
-            found["kafka"] = Target(lambda: Publisher(KafkaSink(broker.url, topic="events")), None)
+            found["kafka"] = Target(lambda: Publisher(KafkaSink(broker.url, topic="events")))
         if names & {"rabbitmq", "rabbitmq-events"}:
             rabbit_server = stack.enter_context(RabbitServer(folder()))
             asyncio.run(make_queue(rabbit_server))
             found["rabbitmq"] = Target(
-                lambda: Publisher(RabbitMQSink(rabbit_server.url, routing_key="events", envelope=True)), None
+                lambda: Publisher(RabbitMQSink(rabbit_server.url, routing_key="events", envelope=True))
             )
-            found["rabbitmq-events"] = Target(
-                lambda: Publisher(RabbitMQSink(rabbit_server.url, routing_key="events")), None
-            )
+            found["rabbitmq-events"] = Target(lambda: Publisher(RabbitMQSink(rabbit_server.url, routing_key="events")))
         yield {name: target for name, target in found.items() if name in names}
 
 
@@ -266,9 +283,12 @@ def show(name: str, offered: str, runs: list[Run]) -> None:
     """Print the medians of some runs."""
     rates = [run.arrived / run.seconds for run in runs]
     dropped = [run.offered - run.arrived for run in runs]
+    each = statistics.median(run.cpu / run.arrived for run in runs) * 1e6
+    server = statistics.median(run.server_cpu / run.arrived for run in runs) * 1e6
     print(
         f"{name:18}{offered:>10}{statistics.median(rates):>12,.0f}/s{max(dropped):>10,} dropped"
-        f"{statistics.median(run.cpu for run in runs):>8.0%} cpu"
+        f"{statistics.median(run.cpu / run.seconds for run in runs):>8.0%} cpu"
+        f"{each:>6.1f} µs each{f', server {server:.1f}' if server else ''}"
         f"{statistics.median(run.lag_p99 for run in runs) * 1000:>8.2f} ms lag p99"
         f"{max(run.lag_max for run in runs) * 1000:>8.1f} ms max",
         flush=True,
