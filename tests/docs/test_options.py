@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 from paths import PACKAGE, ROOT
-from requirements import need
+from requirements import CLIENTS, need
 
 from bgtasks import ExecutorKind
 from bgtasks.executor._kinds import default_concurrency
@@ -23,13 +23,6 @@ option_tables = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(option_tables)
 TEXT = option_tables.PAGE.read_text(encoding="utf-8")
 TABLES = dict(re.findall(r"<!-- options: ([\w.]+) -->\n\n((?:\|.*\n)*)", TEXT))
-PACKAGES = {
-    "kafka": "confluent_kafka",
-    "nats": "nats",
-    "otlp": "opentelemetry.exporter.otlp.proto.http",
-    "rabbitmq": "aio_pika",
-    "redis": "redis",
-}
 
 
 def rows_of(table):
@@ -42,7 +35,7 @@ def test_a_table_is_that_of_the_code(name):
     """Names, order and defaults by the signature, meanings by the docstring; the command of the message writes them."""
     if ".events" in name:
         need("msgspec")
-    if (package := PACKAGES.get(name.split(".")[-2])) is not None:
+    if (package := CLIENTS.get(name.split(".")[-2])) is not None:
         need(package)
     assert TABLES[name] == option_tables.table_of(name), f"{COMMAND} writes the tables anew"
     parameters = inspect.signature(option_tables.thing_at(name)).parameters

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 from paths import PACKAGE
-from requirements import need
+from requirements import CLIENTS, need
 
 need("msgspec")
 
@@ -31,13 +31,6 @@ SINKS = {
     "sqlite.SqliteSink": {"path": "events.db"},
 }
 OWN = {"jsonl.JsonlSink": {"path", "repaired_bytes"}, "memory.MemorySink": {"batches", "events"}}
-PACKAGES = {
-    "kafka": "confluent_kafka",
-    "nats": "nats",
-    "otlp": "opentelemetry.exporter.otlp.proto.http",
-    "rabbitmq": "aio_pika",
-    "redis": "redis",
-}
 
 
 def public_members(thing):
@@ -57,8 +50,8 @@ def test_a_sink_shows_what_every_sink_has(name, tmp_path, monkeypatch):
     """What it adds is in its entry of the reference."""
     monkeypatch.chdir(tmp_path)
     module, _, kind = name.partition(".")
-    if module in PACKAGES:
-        need(PACKAGES[module])
+    if module in CLIENTS:
+        need(CLIENTS[module])
     sink = getattr(importlib.import_module(f"bgtasks.events.sinks.{module}"), kind)(**SINKS[name])
     assert public_members(sink) == OF_SINKS | OWN.get(name, set())
     assert public_members(Sink) == OF_SINKS

@@ -220,13 +220,13 @@ async def test_closing_an_open_executor(make_manager, make):
 
 async def test_an_open_executor_keeps_no_failure(make_manager, make, caplog):
     """No block raises them: each is logged, and in its future."""
-    manager, heard = make_manager(), []
+    manager, said = make_manager(), []
     caplog.set_level(logging.ERROR)
     executor = make(manager)
     submit = executor.open()
     futures = [submit(fails, ValueError(str(number))) for number in range(3)]
     await asyncio.gather(*futures, return_exceptions=True)
-    heard.extend(record.getMessage() for record in caplog.records)
-    assert len(heard) == 3
+    said.extend(record.getMessage() for record in caplog.records)
+    assert len(said) == 3
     assert not executor._failures
     await manager.shutdown()

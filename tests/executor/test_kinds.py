@@ -8,7 +8,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from child import child
+from child import child, is_running
+from work import wait_until
 
 from bgtasks import BackgroundExecutor, InvalidFunctionError, InvalidOptionError, NotPicklableError, WorkerDiedError
 from bgtasks.executor._processes import ProcessRunner
@@ -201,15 +202,6 @@ if __name__ == "__main__":
 """
 
 
-def is_running(number):
-    """Say whether there is a process of this number."""
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def run_endless(folder, twin, sent=None):
     """Run the program, send it a signal if there is one, and wait for the end of its workers; return what it said."""
     folder.mkdir()
@@ -221,10 +213,7 @@ def run_endless(folder, twin, sent=None):
             program.process.send_signal(sent)
         code = program.end()
     workers = [int((folder / str(number)).read_text()) for number in range(2)]
-    deadline = time.monotonic() + 20
-    while any(map(is_running, workers)):
-        assert time.monotonic() < deadline, "a worker runs on"
-        time.sleep(0.01)
+    assert wait_until(lambda: not any(map(is_running, workers))), "a worker runs on"
     return code, [line for line in program.lines if line != "running"]
 
 

@@ -10,12 +10,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from typing import Any, ClassVar
 
 import pytest
-from work import until
+from work import until, wait_until
 
 from bgtasks import (
     BackgroundExecutor,
@@ -53,14 +52,6 @@ class Gate:
         if error is not None:
             raise error
         return "late"
-
-
-def wait_until(condition):
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def workers():
@@ -208,7 +199,7 @@ def test_idle_threads_are_reused_and_new_ones_start_on_demand(make):
     with executor as submit:
         for _ in range(20):
             submit(int).result(10)
-            wait_until(lambda: not executor._running)
+            assert wait_until(lambda: not executor._running)
         assert len(executor._threads) == 1
         barrier = threading.Barrier(8)
         for _ in range(8):
@@ -261,8 +252,8 @@ def test_the_end_abandons_running_functions_with_cancel_on_exit(make, caplog):
     assert executor.manager.stats()["abandoned"] == 2
     for gate in gates:
         gate.opened.set()
-    wait_until(lambda: "too late" in caplog.text)
-    wait_until(lambda: not workers())
+    assert wait_until(lambda: "too late" in caplog.text)
+    assert wait_until(lambda: not workers())
     assert caplog.text.count("'fails late' failed after it was abandoned: ValueError: too late") == 1
     assert all(future.cancelled() for future in futures)
 
@@ -277,7 +268,7 @@ def test_abandon_running_false_waits_for_running_functions(make):
         threading.Timer(0.01, gate.opened.set).start()
     assert running.result() == "late"
     assert queued.cancelled()
-    wait_until(lambda: not workers())
+    assert wait_until(lambda: not workers())
 
 
 def test_a_timeout_fails_the_future_and_abandons_the_function(make, caplog):
@@ -293,7 +284,7 @@ def test_a_timeout_fails_the_future_and_abandons_the_function(make, caplog):
     stats = executor.manager.stats()
     assert (stats["timed_out"], stats["completed"]) == (1, 1)
     assert caplog.text.count("'hangs' timed out after 0.01 seconds") == 1
-    wait_until(lambda: not workers())
+    assert wait_until(lambda: not workers())
 
 
 def test_timeouts_of_functions_that_ended_are_forgotten(make):
@@ -302,7 +293,7 @@ def test_timeouts_of_functions_that_ended_are_forgotten(make):
     with executor as submit:
         for _ in range(1000):
             submit(int, __timeout__=3600)
-        wait_until(lambda: not executor._live)
+        assert wait_until(lambda: not executor._live)
         assert len(executor._deadlines._heap) < 200
 
 
@@ -389,7 +380,7 @@ def test_an_interrupted_exit_waits_for_no_function(make, monkeypatch):
     assert running.cancelled()
     assert queued.cancelled()
     gate.opened.set()
-    wait_until(lambda: not workers())
+    assert wait_until(lambda: not workers())
 
 
 def test_submit_outside_the_block_raises(make):
@@ -432,7 +423,7 @@ def test_finished_functions_are_freed(make):
             gc.collect()
             return all(reference() is None for reference in references)
 
-        wait_until(gone)
+        assert wait_until(gone)
 
 
 def test_memory_is_flat_over_many_submits_in_one_block(make):
@@ -442,7 +433,7 @@ def test_memory_is_flat_over_many_submits_in_one_block(make):
     def objects_after(submit, count):
         for _ in range(count):
             submit(int, __cancel_on_exit__=True)
-        wait_until(lambda: not executor._live)
+        assert wait_until(lambda: not executor._live)
         gc.collect()
         return len(gc.get_objects())
 
@@ -458,7 +449,7 @@ def test_only_the_failure_to_raise_is_kept(make):
         with executor as submit:
             for number in range(100):
                 submit(raising, ValueError(f"number {number}"))
-            wait_until(lambda: not executor._live)
+            assert wait_until(lambda: not executor._live)
             assert len(executor._failures) == 1
 
 

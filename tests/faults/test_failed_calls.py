@@ -7,15 +7,14 @@ import contextlib
 import gc
 import inspect
 import threading
-import time
 import weakref
 
 import anyio
 import anyio.to_thread
 import pytest
-from event_tools import assert_counters_add_up, scripted
+from event_tools import assert_counters_add_up, scripted, until
 from loops import LOOPS
-from work import forever, value
+from work import forever, value, wait_until
 
 from bgtasks.events import Publisher
 from bgtasks.events.sinks.memory import MemorySink
@@ -111,12 +110,9 @@ def test_a_closed_loop_without_live_tasks_is_let_go_of(make_manager, kind):
         return weakref.ref(asyncio.get_running_loop())
 
     loops = [anyio.run(main, backend_options={"loop_factory": make_loop}) for _ in range(3)]
-    end = time.monotonic() + 20
-    while any(loop() is not None for loop in loops):
-        # Anyio's thread may still be letting go of the last one.
-        assert time.monotonic() < end, gc.get_referrers(*[loop() for loop in loops])
-        time.sleep(0.01)
-        gc.collect()
+    # Anyio's thread may still be letting go of the last one.
+    released = wait_until(lambda: gc.collect() >= 0 and not any(loop() for loop in loops))
+    assert released, gc.get_referrers(*[loop() for loop in loops])
     # Before and after another loop is used.
     assert manager.stats()["completed"] >= 6
     counted = manager.stats()["completed"]
@@ -279,10 +275,7 @@ def test_an_event_whose_notification_fails_is_delivered(queue_of_twin, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(linger, "notify", failing_notify)
             assert publisher.emit({"n": 1})
-        end = time.monotonic() + 20
-        while publisher.stats()["delivered"] < 2:
-            assert time.monotonic() < end
-            await asyncio.sleep(0.01)
+        await until(lambda: publisher.stats()["delivered"] == 2)
         await publisher.close()
 
     asyncio.run(main())

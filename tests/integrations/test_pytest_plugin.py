@@ -342,16 +342,26 @@ async def test_warned(task_manager):
     result.assert_outcomes(passed=2, warnings=1)
 
 
-@pytest.mark.parametrize("arguments", ["'loud'", "", "'error', 'warn'", "mode='error'"])
-def test_a_bad_marker_is_an_error_before_the_tests_run(run_suite, arguments):
-    """The error names the test and the valid values."""
+@pytest.mark.parametrize(
+    ("marker", "arguments", "valid"),
+    [
+        ("bgtasks_leaks", arguments, "one of: error, warn, off")
+        for arguments in ("'loud'", "", "'error', 'warn'", "mode='error'")
+    ]
+    + [
+        ("bgtasks_failures", arguments, "a number of failures")
+        for arguments in ("", "0", "'charge'", "1, 2", "1, name=5", "1, names='charge'")
+    ],
+)
+def test_a_bad_marker_is_an_error_before_the_tests_run(run_suite, marker, arguments, valid):
+    """The error names the test and what the marker takes."""
     result = run_suite(f"""
-@pytest.mark.bgtasks_leaks({arguments})
+@pytest.mark.{marker}({arguments})
 def test_one():
     pass
 """)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*test_suite.py::test_one: the marker bgtasks_leaks takes one of: error, warn, off*"])
+    result.stderr.fnmatch_lines([f"*test_suite.py::test_one: the marker {marker} takes {valid}*"])
 
 
 def test_a_bad_option_is_an_error_before_the_tests_run(run_suite):
@@ -587,15 +597,3 @@ def test_fails(task_manager):
     )
     result.stdout.fnmatch_lines(["*'charge' failed: ValueError: *; expected failures of background tasks: 2, came: 1"])
     assert "expected failures of background tasks: 1, came: 0" not in result.stdout.str()
-
-
-@pytest.mark.parametrize("arguments", ["", "0", "'charge'", "1, 2", "1, name=5", "1, names='charge'"])
-def test_a_bad_number_of_failures_is_an_error_before_the_tests_run(run_suite, arguments):
-    """The error names the test and what the marker takes."""
-    result = run_suite(f"""
-@pytest.mark.bgtasks_failures({arguments})
-def test_one():
-    pass
-""")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*test_suite.py::test_one: the marker bgtasks_failures takes a number of failures*"])

@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs" / "web.md").read_text()
 (BLOCK,) = (block for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) if "app:app" in block)
 COMMANDS = BLOCK.splitlines()
 # This one's worker gets no signal, as the page says.
-UNTOLD = "hypercorn app:app"
+WITHOUT_A_SIGNAL = "hypercorn app:app"
 APP = """
 import asyncio, logging, os, sys
 from starlette.applications import Starlette
@@ -154,7 +154,7 @@ def running(folder, command, deadline):
 def test_the_page_has_commands():
     """They were found."""
     assert len(COMMANDS) >= 8
-    assert UNTOLD in COMMANDS
+    assert WITHOUT_A_SIGNAL in COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -167,13 +167,13 @@ def test_sigterm_names_what_is_left_and_what_was_cancelled(tmp_path, command):
         assert LEFT.search(server.output), server.output
         assert SUMMARY.search(server.output), server.output
         assert "heartbeat" not in server.output
-        assert ("WARNING SIGTERM: " in server.output) == (command != UNTOLD)
+        assert ("WARNING SIGTERM: " in server.output) == (command != WITHOUT_A_SIGNAL)
 
 
 @pytest.mark.parametrize(
-    "command", [command for command in COMMANDS if command != UNTOLD and "--workers 2" not in command]
+    "command", [command for command in COMMANDS if command != WITHOUT_A_SIGNAL and "--workers 2" not in command]
 )
-def test_the_manager_is_told_at_the_signal_although_a_request_hangs(tmp_path, command):
+def test_the_manager_notices_the_signal_although_a_request_hangs(tmp_path, command):
     """The deadline counts from the signal: the tasks have ended by then, whatever the server waits for."""
     with running(tmp_path, command, 2.0) as server:
         server.get("/start")

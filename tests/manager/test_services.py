@@ -49,11 +49,11 @@ async def test_a_service_is_outside_the_limits(make_manager, eager):
 
 async def test_a_service_that_fails_is_reported_as_any_task(make_manager, caplog):
     """What it is excused from is waiting, not failing; and after it has ended nothing is left."""
-    heard = []
-    manager = make_manager(on_error=lambda info, error: heard.append(info["name"]))
+    reported = []
+    manager = make_manager(on_error=lambda info, error: reported.append(info["name"]))
     manager.create_task(failing(ValueError("service")), name="service", service=True)
     await until(lambda: not manager.get_task_count())
-    assert heard == ["service"]
+    assert reported == ["service"]
     assert "Background task 'service' failed" in caplog.text
 
 

@@ -17,25 +17,25 @@ class Marker:
 
 async def test_on_error_and_wait_for_all_get_a_timeout_error(make_manager):
     """Whoever looks at failures sees a timeout, too; awaiting the task raises what the reference texts say."""
-    heard = []
-    manager = make_manager(on_error=lambda info, error: heard.append((info["name"], info["context"], error)))
+    reported = []
+    manager = make_manager(on_error=lambda info, error: reported.append((info["name"], info["context"], error)))
     task = manager.create_task(forever(), name="slow", timeout=0.001, context={"order": 7})
     with pytest.raises(TimeoutError, match=r"'slow' timed out after 0\.001 seconds") as caught:
         await manager.wait_for_all()
-    assert heard == [("slow", {"order": 7}, caught.value)]
+    assert reported == [("slow", {"order": 7}, caught.value)]
     assert task.cancelled()
     manager.create_task(forever(), timeout=0.001)
     await manager.wait_for_all(return_exceptions=True)
-    assert len(heard) == 2
+    assert len(reported) == 2
 
 
 async def test_a_cancellation_is_no_timeout(make_manager):
     """A task that somebody cancels before its timeout concerns nobody else."""
-    heard = []
-    manager = make_manager(on_error=lambda *details: heard.append(details))
+    reported = []
+    manager = make_manager(on_error=lambda *details: reported.append(details))
     manager.create_task(forever(), timeout=60).cancel()
     await manager.wait_for_all()
-    assert not heard
+    assert not reported
 
 
 @pytest.mark.parametrize("max_concurrency", [None, 1])

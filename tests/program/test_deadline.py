@@ -99,8 +99,8 @@ async def test_the_second_signal_cancels_and_the_third_waits_no_longer(make_endi
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself these signals")
 async def test_a_listener_passes_signals_on_and_restores_handlers():
     """The handler of the server is called at once, and stands again afterwards; without one nothing is touched."""
-    heard, noticed = [], []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    handled, noticed = [], []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: handled.append(number))
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         handler = signal.getsignal(signal.SIGINT)
@@ -113,7 +113,7 @@ async def test_a_listener_passes_signals_on_and_restores_handlers():
     finally:
         signal.signal(signal.SIGINT, previous)
         signal.signal(signal.SIGTERM, before)
-    assert heard == [signal.SIGINT] * 2
+    assert handled == [signal.SIGINT] * 2
     assert noticed == [(signal.SIGINT, 1), (signal.SIGINT, 2)]
 
 

@@ -304,7 +304,7 @@ async def test_a_missing_password_is_named(start_server):
 
 
 async def test_missing_rights_are_named(start_server):
-    """A user who may run neither scripts nor transactions is told which rights to ask for; later it works."""
+    """For a user who may run neither scripts nor transactions the error names the rights to ask for; later it works."""
     server = start_server(RedisServer)
     async with redis.asyncio.Redis.from_url(server.url) as client:
         await client.execute_command("ACL", "SETUSER", "ann", "on", ">word", "~*", "+ping")

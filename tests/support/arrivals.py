@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 __all__ = ["Arrived", "emit_numbers", "in_jetstream", "in_kafka", "in_rabbitmq", "in_redis", "numbers_in"]
@@ -59,24 +62,33 @@ async def in_jetstream(url: str, stream: str) -> list[Any]:
     return await asyncio.to_thread(asyncio.run, _read_jetstream(url, stream), debug=False)
 
 
+async def _answered(request: Callable[[], Awaitable[Any]]) -> Any:
+    """Repeat a request until it is answered: servers whose leader was killed first have to elect another one."""
+    from nats.errors import NoRespondersError
+    from nats.errors import TimeoutError as NoAnswerError
+    from nats.js.errors import ServiceUnavailableError
+
+    async with asyncio.timeout(60):
+        while True:
+            with contextlib.suppress(NoAnswerError, NoRespondersError, ServiceUnavailableError):
+                return await request()
+            await asyncio.sleep(0.05)
+
+
 async def _read_jetstream(url: str, stream: str) -> list[Any]:
     import nats
-    from nats.errors import TimeoutError as NoMore
     from nats.js.api import AckPolicy, ConsumerConfig
 
     client = await nats.connect(url)
     try:
         context = client.jetstream()
-        info = await context.stream_info(stream)
+        info = await _answered(lambda: context.stream_info(stream))
         count = info.state.messages
-        reading = ConsumerConfig(ack_policy=AckPolicy.NONE)
-        consumer = await context.pull_subscribe(info.config.subjects[0], stream=stream, config=reading)
+        subject, reading = info.config.subjects[0], ConsumerConfig(ack_policy=AckPolicy.NONE)
+        consumer = await _answered(lambda: context.pull_subscribe(subject, stream=stream, config=reading))
         messages: list[Any] = []
-        while len(messages) < count:
-            try:
-                messages += await consumer.fetch(min(5000, count - len(messages)), timeout=5)
-            except NoMore:
-                break
+        while left := count - len(messages):
+            messages += await _answered(functools.partial(consumer.fetch, min(5000, left), timeout=5))
         return messages
     finally:
         await client.close()

@@ -36,6 +36,17 @@ async def told():
 """
 
 
+def is_running(pid: int) -> bool:
+    """Return whether a process exists and, where the system tells, is no zombie."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except FileNotFoundError:
+        return not Path("/proc/self/stat").exists()
+
+
 class Child:
     """A running program."""
 

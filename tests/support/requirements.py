@@ -8,6 +8,15 @@ from types import ModuleType
 
 import pytest
 
+# By the name of a sink's module, what it imports.
+CLIENTS = {
+    "kafka": "confluent_kafka",
+    "nats": "nats",
+    "otlp": "opentelemetry.exporter.otlp.proto.http",
+    "rabbitmq": "aio_pika",
+    "redis": "redis",
+}
+
 
 def need(name: str) -> ModuleType:
     """Return the package; if it is missing, skip the calling module or test.

@@ -12,10 +12,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Self
+
+from work import wait_until
 
 __all__ = [
     "KafkaBroker",
@@ -47,16 +48,6 @@ def free_port() -> int:
 def find_program(name: str) -> str | None:
     """Return the path of an installed program, also from the directories for administrators."""
     return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{SBIN}")
-
-
-def wait_until(condition: Callable[[], bool], *, within: float, every: float = 0.02) -> bool:
-    """Wait for a condition to hold, up to ``within`` seconds; return whether it does."""
-    deadline = time.monotonic() + within
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(every)
-    return True
 
 
 class Server:

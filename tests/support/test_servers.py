@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from child import is_running
 from paths import SUPPORT
 from server_fixtures import need_server
-from servers import NatsServer, RabbitServer, RedisServer, wait_until
+from servers import NatsServer, RabbitServer, RedisServer
+from work import wait_until
 
 STARTER = """
 import sys, time
@@ -21,14 +22,6 @@ server.start()
 print(server.pid, flush=True)
 time.sleep(1000)
 """
-
-
-def is_running(pid):
-    """Return whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.parametrize("kind", [RedisServer, NatsServer, RabbitServer])
