@@ -202,9 +202,9 @@ def missing_extra(extra: str, package: str, purpose: str) -> MissingExtraError:
 def spawn_waits_for_itself(spawner: str, coro: Any, cap: int | None) -> TaskRejectedError:
     """Return the error for a task that would wait in ``spawn`` for its own end."""
     return TaskRejectedError(
-        f"spawn() of {describe(coro)} would wait for itself: all {cap} tasks in flight (max_pending_tasks) wait "
-        f"in spawn(), the calling {describe(spawner)} included, so none can end. Raise the limit above the number of "
-        "tasks that spawn others, or spawn from outside of them"
+        f"spawn() of {describe(coro)} would wait for itself: as many tasks as may be in flight "
+        f"(max_pending_tasks={cap}) wait in spawn(), the calling {describe(spawner)} included, so none can end. Raise "
+        "the limit above the number of tasks that spawn others, or spawn from outside of them"
     )
 
 

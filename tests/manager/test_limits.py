@@ -235,7 +235,7 @@ async def test_a_spawn_that_waits_for_itself_is_refused(make_manager, cap):
         manager.create_task(spawning(), name="parent")
     await asyncio.wait_for(manager.wait_for_all(), 5)
     assert len(refused) == 1
-    assert f"all {cap} tasks in flight" in refused[0]
+    assert f"(max_pending_tasks={cap}) wait in spawn()" in refused[0]
     assert "the calling 'parent'" in refused[0]
     assert manager.stats()["completed"] == 2 * cap - 1
 

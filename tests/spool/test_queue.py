@@ -297,6 +297,17 @@ def test_all_orphans_are_taken_up(make_spool, start_owner, stem, caplog):
     assert os.listdir(stem.parent) == []
 
 
+def test_a_single_orphan_is_named_in_the_singular(make_spool, start_owner, caplog):
+    """The line in the log says "1 batch"."""
+    caplog.set_level("INFO", "bgtasks.events")
+    start_owner(0).communicate(b"\n")
+    spool = make_spool()
+    spool.open()
+    assert " recovered 2 events in 1 batch from earlier processes: events." in caplog.text
+    drain(spool)
+    spool.close()
+
+
 def test_several_processes_share_orphans_that_fill_the_quota(make_spool, start_owner, stem):
     """A process takes up what its quota holds, so that it need not drop any; the next process has the rest."""
     for number in range(2):

@@ -486,14 +486,16 @@ class Spool:
         held = {file.path for file in self._files}
         files = self._folder.take_up(self._max_bytes, held)
         self._next_look = 0.0 if files else time.monotonic() + LOOK_INTERVAL
-        events = sum(file.events for file in files)
+        events, batches = sum(file.events for file in files), sum(file.batches for file in files)
         self._recovered += events + self._folder.lost - lost
         if files:
             logger.info(
-                "The spool %s recovered %d events in %d batches from earlier processes: %s",
+                "The spool %s recovered %d event%s in %d batch%s from earlier processes: %s",
                 self._folder.stem,
                 events,
-                sum(file.batches for file in files),
+                "" if events == 1 else "s",
+                batches,
+                "" if batches == 1 else "es",
                 ", ".join(file.path.name for file in files),
             )
             self._files[:0] = files
