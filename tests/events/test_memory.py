@@ -81,11 +81,14 @@ def measure_of(twin):
 
 
 def memory_of_burst(queue, make, count):
-    """Return the bytes of memory after a burst of events, as many as fit."""
+    """Return the bytes of memory after a burst of events: as many as fit, and then a hundred that are refused."""
+    refused = 0
     tracemalloc.start()
     try:
         for number in range(count):
-            queue.emit(make(number))
+            refused += not queue.emit(make(number))
+            if refused == 100:
+                break
         return tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
