@@ -124,7 +124,7 @@ async def test_close_keeps_to_its_timeout_on_a_hung_disk(disk, timeout):
         report = await publisher.close(timeout)
         taken = time.monotonic() - begun
         assert_counters_add_up(publisher.stats())
-    assert taken < timeout + 5  # without end, if it waited for the disk
+    assert taken < timeout + 0.65
     assert report["status"] == "timeout"
     # The thread goes on when the disk does, and releases the file.
     await until(lambda: not publisher._store._spool._is_open)
