@@ -337,6 +337,8 @@ def compare_scale(in_flight: int, rounds: int) -> None:
 async def bytes_per_task(start: Callable[[Coroutine[Any, Any, Any]], Any], count: int) -> tuple[float, float]:
     """Return the memory of a task in flight, its coroutine included, and what is left of it when all have ended."""
     release = asyncio.Event()
+    # Asyncio's set of all tasks grows once and never shrinks: that is no memory of either.
+    await asyncio.gather(*[noop() for _ in range(count)])
     start(noop())
     await run_until_idle()
     gc.collect()
