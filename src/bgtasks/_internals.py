@@ -52,7 +52,7 @@ class ManagerInternals:
 
     def name_what_ends(self) -> None:
         """Have ``shutdown`` name in the log the tasks that it cancels, whether it drained before or not."""
-        self._manager._names_cancelled = True
+        self._manager._shutdown.names_cancelled = True
 
     def times(self) -> tuple[float, float]:
         """Return the manager's own ``default_shutdown_timeout`` and ``drain_timeout``."""
@@ -60,11 +60,11 @@ class ManagerInternals:
 
     def announce(self, cause: str, seconds: float, hint: str) -> None:
         """Log the tasks that are left, and again every few seconds until they were cancelled; see ``DrainLog``."""
-        self._manager._drain_log.announce(cause, seconds, hint)
+        self._manager._shutdown.drain_log.announce(cause, seconds, hint)
 
     def hurry(self) -> None:
         """Have ``shutdown`` wait no longer: for tasks to finish, and the second time for cancelled ones to end."""
-        self._manager._hurry()
+        self._manager._shutdown.hurry()
 
     def make_task_set(
         self,

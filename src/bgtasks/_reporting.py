@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final
@@ -18,6 +19,7 @@ __all__ = [
     "guarded",
     "listed",
     "log_extra",
+    "names_of",
     "numbered",
     "place_of",
     "runs",
@@ -177,6 +179,11 @@ def numbered(count: int, more: str = "") -> str:
 def runs(count: int) -> str:
     """Return the verb to ``numbered``."""
     return "runs" if count == 1 else "run"
+
+
+def names_of(records: Sequence[Record]) -> Counter[str]:
+    """Return the names of tasks, each with the number of tasks."""
+    return Counter([record.name for record in records])
 
 
 def listed(names: dict[str, int]) -> str:

@@ -1,7 +1,8 @@
-"""What ``get_task_info`` leaves out, and the order of the rest."""
+"""What ``get_task_info`` leaves out, and the order of the rest; the names that ``wait_for_all`` waits for."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import itemgetter
 from typing import Final, get_args
 
@@ -9,7 +10,7 @@ from bgtasks._checks import check_choice, check_limit, check_seconds
 from bgtasks.errors import InvalidOptionError, describe
 from bgtasks.info import LiveState, TaskInfo, TaskOrder
 
-__all__ = ["check_selection", "selected"]
+__all__ = ["check_selection", "chosen_names", "selected"]
 
 _age: Final = itemgetter("age_seconds")
 _name: Final = itemgetter("name")
@@ -55,3 +56,24 @@ def selected(
     elif sort is not None:
         infos.sort(key=_age, reverse=sort == "oldest")
     return infos if limit is None else infos[:limit]
+
+
+def chosen_names(names: str | Collection[str] | None) -> frozenset[str] | None:
+    """Return the names that ``wait_for_all`` got as a set.
+
+    Raises:
+        InvalidOptionError: it got something else.
+
+    """
+    if names is None:
+        return None
+    chosen = (names,) if isinstance(names, str) else names
+    if not isinstance(chosen, Collection) or not all(map(_is_name, chosen)):
+        raise InvalidOptionError(
+            f"names must be a name of tasks, a collection of names, or None for all; got {describe(names)}"
+        )
+    return frozenset(chosen)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)

@@ -8,24 +8,23 @@ import contextvars
 import logging
 import threading
 import time
-from asyncio.events import _get_running_loop
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
-from operator import methodcaller
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self, TypeVar, get_args
+from typing import Any, Final, Protocol, Self, TypeVar, get_args
 
 from bgtasks import errors
 from bgtasks._checks import check_choice, check_seconds
-from bgtasks._drain_log import DrainLog
 from bgtasks._fork import follow_forks
 from bgtasks._handover import Handovers
 from bgtasks._idle import IdleWait
 from bgtasks._notifier import Notifier
 from bgtasks._observers import FailureCollector, Observers
 from bgtasks._options import check_options
-from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, listed, numbered, runs
+from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, listed, names_of, numbered, runs
+from bgtasks._selection import chosen_names
+from bgtasks._shutdown import Flushable, Shutdown
 from bgtasks.info import ManagerStats, ShutdownStats, TaskInfo, TaskOverflow, TimeoutAction, TimeoutPolicy
 from bgtasks.registry import Record, Registry
 
@@ -35,25 +34,12 @@ logger: Final = logging.getLogger("bgtasks")
 
 Result = TypeVar("Result")
 
-# Seconds to end after a second cancellation, at the timeout of shutdown(), of tasks that swallowed the first one.
-SECOND_CANCEL_GRACE: Final = 0.1
-# How many further cancellations a cancelled shutdown() absorbs: anyio repeats its own in each iteration of the loop.
-CANCELLATIONS_ABSORBED: Final = 5
-# Maximum seconds that a shutdown flushes attached publishers; also at most half of its timeout.
-LONGEST_FLUSH: Final = 5.0
 
-
-class Attachable(Protocol):
+class Attachable(Flushable, Protocol):
     """An object for ``attach``: it buffers work, which must be sent before the manager has shut down."""
 
     def attached(self, manager: BackgroundTaskManager, /) -> None:
         """Remember the manager that flushes and closes this object; keep the first one."""
-
-    async def flush(self, timeout: float, /) -> object:
-        """Send the buffered work within ``timeout`` seconds."""
-
-    async def close(self, timeout: float, /) -> object:
-        """Refuse new work, send the buffered work and end, within ``timeout`` seconds."""
 
 
 class BackgroundTaskManager(Registry):
@@ -132,23 +118,11 @@ class BackgroundTaskManager(Registry):
         self._timeouts: TimeoutPolicy = timeouts
         self._dropped = 0
         self._last_drop_warning = -DROP_WARNING_INTERVAL
-        self._phase: Literal["open", "draining", "cancelling", "closed"] = "open"
-        # A shutdown is under way, or was done.
-        self._is_ending = False
-        # Guards the phase and the drop counter, which several threads change.
+        # Guards the drop counter and the tasks in spawn(), which several threads change.
         self._policy_lock = threading.RLock()
         self._idle = IdleWait(self._owned_by_loop, self._set_idle_threshold)
-        self._drain_log = DrainLog(lambda: self._log.logger, lambda: self._names_of(self._waited_for()))
-        # Whether shutdown names what it cancels although it did not drain, and how often it was asked to hurry.
-        self._names_cancelled = False
-        self._hurries = 0
-        # What shutdown cancelled, and the names of what it left behind and logged.
-        self._cancelled: list[Record] = []
-        self._left: Counter[str] = Counter()
-        self._stragglers: list[Record] = []
         # The tasks that the owner of a loop cancels, by name.
         self._cancelled_by_loop: Counter[str] = Counter()
-        self._closed = Notifier()
         self._capacity = Notifier()
         # The tasks of this manager that wait in spawn().
         self._spawning: set[Record] = set()
@@ -156,6 +130,7 @@ class BackgroundTaskManager(Registry):
         self._handovers = Handovers(lambda future, task: None)
         # A dict, not a set, because it keeps the order in which they were attached.
         self._attached: dict[Attachable, None] = {}
+        self._shutdown = Shutdown(self, self._log, self._idle, self._capacity, self._attached.keys())
         follow_forks(self, BackgroundTaskManager._after_fork)
 
     def _make_log(self) -> TaskLog:
@@ -167,9 +142,10 @@ class BackgroundTaskManager(Registry):
         super()._after_fork()
         self._policy_lock = threading.RLock()
         self._idle.after_fork()
+        self._shutdown.after_fork()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._phase}, {self.get_task_count()} tasks>"
+        return f"<{type(self).__name__} {self._shutdown.phase}, {self.get_task_count()} tasks>"
 
     # -- starting tasks: create_task, fire and task_factory are inherited -----------------------------------------
 
@@ -303,25 +279,6 @@ class BackgroundTaskManager(Registry):
     ) -> asyncio.Task[Result]:
         return self.create_task(coro, **options)
 
-    def _only_running_loop(self) -> asyncio.AbstractEventLoop:
-        """Return the one running loop that the manager serves."""
-        # The stand-in for a loop of an executor's threads runs no coroutines.
-        loops = [
-            loop
-            for loop, _ in self._owned_by_loop()
-            if loop.is_running() and isinstance(loop, asyncio.AbstractEventLoop)
-        ]
-        if len(loops) == 1:
-            return loops[0]
-        if loops:
-            raise errors.NoRunningLoopError(
-                f"the manager serves {len(loops)} running event loops: pass the one to use as loop="
-            )
-        raise errors.NoRunningLoopError(
-            "the manager knows no running event loop: enter it with 'async with', or create a task in the loop first, "
-            "or pass loop="
-        )
-
     # -- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self, coro: Any, name: str, may_drop: bool) -> bool:
@@ -341,7 +298,8 @@ class BackgroundTaskManager(Registry):
 
     def _accepts_work(self) -> bool:
         """Return whether a task may start now; while shutdown drains, only tasks of the manager may start others."""
-        return self._phase == "open" or (self._phase == "draining" and self._current_record() is not None)
+        phase = self._shutdown.phase
+        return phase == "open" or (phase == "draining" and self._current_record() is not None)
 
     def _full_text(self, name: str) -> str:
         return (
@@ -361,7 +319,8 @@ class BackgroundTaskManager(Registry):
             self._log.dropped(name, self._full_text(name), self._owned(), self._dropped)
 
     def _has_capacity(self) -> bool:
-        return self._phase != "open" or self._max_pending_tasks is None or self._owned() < self._max_pending_tasks
+        cap = self._max_pending_tasks
+        return cap is None or self._owned() < cap or self._shutdown.phase != "open"
 
     def _on_capacity(self) -> None:
         if self._has_capacity():
@@ -423,19 +382,6 @@ class BackgroundTaskManager(Registry):
         record = self._record_of(task)
         return [] if record is None else [record]
 
-    def _request_cancel(self, record: Record) -> bool:
-        """Cancel the task of a record on its own loop; return False if there is nothing to cancel."""
-        loop = record.loop
-        if loop is None:
-            return False
-        if loop is _get_running_loop():
-            return bool(record.cancel())
-        try:
-            loop.call_soon_threadsafe(record.cancel)
-        except RuntimeError:
-            return False
-        return True
-
     async def cancel_all(self) -> None:
         """Cancel all tasks but the calling one and wait until they have ended, at most ``default_shutdown_timeout``.
 
@@ -496,12 +442,12 @@ class BackgroundTaskManager(Registry):
 
         """
         check_choice("on_timeout", on_timeout, get_args(TimeoutAction))
-        failures = FailureCollector(_chosen_names(names))
+        failures = FailureCollector(chosen_names(names))
         if not await self._all_ended(timeout, failures):
             left = self._named_records(failures.names, ())
             text = (
                 f"{numbered(len(left))} still {runs(len(left))} after waiting {timeout} s for "
-                f"{'all' if names is None else 'those names'}: {listed(self._names_of(left))}"
+                f"{'all' if names is None else 'those names'}: {listed(names_of(left))}"
             )
             if on_timeout == "raise":
                 raise TimeoutError(text)
@@ -524,7 +470,7 @@ class BackgroundTaskManager(Registry):
         self._observers.add(failures)
         try:
             if failures.names is None:
-                return await self._wait_idle(timeout)
+                return await self._idle.wait(timeout, waiter=self._waiting_record())
             find = partial(self._named_records, failures.names)
             return await self._idle.wait_for(find, timeout, waiter=self._waiting_record())
         finally:
@@ -540,23 +486,8 @@ class BackgroundTaskManager(Registry):
             and not (record.observed or record.service or record is current or record in excluded)
         ]
 
-    async def _wait_idle(self, timeout: float | None) -> bool:
-        """Wait until every task that the manager owns has ended, except those that wait for this themselves."""
-        return await self._idle.wait(timeout, waiter=self._waiting_record())
-
-    def _waiting_record(self) -> Record | None:
-        """Return the record of the running task if it is one that waits would wait for."""
-        current = self._current_record()
-        return None if current is None or current.observed or current.service else current
-
     def _on_idle(self) -> None:
         self._idle.notify()
-
-    def _current_record(self) -> Record | None:
-        """Return the record of the running task if it is one of this manager."""
-        loop = _get_running_loop()
-        task = None if loop is None else asyncio.current_task(loop)
-        return None if task is None else self._record_of(task)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -595,178 +526,11 @@ class BackgroundTaskManager(Registry):
                 open.
 
         """
-        begun = time.monotonic()
         timeout = self._default_shutdown_timeout if timeout is None else timeout
         drain = self._drain_timeout if drain is None else drain
         check_seconds("timeout", timeout, error=errors.InvalidTimeoutError)
         check_seconds("drain", drain, error=errors.InvalidTimeoutError)
-        with self._policy_lock:
-            is_first = not self._is_ending
-            if is_first:
-                self._is_ending = True
-                if self._phase == "open":
-                    self._phase = "draining"
-        if not is_first:
-            return await self._shutdown_again(timeout + drain, begun)
-        initial = 0
-        try:
-            self._shut = True
-            self._release_closed_loops()
-            self._capacity.notify()
-            initial = len(self._waited_for())
-            await self._end_all(timeout, drain)
-            self._set_closed(initial, drain)
-        except asyncio.CancelledError:
-            try:
-                if self._phase == "draining":
-                    self._cancel_others()
-                await self._absorb_cancellations(timeout)
-                self._report_stragglers()
-            finally:
-                self._set_closed(initial, drain)
-            raise
-        except BaseException:
-            # It did not do what it is for: another call may.
-            self._is_ending = False
-            self._drain_log.stop()
-            raise
-        return self._shutdown_stats("completed", initial, begun)
-
-    async def _end_all(self, timeout: float, drain: float) -> None:
-        """Do the work of ``shutdown``."""
-        if drain > 0:
-            await self._drain(drain)
-        end = time.monotonic() + timeout
-        await self._end_attached("flush", min(timeout / 2, LONGEST_FLUSH))
-        self._cancel_others()
-        # However little time is left: in this iteration of the loop tasks take their cancellation.
-        await asyncio.sleep(0)
-        if not await self._wait_cancelled(max(end - time.monotonic(), 0)):
-            self._report_stragglers()
-            self._cancel_others()
-            await self._wait_cancelled(SECOND_CANCEL_GRACE, can_hurry=False)
-        await self._end_attached("close", max(end - time.monotonic(), SECOND_CANCEL_GRACE))
-
-    def _set_closed(self, initial: int, drain: float) -> None:
-        self._phase = "closed"
-        self._closed.notify()
-        self._drain_log.stop()
-        self._report_cancelled(initial, drain)
-
-    async def _shutdown_again(self, timeout: float, begun: float) -> ShutdownStats:
-        """Wait for the end of the shutdown that goes on, but not from inside of a task that it waits for."""
-        if self._current_record() is None:
-            await self._closed.wait_until(self._is_closed, timeout)
-        return self._shutdown_stats("already_shutdown", 0, begun)
-
-    def _is_closed(self) -> bool:
-        return self._phase == "closed"
-
-    async def _drain(self, timeout: float) -> None:
-        """Let tasks finish, and say in the log what is left meanwhile."""
-        self._drain_log.begin(timeout)
-        await self._idle.wait(timeout, waiter=self._waiting_record(), is_over=self._is_hurried)
-        self._drain_log.stop()
-
-    async def _wait_cancelled(self, timeout: float, *, can_hurry: bool = True) -> bool:
-        """Wait until all cancelled tasks have ended, the services on this loop included."""
-        loop = asyncio.get_running_loop()
-        services = [record.task for record in self._others() if record.service and record.loop is loop]
-        for task in services:
-            task.add_done_callback(self._on_service_end)
-        return await self._idle.wait(
-            timeout,
-            waiter=self._waiting_record(),
-            is_over=self._is_hurried_again if can_hurry else _never,
-            is_ready=partial(_are_done, services),
-        )
-
-    def _on_service_end(self, _: asyncio.Task[Any]) -> None:
-        self._idle.notify()
-
-    def _hurry(self) -> None:
-        """Have ``shutdown`` wait no longer: for tasks to finish, and the second time for cancelled ones to end."""
-        self._hurries += 1
-        self._idle.notify()
-
-    def _is_hurried(self) -> bool:
-        return self._hurries > 0
-
-    def _is_hurried_again(self) -> bool:
-        return self._hurries > 1
-
-    def _report_stragglers(self) -> None:
-        """Name in the log the tasks that did not end after their cancellation."""
-        others = self._stragglers = self._others()
-        self._left = self._names_of(others)
-        self._log.still_running(others, "shutdown")
-
-    def _report_cancelled(self, initial: int, drain: float) -> None:
-        """Name in the log the tasks that ``shutdown`` cancelled and that ended by it, if they had been let finish."""
-        names = self._names_of([record for record in self._cancelled if record.outcome == "cancelled"])
-        self._cancelled.clear()
-        if names and (drain > 0 or self._names_cancelled):
-            self._log.cancelled_by_shutdown(names, max(initial, names.total()))
-
-    def _names_of(self, records: Sequence[Record]) -> Counter[str]:
-        return Counter([record.name for record in records])
-
-    def _waited_for(self) -> list[Record]:
-        """Return the records of the others that draining waits for: all but services."""
-        return [record for record in self._others() if not record.service]
-
-    def _others(self) -> list[Record]:
-        """Return the records of all tasks that the manager owns but the calling one."""
-        current = self._current_record()
-        return [record for record in self._live_records() if record is not current and not record.observed]
-
-    def _cancel_others(self) -> None:
-        others = self._others()
-        # Logged once: a second round is for tasks that swallowed the first cancellation.
-        if others and self._phase != "cancelling":
-            self._log.cancelling(len(others))
-            self._cancelled = [record for record in others if not record.service]
-        self._phase = "cancelling"
-        for record in others:
-            self._request_cancel(record)
-
-    async def _end_attached(self, step: Literal["flush", "close"], timeout: float) -> None:
-        """Flush or close all attached publishers at once, and log their errors."""
-        attached = list(self._attached)
-        if not attached:
-            return
-        steps = [each.flush(timeout) if step == "flush" else each.close(timeout) for each in attached]
-        for each, outcome in zip(attached, await asyncio.gather(*steps, return_exceptions=True), strict=True):
-            if isinstance(outcome, BaseException):
-                logger.error("Shutdown could not %s %r", step, each, exc_info=outcome)
-
-    async def _absorb_cancellations(self, timeout: float) -> None:
-        """Wait for cancelled tasks although the caller is cancelled, too; give up after further cancellations."""
-        deadline = time.monotonic() + timeout
-        for _ in range(CANCELLATIONS_ABSORBED):
-            try:
-                await self._wait_idle(max(deadline - time.monotonic(), 0))
-                await self._end_attached("close", max(deadline - time.monotonic(), SECOND_CANCEL_GRACE))
-                return
-            except asyncio.CancelledError:
-                continue
-
-    def _shutdown_stats(
-        self, status: Literal["completed", "already_shutdown"], initial: int, begun: float
-    ) -> ShutdownStats:
-        # Functions that an executor abandoned for lack of time still run.
-        abandoned = [record for record in self._stragglers if record.outcome == "abandoned"]
-        self._stragglers = []
-        names = sorted([record.name for record in [*self._others(), *abandoned]])
-        stats: ShutdownStats = {
-            "status": "timeout" if names and status == "completed" else status,
-            "initial_tasks": initial,
-            "completed_tasks": max(initial - len(names), 0),
-            "remaining_tasks": len(names),
-            "duration_seconds": time.monotonic() - begun,
-            "remaining_names": names,
-        }
-        return stats
+        return await self._shutdown.run(timeout, drain)
 
     async def aclose(self) -> None:
         """Shut down as ``shutdown()`` does; for ``contextlib.aclosing``."""
@@ -832,7 +596,7 @@ class BackgroundTaskManager(Registry):
 
     def _on_loop_ending(self, record: Record) -> None:
         loop = record.loop
-        if record.observed or self._phase != "open" or loop is None or loop.is_running():
+        if record.observed or self._shutdown.phase != "open" or loop is None or loop.is_running():
             return
         if not self._cancelled_by_loop:
             # The owner runs the loop once more, for the tasks to end. By then all have been cancelled.
@@ -847,9 +611,7 @@ class BackgroundTaskManager(Registry):
             self._log.cancelled_by_loop(names)
 
     def _on_abandoned(self, names: dict[str, int]) -> None:
-        # The tasks that shutdown left behind are in the log.
-        unlogged = Counter(names) - self._left
-        self._left -= Counter(names)
+        unlogged = self._shutdown.unlogged(names)
         if unlogged:
             self._log.abandoned(unlogged)
         for observer in self._observers.all():
@@ -857,32 +619,3 @@ class BackgroundTaskManager(Registry):
                 observer.tasks_abandoned(names)
             except Exception:
                 logger.exception("An observer failed")
-
-
-def _never() -> bool:
-    return False
-
-
-def _are_done(tasks: Sequence[asyncio.Task[Any]]) -> bool:
-    return all(map(methodcaller("done"), tasks))
-
-
-def _chosen_names(names: str | Collection[str] | None) -> frozenset[str] | None:
-    """Return the names that ``wait_for_all`` got as a set.
-
-    Raises:
-        InvalidOptionError: it got something else.
-
-    """
-    if names is None:
-        return None
-    chosen = (names,) if isinstance(names, str) else names
-    if not isinstance(chosen, Collection) or not all(map(_is_name, chosen)):
-        raise errors.InvalidOptionError(
-            f"names must be a name of tasks, a collection of names, or None for all; got {errors.describe(names)}"
-        )
-    return frozenset(chosen)
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str)

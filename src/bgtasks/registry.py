@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from asyncio import AbstractEventLoop, Task
+from asyncio import AbstractEventLoop, Task, current_task
 from asyncio.events import _get_running_loop
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -213,6 +213,37 @@ class Registry(RegistryCore, RegistryHooks):
         record: Record | None = record_of(task)
         return record if record is not None and record.registry is self else None
 
+    def _current_record(self) -> Record | None:
+        """Return the record of the running task if it is one of this manager."""
+        loop = _get_running_loop()
+        task = None if loop is None else current_task(loop)
+        return None if task is None else self._record_of(task)
+
+    def _waiting_record(self) -> Record | None:
+        """Return the record of the running task if it is one that waits would wait for."""
+        current = self._current_record()
+        return None if current is None or current.observed or current.service else current
+
+    def _others(self) -> list[Record]:
+        """Return the records of all tasks that the manager owns but the calling one."""
+        current = self._current_record()
+        return [record for record in self._live_records() if record is not current and not record.observed]
+
+    def _only_running_loop(self) -> AbstractEventLoop:
+        """Return the one running loop that the manager serves."""
+        # The stand-in for a loop of an executor's threads runs no coroutines.
+        loops = [loop for loop, _ in self._owned_by_loop() if loop.is_running() and isinstance(loop, AbstractEventLoop)]
+        if len(loops) == 1:
+            return loops[0]
+        if loops:
+            raise errors.NoRunningLoopError(
+                f"the manager serves {len(loops)} running event loops: pass the one to use as loop="
+            )
+        raise errors.NoRunningLoopError(
+            "the manager knows no running event loop: enter it with 'async with', or create a task in the loop first, "
+            "or pass loop="
+        )
+
     def _counters(self) -> dict[str, Any]:
         """Return the counters of all loops, closed ones included, in total and by name."""
         totals = NameTotals()
@@ -230,6 +261,19 @@ class Registry(RegistryCore, RegistryHooks):
         counters["queued"] = queued
         counters["running"] = counters["in_flight"] - queued
         return counters
+
+    def _request_cancel(self, record: Record) -> bool:
+        """Cancel the task of a record on its own loop; return False if there is nothing to cancel."""
+        loop = record.loop
+        if loop is None:
+            return False
+        if loop is _get_running_loop():
+            return bool(record.cancel())
+        try:
+            loop.call_soon_threadsafe(record.cancel)
+        except RuntimeError:
+            return False
+        return True
 
     def _set_idle_threshold(self, loop: AbstractEventLoop, count: int) -> None:
         """Have ``_on_idle`` called each time a task ends and ``loop`` has at most ``count`` owned tasks left."""

@@ -88,7 +88,7 @@ async def test_a_context_that_raises_does_not_keep_the_manager_open():
         runner = web.AppRunner(app)
         with pytest.raises(ValueError, match="the user's part"):
             await start_and_stop(runner)
-        assert app[TASK_MANAGER]._phase == "closed"
+        assert app[TASK_MANAGER]._shutdown.phase == "closed"
         assert app[TASK_MANAGER].get_task_count() == 0
 
 

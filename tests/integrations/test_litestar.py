@@ -83,7 +83,7 @@ async def test_a_lifespan_that_raises_does_not_keep_the_manager_open(where):
         async with app.lifespan():
             pass
     assert [str(error) for error in caught.value.exceptions] == ["the user's part"]
-    assert app.state.task_manager._phase == "closed"
+    assert app.state.task_manager._shutdown.phase == "closed"
     assert app.state.task_manager.get_task_count() == 0
 
 

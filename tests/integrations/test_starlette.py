@@ -166,7 +166,7 @@ def test_a_lifespan_that_raises_does_not_keep_the_manager_open(where, caplog):
     with pytest.raises(ValueError, match="the user's part"), TestClient(app):
         pass
     assert app.state.task_manager.get_task_count() == 0
-    assert app.state.task_manager._phase == "closed"
+    assert app.state.task_manager._shutdown.phase == "closed"
     assert "service (1)" in caplog.text
 
 

@@ -32,7 +32,7 @@ async def test_draining_names_what_is_left_and_shutdown_what_it_cancelled(make_m
     await until(lambda: len(warnings_of(caplog)) > 1)
     release.set()
     await until(lambda: any(text.endswith("to go: export (2)") for text in warnings_of(caplog)))
-    manager._hurry()
+    manager._shutdown.hurry()
     await shutdown
     first, again, *_, last = warnings_of(caplog)
     assert first == ("Shutdown: 3 background tasks are left, with at most 60 s to finish: export (2), mail (1)")

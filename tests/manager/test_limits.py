@@ -212,7 +212,7 @@ async def test_spawn_at_the_cap_of_a_draining_manager_is_refused(make_manager):
 
     manager.create_task(spawning())
     closing = asyncio.ensure_future(manager.shutdown(drain=5.0))
-    await until(lambda: manager._phase == "draining")
+    await until(lambda: manager._shutdown.phase == "draining")
     draining.set()
     await closing
     assert len(refused) == 1

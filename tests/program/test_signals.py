@@ -266,7 +266,7 @@ async def test_two_managers_end_one_after_the_other(make_manager, handlers):
         assert ends[2:] == ["handler"]
     finally:
         signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
-    assert (outer._phase, inner._phase) == ("closed", "closed")
+    assert (outer._shutdown.phase, inner._shutdown.phase) == ("closed", "closed")
 
 
 def test_off_the_main_thread_it_does_nothing_and_says_so(make_manager, handlers, caplog):

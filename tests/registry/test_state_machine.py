@@ -38,7 +38,7 @@ from hypothesis.stateful import (
 from internals import release_closed_loops
 from lockstep import STEP, Interruption, TraceHandler, Twin, Work
 from task_model import FAILURES, OUTCOMES, TOLERANCE, Expected, Model, Waiter
-from twins import MODULES, registry_module
+from twins import MODULES, registry_module, shutdown_module
 
 from bgtasks import _registry_py, errors
 
@@ -521,7 +521,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
                 twin.loop.close()
                 # Tasks that a failed run left.
                 release_closed_loops(twin.manager)
-                twin.module.time = time
+                twin.module.time = shutdown_module(twin.kind).time = time
             self.logger.setLevel(self.logger_state[0])
             self.logger.propagate = self.logger_state[1]
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from loops import VirtualLoop
-from twins import manager_module
+from twins import manager_module, shutdown_module
 
 from bgtasks import errors
 
@@ -102,7 +102,7 @@ class Twin:
         self.module = manager_module(kind)
         # The manager's own clock: the interval between warnings and the duration of a shutdown.
         clock: Any = SimpleNamespace(monotonic=lambda: self.loop.now, time=time.time)
-        self.module.time = clock
+        self.module.time = shutdown_module(kind).time = clock
         self.trace: list[tuple[Any, ...]] = []
         self.handles: dict[str, asyncio.Task[Any]] = {}
         self.waiters: dict[str, asyncio.Task[Any]] = {}

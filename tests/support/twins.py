@@ -33,7 +33,15 @@ def registry_module(twin: str) -> ModuleType:
 @cache
 def manager_module(twin: str) -> ModuleType:
     """Return a copy of ``bgtasks.manager`` whose class derives from the registry on ``twin``."""
-    return _copy("bgtasks.manager", {"bgtasks.registry": registry_module(twin)})
+    return _copy(
+        "bgtasks.manager", {"bgtasks.registry": registry_module(twin), "bgtasks._shutdown": shutdown_module(twin)}
+    )
+
+
+@cache
+def shutdown_module(twin: str) -> ModuleType:
+    """Return the copy of ``bgtasks._shutdown`` that the manager on ``twin`` uses."""
+    return _copy("bgtasks._shutdown", {"bgtasks.registry": registry_module(twin)})
 
 
 @cache

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 from bgtasks import errors
 from bgtasks._checks import check_seconds
 from bgtasks._reporting import TaskLog, log_extra, users_part
+from bgtasks._shutdown import SECOND_CANCEL_GRACE
 from bgtasks.info import ShutdownStats, TimeoutAction
-from bgtasks.manager import SECOND_CANCEL_GRACE, BackgroundTaskManager
+from bgtasks.manager import BackgroundTaskManager
 from bgtasks.registry import Record
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class FrameworkManager(BackgroundTaskManager):
         check_seconds("timeout", timeout, error=errors.InvalidTimeoutError)
         drain = min(check_seconds("drain", drain, error=errors.InvalidTimeoutError), timeout)
         logger = self._log.logger
-        if self._phase == "open":
+        if self._shutdown.phase == "open":
             logger.info(
                 "Initiating graceful shutdown of BackgroundTaskManager (%d tasks, timeout=%ss)", self._owned(), timeout
             )
