@@ -228,7 +228,7 @@ class Shutdown:
         deadline = time.monotonic() + timeout
         for _ in range(CANCELLATIONS_ABSORBED):
             try:
-                await self._idle.wait(max(deadline - time.monotonic(), 0), waiter=self._registry._waiting_record())
+                await self._wait_cancelled(max(deadline - time.monotonic(), 0))
                 await self._end_attached("close", max(deadline - time.monotonic(), SECOND_CANCEL_GRACE))
                 return
             except asyncio.CancelledError:

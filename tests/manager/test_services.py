@@ -107,3 +107,27 @@ async def test_only_create_task_starts_services(make_manager, start):
     with pytest.raises(TypeError):
         await getattr(make_manager(), start)(coro, service=True)
     coro.close()
+
+
+async def test_a_cancelled_shutdown_awaits_services_too(make_manager, caplog):
+    """A service that takes a moment to end after its cancellation is no straggler."""
+    ended = []
+
+    async def beat():
+        try:
+            await forever()
+        finally:
+            await asyncio.sleep(0.005)
+            ended.append("beat")
+
+    manager = make_manager(drain_timeout=60.0)
+    manager.create_task(beat(), name="beat", service=True)
+    manager.create_task(forever(), name="work")
+    shutdown = asyncio.ensure_future(manager.shutdown())
+    await until(lambda: manager._shutdown.phase == "draining")
+    await asyncio.sleep(0)
+    shutdown.cancel()
+    await asyncio.wait([shutdown])
+    assert shutdown.cancelled()
+    assert ended == ["beat"]
+    assert "still runs" not in caplog.text
