@@ -90,6 +90,7 @@ class Handovers:
         loop, coro = pending
         if future.cancelled():
             errors.close_refused(coro)
+            _set_cancelled(future)
             self._on_end(future, None)
             return
         task: asyncio.Task[Any] | None = None
@@ -107,7 +108,7 @@ class Handovers:
             else:
                 task.cancel()
             if isinstance(error, asyncio.CancelledError):
-                future.cancel()
+                _set_cancelled(future)
             else:
                 set_outcome(future, None, error)
             self._on_end(future, None)
@@ -121,8 +122,7 @@ class Handovers:
             return
         try:
             if task.cancelled():
-                future.cancel()
-                future.set_running_or_notify_cancel()
+                _set_cancelled(future)
             else:
                 error = task.exception()
                 set_outcome(future, None if error else task.result(), error)
@@ -146,6 +146,12 @@ def _cancel_task(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], cance
     """Cancel the task of a future that its holder cancelled."""
     if cancelled.cancelled() and not loop.is_closed():
         loop.call_soon_threadsafe(task.cancel)
+
+
+def _set_cancelled(future: AnyFuture) -> None:
+    """Cancel a future, if its holder has not, and wake the threads that wait for it with others."""
+    future.cancel()
+    future.set_running_or_notify_cancel()
 
 
 def set_outcome(future: AnyFuture, result: Any, error: BaseException | None) -> None:

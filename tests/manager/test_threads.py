@@ -1,6 +1,7 @@
 """Several threads with one manager: threads hand over coroutines, and none is lost."""
 
 import asyncio
+import concurrent.futures
 import inspect
 import logging
 import random
@@ -262,3 +263,12 @@ def test_counters_add_up_with_eight_loops_at_once(make_manager):
         logging.disable(logging.NOTSET)
     assert not failures
     assert manager.stats()["started"] == len(started) == 3200
+
+
+async def test_a_future_that_is_cancelled_before_its_start_ends_the_waits_for_it(make_manager):
+    """concurrent.futures.wait and as_completed return for it, as they do for a future of a pool."""
+    async with make_manager() as manager:
+        future = manager.create_task_threadsafe(forever())
+        future.cancel()
+        done, _ = await in_thread(lambda: concurrent.futures.wait([future], timeout=5))
+    assert done == {future}
