@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from bgtasks._locations import location_of
 from bgtasks._task import users_traceback
-from bgtasks.errors import describe
+from bgtasks.errors import describe, text_of
 from bgtasks.registry import Record
 
 __all__ = [
@@ -81,11 +81,10 @@ class TaskLog:
     def failed(self, record: Record, error: BaseException) -> None:
         """Log a task that raised."""
         self.logger.error(
-            "Background task '%s' failed after %.3f s: %s: %s%s",
+            "Background task '%s' failed after %.3f s: %s%s",
             record.name,
             record.duration,
-            type(error).__name__,
-            error,
+            text_of(error),
             _context_of(record),
             exc_info=users_part(error),
             extra=log_extra(record),

@@ -125,3 +125,16 @@ def test_a_function_that_times_out_is_located_too(make_manager, caplog, kind):
             place = r"in process \d+"
     event.set()
     assert re.search(rf"'slow' timed out after [\d.]+ seconds, {place}$", caplog.text, re.MULTILINE), caplog.text
+
+
+async def test_a_failure_whose_error_has_no_text_is_logged(make_manager, formatted):
+    """The log names the type of an error whose __str__ raises."""
+
+    class Mute(Exception):  # noqa: N818
+        def __str__(self):
+            raise ValueError("no text")
+
+    manager = make_manager()
+    manager.create_task(failing(Mute()), name="mute")
+    await until(lambda: not manager.get_task_count())
+    assert [line for line in formatted.lines if "'mute' failed" in line and ": Mute" in line]
