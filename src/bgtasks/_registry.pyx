@@ -28,7 +28,7 @@ from bgtasks._implementation import Wrapper, choose_wrapper
 from bgtasks._statistics import MAX_NAMES, OUTCOMES
 from bgtasks._task import (
     close_quietly, dismiss, do_nothing, drive, finish_unentered, grant_turn, is_running, retrieve_failure, run,
-    run_queued,
+    run_queued, task_in_constructor,
 )
 from bgtasks.info import TaskFactoryOptions, TaskInfo
 
@@ -381,8 +381,7 @@ cdef class Record:
             self.release()
             return True
         if task is None:
-            # An eager task that has not left its constructor.
-            task = current_task(self.records.loop)
+            task = task_in_constructor(self, self.records.loop)
         return task is not None and bool(task.cancel(message))
 
     # -- the coroutine that asyncio steps, around the user's; see _step -------------------------------------------

@@ -39,6 +39,7 @@ from bgtasks._task import (
     retrieve_failure,
     run,
     run_queued,
+    task_in_constructor,
 )
 from bgtasks.info import TaskFactoryOptions, TaskInfo
 
@@ -337,8 +338,7 @@ class Record:
             _release(self)
             return True
         if task is None:
-            # An eager task that has not left its constructor.
-            task = current_task(self.records.loop)
+            task = task_in_constructor(self, self.records.loop)
         return task is not None and bool(task.cancel(message))
 
     # -- queued tasks, and functions in threads -------------------------------------------------------------------

@@ -29,6 +29,7 @@ __all__ = [
     "run",
     "run_queued",
     "starts_eagerly",
+    "task_in_constructor",
     "users_traceback",
 ]
 
@@ -146,6 +147,14 @@ def record_of(task: Any) -> Any:
         return wrapper
     # The record is an argument of the native coroutine.
     return None if wrapper.cr_frame is None else wrapper.cr_frame.f_locals.get("record")
+
+
+def task_in_constructor(record: TaskRecord, loop: asyncio.AbstractEventLoop | None) -> asyncio.Task[Any] | None:
+    """Return the task of a record that has none yet: an eager one in its first step, or None."""
+    for task in asyncio.all_tasks(loop):
+        if isinstance(task, asyncio.Task) and record_of(task) is record:
+            return task
+    return None
 
 
 @types.coroutine

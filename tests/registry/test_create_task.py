@@ -394,3 +394,25 @@ async def test_a_task_runs_if_its_cancellation_is_undone_before_the_first_step(m
     outcomes = await asyncio.gather(task, bare, return_exceptions=True)
     assert repr(outcomes[0]) == repr(outcomes[1])
     assert manager.stats()["completed" if outcomes[0] == 7 else "cancelled"] == 1
+
+
+async def test_an_eager_task_cancels_the_one_that_starts_it(make_manager):
+    """A task inside its constructor can be cancelled by a task that it starts, which is not itself cancelled."""
+    manager = make_manager()
+    cancelled = []
+
+    async def inner():
+        cancelled.append(manager.cancel("outer"))
+        await asyncio.sleep(0)
+        return "goes on"
+
+    async def outer():
+        started.append(manager.create_task(inner(), name="inner", eager_start=True))
+        await forever()
+
+    started = []
+    task = manager.create_task(outer(), name="outer", eager_start=True)
+    await asyncio.wait([task], timeout=2)
+    assert task.cancelled()
+    assert await started[0] == "goes on"
+    assert cancelled == [1]
