@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar, get_args
+from weakref import WeakKeyDictionary
 
 from bgtasks import errors
 from bgtasks._checks import check_choice, check_seconds
@@ -121,8 +122,8 @@ class BackgroundTaskManager(Registry):
         # Guards the drop counter and the tasks in spawn(), which several threads change.
         self._policy_lock = threading.RLock()
         self._idle = IdleWait(self._owned_by_loop, self._set_idle_threshold)
-        # The tasks that the owner of a loop cancels, by name.
-        self._cancelled_by_loop: Counter[str] = Counter()
+        # The names of the tasks that the owner of a loop cancels, by loop. Weak: it may close the loop at once.
+        self._cancelled_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Counter[str]] = WeakKeyDictionary()
         self._capacity = Notifier()
         # The tasks of this manager that wait in spawn().
         self._spawning: set[Record] = set()
@@ -598,13 +599,15 @@ class BackgroundTaskManager(Registry):
         loop = record.loop
         if record.observed or self._shutdown.phase != "open" or loop is None or loop.is_running():
             return
-        if not self._cancelled_by_loop:
+        names = self._cancelled_by_loop.get(loop)
+        if names is None:
             # The owner runs the loop once more, for the tasks to end. By then all have been cancelled.
             loop.call_soon(self._report_loop_ending, loop)
-        self._cancelled_by_loop[record.name] += 1
+            names = self._cancelled_by_loop[loop] = Counter()
+        names[record.name] += 1
 
     def _report_loop_ending(self, loop: asyncio.AbstractEventLoop) -> None:
-        names, self._cancelled_by_loop = self._cancelled_by_loop, Counter()
+        names = self._cancelled_by_loop.pop(loop)
         tasks = [record.task for record in self._live_records() if record.loop is loop and not record.observed]
         # Else somebody cancelled one of them, and the loop goes on.
         if all(task is None or task.cancelling() for task in tasks):

@@ -99,3 +99,28 @@ def test_a_task_cancelled_between_two_runs_of_a_loop_is_no_end_of_it(make_manage
         tasks[0].cancel()
         runner.run(end(tasks))
     assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize("loop_name", list(LOOPS))
+def test_a_loop_that_never_runs_again_silences_no_later_one(make_manager, caplog, loop_name):
+    """Tasks of a loop that was closed at once after their cancellation hide nothing of the next loop's end."""
+    manager = make_manager()
+
+    async def main(name):
+        return manager.create_task(forever(), name=name)
+
+    loop = LOOPS[loop_name]()
+    loop.run_until_complete(main("first")).cancel()
+    loop.close()
+    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
+        runner.run(main("second"))
+    assert (
+        len(
+            [
+                text
+                for text in warnings_of(caplog)
+                if "The event loop ends and cancels 1" in text and "second (1)" in text
+            ]
+        )
+        == 1
+    )
