@@ -14,6 +14,7 @@ from functools import partial
 from operator import methodcaller
 from typing import Any, Final, Literal, Protocol
 
+from bgtasks._capacity import CapacityWait
 from bgtasks._drain_log import DrainLog
 from bgtasks._idle import IdleWait
 from bgtasks._notifier import Notifier
@@ -50,13 +51,13 @@ class Shutdown:
         registry: the registry of the manager's tasks.
         log: the writer of the manager's log records.
         idle: the waits for the manager's tasks.
-        capacity: notified at the beginning: nothing waits for capacity any more.
+        capacity: the waits for capacity, which end at its beginning.
         attached: the objects to flush and to close.
 
     """
 
     def __init__(
-        self, registry: Registry, log: TaskLog, idle: IdleWait, capacity: Notifier, attached: Collection[Flushable]
+        self, registry: Registry, log: TaskLog, idle: IdleWait, capacity: CapacityWait, attached: Collection[Flushable]
     ) -> None:
         self._registry = registry
         self._log = log
@@ -97,7 +98,7 @@ class Shutdown:
         try:
             self._registry._shut = True
             self._registry._release_closed_loops()
-            self._capacity.notify()
+            self._capacity.notify_all()
             initial = len(self._waited_for())
             await self._end_all(timeout, drain)
             self._set_closed(initial, drain)

@@ -16,11 +16,11 @@ from typing import Any, Final, Protocol, Self, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 from bgtasks import errors
+from bgtasks._capacity import CapacityWait
 from bgtasks._checks import check_choice, check_seconds
 from bgtasks._fork import follow_forks
 from bgtasks._handover import Handovers
 from bgtasks._idle import IdleWait
-from bgtasks._notifier import Notifier
 from bgtasks._observers import FailureCollector, Observers
 from bgtasks._options import check_options
 from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, listed, names_of, numbered, runs
@@ -119,14 +119,12 @@ class BackgroundTaskManager(Registry):
         self._timeouts: TimeoutPolicy = timeouts
         self._dropped = 0
         self._last_drop_warning = -DROP_WARNING_INTERVAL
-        # Guards the drop counter and the tasks in spawn(), which several threads change.
+        # Guards the drop counter, which several threads change.
         self._policy_lock = threading.RLock()
         self._idle = IdleWait(self._owned_by_loop, self._set_idle_threshold)
         # The names of the tasks that the owner of a loop cancels, by loop. Weak: it may close the loop at once.
         self._cancelled_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Counter[str]] = WeakKeyDictionary()
-        self._capacity = Notifier()
-        # The tasks of this manager that wait in spawn().
-        self._spawning: set[Record] = set()
+        self._capacity = CapacityWait(self, self._has_capacity, max_pending_tasks)
         self._observers = Observers(self)
         self._handovers = Handovers(lambda future, task: None)
         # A dict, not a set, because it keeps the order in which they were attached.
@@ -143,6 +141,7 @@ class BackgroundTaskManager(Registry):
         super()._after_fork()
         self._policy_lock = threading.RLock()
         self._idle.after_fork()
+        self._capacity.after_fork()
         self._shutdown.after_fork()
 
     def __repr__(self) -> str:
@@ -175,7 +174,7 @@ class BackgroundTaskManager(Registry):
         """
         try:
             if not self._has_capacity():
-                await self._wait_for_capacity(coro)
+                await self._capacity.wait(coro)
         except BaseException:
             errors.close_refused(coro)
             # Pass the notification that woke this call on to the next one.
@@ -189,35 +188,6 @@ class BackgroundTaskManager(Registry):
             eager_start=eager_start,
             contextvars_context=contextvars_context,
         )
-
-    async def _wait_for_capacity(self, coro: Coroutine[Any, Any, Any]) -> None:
-        """Wait until a task may start, unless the calling task waits for itself."""
-        spawner = self._waiting_record()
-        try:
-            if spawner is not None:
-                with self._policy_lock:
-                    self._spawning.add(spawner)
-                    if self._waits_for_itself():
-                        raise errors.spawn_waits_for_itself(spawner.name, coro, self._max_pending_tasks)
-            while not self._has_capacity():
-                self._capacity_wanted = True
-                await self._capacity.wait_until(self._has_capacity, None)
-        finally:
-            if spawner is not None:
-                self._spawning.discard(spawner)
-
-    def _waits_for_itself(self) -> bool:
-        """Return whether every task in flight waits in ``spawn``, or for a concurrency slot that those hold."""
-        if len(self._spawning) < self._owned() - self._queued():
-            return False
-        for record in self._live_records():
-            if record.observed or record.service or record in self._spawning:
-                continue
-            # A queued function waits for a thread, which runs; a queued task may have its slot already.
-            is_coroutine = isinstance(record.loop, asyncio.AbstractEventLoop)
-            if not record.queued or not is_coroutine or record.turn is None or record.turn.done():
-                return False
-        return True
 
     def create_task_threadsafe(
         self,
@@ -324,9 +294,7 @@ class BackgroundTaskManager(Registry):
         return cap is None or self._owned() < cap or self._shutdown.phase != "open"
 
     def _on_capacity(self) -> None:
-        if self._has_capacity():
-            self._capacity.notify(1)
-        self._capacity_wanted = bool(self._capacity)
+        self._capacity.notify()
 
     # -- looking at tasks: get_task_count, get_task_info and get_history are inherited ----------------------------
 

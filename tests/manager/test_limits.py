@@ -5,12 +5,14 @@ import inspect
 import logging
 import random
 import threading
+import time
 
 import pytest
 from work import after, failing, forever, until, value
 
 import bgtasks
 from bgtasks import ManagerClosedError, TaskRejectedError
+from bgtasks._notifier import Notifier
 
 
 async def test_create_task_raises_at_the_cap(make_manager):
@@ -306,3 +308,50 @@ async def test_a_function_in_a_thread_can_end(make_manager):
             return await (await manager.spawn(value(7)))
 
         assert await asyncio.wait_for(manager.create_task(spawning()), 5) == 7
+
+
+async def test_a_spawn_whose_capacity_is_taken_by_another_task_waits_on(make_manager):
+    """Between its notification and its next step another task may start: it then waits for the end of that one."""
+    manager = make_manager(max_pending_tasks=1)
+    first, second = asyncio.Event(), asyncio.Event()
+    manager.create_task(after(first))
+    spawning = asyncio.ensure_future(manager.spawn(value(7)))
+    await until(lambda: manager._capacity_wanted)
+    first.set()
+    asyncio.get_running_loop().call_soon(lambda: manager.create_task(after(second)))
+    await asyncio.sleep(0.005)
+    assert not spawning.done()
+    second.set()
+    assert await (await asyncio.wait_for(spawning, 5)) == 7
+
+
+async def test_a_spawn_on_another_loop_that_comes_while_capacity_is_passed_on_is_notified(make_manager, monkeypatch):
+    """The end of a task sees every coroutine that waits, those that come to wait in this moment included."""
+    manager = make_manager(max_pending_tasks=1)
+    release = asyncio.Event()
+    spawned = []
+
+    def spawn_elsewhere():
+        asyncio.run(spawn())
+
+    async def spawn():
+        spawned.append(await (await asyncio.wait_for(manager.spawn(value(7)), 5)))
+
+    def look(notifier):
+        waits = bool(notifier._waiting)
+        if not waits and not threads:
+            # Another task takes the capacity, and a thread comes to wait for it.
+            manager.create_task(after(release))
+            threads.append(threading.Thread(target=spawn_elsewhere))
+            threads[0].start()
+            while not notifier._waiting:
+                time.sleep(0.001)
+        return waits
+
+    threads = []
+    monkeypatch.setattr(Notifier, "__bool__", look)
+    manager._capacity_wanted = True
+    await manager.create_task(value())
+    release.set()
+    await until(lambda: not threads[0].is_alive())
+    assert spawned == [7]
