@@ -290,8 +290,10 @@ cdef class Record:
         self.name_stats = records.stats_of(name)
         self.name_stats.started += 1
         old.started -= 1
-        if not old.started:
-            records.names.pop(old_name, None)
+        if not old.started and records.names.get(old_name) is old:
+            del records.names[old_name]
+            if records.last_stats is old:
+                records.last_name = None
 
     def complete(self, result: Result) -> Result:
         """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
@@ -1210,12 +1212,6 @@ cdef class LoopRecords:
 
     cdef int leave(self, Record record) except -1:
         """Have the slots and the executor of a record take note of its end, whatever fails meanwhile."""
-        if record.task_set is None:
-            try:
-                record.slots.release(record)
-            finally:
-                self.on_left()
-            return 0
         try:
             if record.slots is not None:
                 record.slots.release(record)

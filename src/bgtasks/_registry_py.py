@@ -254,8 +254,8 @@ class Record:
         self.name_stats = records.names.get(name) or records.stats_of(name)
         self.name_stats.started += 1
         old.started -= 1
-        if not old.started:
-            records.names.pop(old_name, None)
+        if not old.started and records.names.get(old_name) is old:
+            del records.names[old_name]
 
     def complete(self, result: Result) -> Result:
         """Finish the record of a task whose coroutine returned ``result``; return ``result``."""

@@ -132,3 +132,24 @@ def test_a_whole_program_runs_under_the_factory(make_manager, caplog):
     stats = manager.stats()
     assert stats["in_flight"] == 0
     assert stats["cancelled"] == 1
+
+
+async def test_renamed_tasks_are_counted_when_the_names_are_full(make_manager):
+    """A name that a rename leaves empty makes room for another, and takes no counter with it."""
+    manager = make_manager()
+    loop = asyncio.get_running_loop()
+    for number in range(999):
+        manager.create_task(value(), name=str(number))
+    first, other = (manager.task_factory(loop, value(), name=name) for name in ("first", "other"))
+    # The only task of this name, which is then free; the new name is known.
+    first.set_name("0")
+    tasks = [manager.task_factory(loop, value(), name="other")]
+    # It was counted with all names beyond the limit, not with the task of its name.
+    other.set_name("1")
+    assert manager.stats()["names"]["other"]["started"] == 1
+    name = tasks[0].get_name()
+    tasks[0].set_name("one too many")
+    tasks.append(manager.task_factory(loop, value(), name=name))
+    await asyncio.wait([first, other, *tasks])
+    await manager.wait_for_all()
+    assert manager.stats()["started"] == manager.stats()["completed"] == 1003
