@@ -17,6 +17,7 @@ from bgtasks import errors
 from bgtasks._checks import check_seconds
 from bgtasks._internals import ManagerInternals
 from bgtasks._notifier import Notifier
+from bgtasks._reporting import log_extra
 from bgtasks.executor import _refusals
 from bgtasks.executor._base import CANCEL_ON_EXIT, RERAISE_ON_EXIT, ExecutorBase
 from bgtasks.executor._call import BackgroundFuture, Call, Runner, set_cancelled, set_outcome
@@ -295,13 +296,12 @@ class BackgroundExecutor(ExecutorBase):
         if is_first:
             self._finish(call, result, error)
         elif error is not None and not isinstance(error, errors.WorkerDiedError):
-            record = call.record
             logger.error(
                 "Background task '%s' failed after it was abandoned: %s",
-                record.name,
+                call.record.name,
                 errors.text_of(error),
                 exc_info=error,
-                extra={"task_id": record.task_id, "task_name": record.name, "task_context": {}},
+                extra=log_extra(call.record),
             )
         return is_first
 

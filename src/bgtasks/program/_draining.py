@@ -136,8 +136,7 @@ class Ending:
         name = name_of(number)
         if self._since is None:
             self.begin(name, since, f". A second {name} cancels them")
-            timer_loop = asyncio.get_running_loop()
-            self._timer = timer_loop.call_later(max(self._shares()[1], 0.0), self._end_early)
+            self._timer = asyncio.get_running_loop().call_later(self._shares()[1], self._end_early)
         elif count == 2:
             logger.warning("%s again: background tasks are cancelled", name)
             self._internals.hurry()
