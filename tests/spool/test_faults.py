@@ -143,6 +143,20 @@ def test_a_batch_that_is_done_on_a_full_disk_is_not_returned_again(disk):
     spool.close()
 
 
+def test_a_batch_that_is_done_on_a_full_disk_is_deleted_where_the_log_leaves_room(disk):
+    """The deletion would make the log longer; written back into the file, the log is short enough for it."""
+    spool = Spool(disk / "events", overflow="raise")
+    for name in "abc":
+        spool.append([b"event"], name)
+    fill_disk(disk)
+    assert ids(spool) == ["a", "b", "c"]
+    spool.done("a")
+    spool.close()
+    spool = Spool(disk / "events")
+    assert ids(spool) == ["b", "c"]
+    spool.close()
+
+
 def test_a_full_disk_is_drained_to_its_end(disk):
     """A spool on a full disk can be emptied though no batch can be appended."""
     spool = Spool(disk / "events", overflow="raise")

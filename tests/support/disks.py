@@ -6,11 +6,31 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@contextlib.contextmanager
+def unmounting(directory: Path) -> Iterator[None]:
+    """Unmount a directory at the end: even if a file on it is still open, and even if this process is killed.
+
+    A process of its own, which no signal to this one's group reaches, waits for the end of its input.
+    """
+    program = 'read -r _; exec umount --lazy "$1"'
+    with subprocess.Popen(
+        ["sh", "-c", program, "sh", str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as waiting:
+        try:
+            yield
+        finally:
+            _, error = waiting.communicate()
+    assert waiting.returncode == 0, error
 
 
 @contextlib.contextmanager
@@ -27,10 +47,8 @@ def small_disk(directory: Path, mebibytes: int) -> Iterator[Path]:
     )
     if mounted.returncode:
         pytest.skip(f"this machine mounts no small disk: {mounted.stderr.strip()}")
-    try:
+    with unmounting(directory):
         yield directory
-    finally:
-        unmount(directory)
 
 
 @contextlib.contextmanager
@@ -60,23 +78,8 @@ def image_disk(image: Path, directory: Path, mebibytes: int | None) -> Iterator[
             pytest.skip(f"this machine makes no disk: {error}")
         if done.returncode:
             pytest.skip(f"this machine mounts no disk: {done.stderr.strip()}")
-    try:
+    with unmounting(directory):
         yield directory
-    finally:
-        unmount(directory)
-
-
-def unmount(directory: Path) -> None:
-    """Unmount a disk, at once or when a thread that syncs a file there has closed it.
-
-    One that stays mounted would fail each later run of the tests, which cannot remove its folder.
-    """
-    give_up = time.monotonic() + 10
-    while (done := subprocess.run(["umount", str(directory)], capture_output=True, text=True, check=False)).returncode:
-        if time.monotonic() > give_up:
-            subprocess.run(["umount", "--lazy", str(directory)], check=True)
-            pytest.fail(f"the disk is still in use: {done.stderr.strip()}")
-        time.sleep(0.01)
 
 
 def fill_disk(directory: Path, leave: int = 0) -> Path:
