@@ -34,11 +34,42 @@ def test_a_loss_is_found():
     assert check(ledger(stats()), EVENTS[:10] + EVENTS[13:]).lost == 3
 
 
-def test_a_counted_loss_is_none():
-    """An event that the publisher counted as dropped is not lost; two are one more than it counted."""
-    counted = stats(delivered=99, rejected=1)
-    assert check(ledger(counted), EVENTS[1:])[:3] == (100, 0, 1)
-    assert check(ledger(counted), EVENTS[2:]).lost == 1
+def listed(*numbers):
+    """Return the line of the events in the dead letters."""
+    return {"listed": [("first", number) for number in numbers]}
+
+
+def returned(*numbers):
+    """Return the line of a batch that the spool returned."""
+    return {"at": 2.5, "returned": [("first", number) for number in numbers]}
+
+
+def test_a_listed_loss_is_none():
+    """An event that the publisher counted as dropped and listed is not lost; another one is."""
+    lines = [*ledger(stats(delivered=99, rejected=1)), returned(*range(100)), listed(0)]
+    verdict = check(lines, EVENTS[1:])
+    assert (verdict.lost, verdict.counted, verdict.wrong) == (0, 1, [])
+    assert check(lines, EVENTS[2:]).lost == 1
+
+
+def test_a_count_does_not_hide_another_loss():
+    """The number is right, but the event that is missing is not the one that was dropped."""
+    lines = [*ledger(stats(delivered=99, rejected=1)), returned(*range(100)), listed(0)]
+    assert check(lines, EVENTS[:-1]).lost == 1
+    unlisted = check(lines[:-1], EVENTS[1:])
+    assert (unlisted.lost, unlisted.wrong) == (1, ["dead letters"])
+
+
+def test_a_loss_that_the_spool_counts_is_none():
+    """Of what it did not return, the number has to be right; it says nothing of what was returned."""
+    counted = ledger(stats(delivered=97, corrupt=3))
+    verdict = check([*counted, returned(*range(3, 100))], EVENTS[3:])
+    assert (verdict.lost, verdict.counted, verdict.wrong) == (0, 3, [])
+    assert check([*counted, returned(*range(4, 100))], EVENTS[4:]).lost == 1
+    elsewhere = check([*counted, returned(*range(100))], EVENTS[3:])
+    assert (elsewhere.lost, elsewhere.wrong) == (3, ["spool"])
+    too_many = check([*counted, returned(*range(2, 100))], EVENTS[2:])
+    assert (too_many.lost, too_many.wrong) == (0, ["spool"])
 
 
 def test_refused_events_are_not_expected():

@@ -12,9 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.ledger import read_ledgers
+from harness.ledger import ids_of, read_ledgers
 
 __all__ = ["Verdict", "check"]
+
+# The reasons for which a spool drops events that it did not return. Nobody can list what a damaged file held.
+IN_SPOOL = ("corrupt", "expired", "spool_full")
 
 
 class Verdict(NamedTuple):
@@ -22,13 +25,15 @@ class Verdict(NamedTuple):
 
     Args:
         accepted: the events that had to arrive, or to be counted.
-        lost: those that did not arrive and were not counted either.
+        lost: those that did not arrive and were not dropped as counted: an event that the spool returned has to be
+            listed in the dead letters, for any other the number that the spool counted is enough.
         counted: the events that the publishers counted as dropped.
         refused: the events that were not accepted.
         doubled: the arrivals of events that had arrived before.
         reordered: the events that arrived after a later one of their producer.
         recovered: seconds from the end of the fault to the next delivery, None if there is no fault that ends.
-        wrong: the publishers whose counters do not add up.
+        wrong: the publishers whose counters do not add up, and "spool" or "dead letters" if more is counted than did
+            not arrive, or is listed.
 
     """
 
@@ -71,7 +76,8 @@ def check(lines: Iterable[dict[str, Any]], arrived: Iterable[tuple[str, int]]) -
     """Compare.
 
     Args:
-        lines: the lines of the ledgers, in the order of their times.
+        lines: the lines of the ledgers, in the order of their times. ``returned`` and ``listed`` have producer and
+            number of the events of a batch of the spool, and of the events in the dead letters.
         arrived: producer and number of each event, in the order of the sink.
 
     """
@@ -81,19 +87,29 @@ def check(lines: Iterable[dict[str, Any]], arrived: Iterable[tuple[str, int]]) -
         if "producer" in line:
             producers[line["producer"]].read(line)
     counts = Counter(arrived := list(arrived))
-    missing = sum(1 for name, one in producers.items() for number in one.due() if (name, number) not in counts)
+    missing = {(name, n) for name, one in producers.items() for n in one.due() if (name, n) not in counts}
+    returned, listed = (
+        {(name, number) for line in lines for name, number in line.get(key, ())} for key in ("returned", "listed")
+    )
     all_stats = {name: one.stats for name, one in producers.items() if one.stats is not None}
     # A publisher that ended with events in its spool left them to the next one, which delivers or counts them.
     counted = sum(sum(stats["dropped"].values()) for stats in all_stats.values())
+    counted_in_spool = sum(stats["dropped"].get(reason, 0) for stats in all_stats.values() for reason in IN_SPOOL)
+    missing_in_spool = len(missing - returned - listed)
+    wrong = [name for name, stats in all_stats.items() if not _adds_up(stats)]
+    if counted_in_spool > missing_in_spool:
+        wrong.append("spool")
+    if counted - counted_in_spool != len(listed):
+        wrong.append("dead letters")
     return Verdict(
         accepted=sum(len(one.due()) for one in producers.values()),
-        lost=max(missing - counted, 0),
+        lost=len(missing & returned - listed) + max(missing_in_spool - counted_in_spool, 0),
         counted=counted,
         refused=sum(one.refused for one in producers.values()),
         doubled=sum(count - 1 for count in counts.values()),
         reordered=_reordered(arrived),
         recovered=_time_to_recover(lines),
-        wrong=[name for name, stats in all_stats.items() if not _adds_up(stats)],
+        wrong=wrong,
     )
 
 
@@ -124,11 +140,12 @@ def _adds_up(stats: dict[str, Any]) -> bool:
 
 
 def main(folder: Path, target: str, address: str) -> None:
-    """Read the ledgers and the sink, and print the verdict."""
+    """Read the ledgers, the dead letters and the sink, and print the verdict."""
     from harness.targets import TARGETS
 
-    events = [json.loads(event) for event in TARGETS[target].read(address)]
-    verdict = check(read_ledgers(folder), [(event["producer"], event["number"]) for event in events])
+    letters = [json.loads(line) for file in folder.glob("*.dead") for line in file.read_bytes().splitlines()]
+    listed = {"listed": ids_of(letter["event"].encode() for letter in letters)}
+    verdict = check([*read_ledgers(folder), listed], ids_of(TARGETS[target].read(address)))
     print(json.dumps(verdict._asdict()))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Ledger", "read_ledgers"]
+__all__ = ["Ledger", "ids_of", "read_ledgers"]
 
 
 class Ledger:
@@ -31,3 +32,8 @@ def read_ledgers(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of all ledgers of a folder, in the order of their times."""
     lines = [json.loads(line) for path in folder.glob("*.ledger") for line in path.read_text().splitlines()]
     return sorted(lines, key=lambda line: line["at"])
+
+
+def ids_of(events: Iterable[bytes]) -> list[tuple[str, int]]:
+    """Return producer and number of encoded events."""
+    return [(event["producer"], event["number"]) for event in map(json.loads, events)]

@@ -17,12 +17,32 @@ from typing import Any
 
 import bgtasks
 from bgtasks.events import Publisher
-from harness.ledger import Ledger
+from bgtasks.events.spool import Spool
+from harness.ledger import Ledger, ids_of
 from harness.targets import TARGETS
 
 GROUP = 50  # the last event of each group is published with durable=True
 DAY = 86_400.0
 PATIENCE = 60.0
+
+
+class ListingSpool:
+    """A spool that writes down which events it returns: if one of these is missing, it was not lost on the disk."""
+
+    def __init__(self, spool: Spool, ledger: Ledger) -> None:
+        self._spool = spool
+        self._ledger = ledger
+        self._returned: set[str] = set()
+        self.append, self.done, self.stats, self.close = spool.append, spool.done, spool.stats, spool.close
+
+    def oldest(self, count: int, /) -> list[tuple[str, list[bytes]]]:
+        """Return the oldest batches."""
+        batches = self._spool.oldest(count)
+        for batch_id, events in batches:
+            if batch_id not in self._returned:
+                self._returned.add(batch_id)
+                self._ledger.write(returned=ids_of(events))
+        return batches
 
 
 @dataclasses.dataclass
@@ -59,7 +79,9 @@ class Producer:
         # Of an overload only 500 fit into the queue, which a batch empties.
         bound = 500 if self.fault == "overload" else 200_000
         sink = TARGETS[self.target].make(self.address)
-        self.publisher = Publisher(sink, spool=self.spool, max_events=bound, manager=manager)
+        spool = ListingSpool(Spool(self.spool), self.ledger)
+        letters = Path(self.folder, f"{self.name}.dead")
+        self.publisher = Publisher(sink, spool=spool, max_events=bound, dead_letters=letters, manager=manager)
         sampler = asyncio.create_task(self._sample())
         try:
             await self._emit_all()
