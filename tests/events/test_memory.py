@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import tracemalloc
 from collections import deque
 from dataclasses import dataclass
 
 import pytest
+from child import child
 from event_tools import queue_module
 from requirements import need
 
@@ -148,6 +150,41 @@ def test_large_events_among_small_ones_are_within_the_default_bound(twin, burst)
     # It is refused, and not much too early.
     assert number < 199_999
     assert used >= limit / 2
+
+
+# Prints by how many bytes the memory of the process grows at most, and how many events are accepted.
+BURST = """
+from pathlib import Path
+from bgtasks.events import Publisher
+from bgtasks.events.sinks.memory import MemorySink
+
+def resident(name):
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(name + ":")[2].split()[0]) * 1024
+
+async def main():
+    publisher = Publisher(MemorySink())
+    # Everything is loaded, and the flusher has started.
+    assert publisher.emit({"number": -1, "payload": "x"})
+    await publisher.flush()
+    before = resident("VmRSS")
+    accepted = sum(publisher.emit({"number": number, "payload": f"{number:0100000}"}) for number in range(5000))
+    say(resident("VmHWM") - before, accepted)
+    assert (await publisher.close(30))["status"] == "flushed"
+    assert publisher.stats()["delivered"] == accepted + 1
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of a process from /proc")
+def test_a_burst_makes_the_process_grow_by_at_most_twice_max_bytes_and_a_batch(twin, tmp_path):
+    """A process of its own: this one may have memory that it has freed."""
+    with child(tmp_path, BURST, twin, "asyncio") as program:
+        assert program.end() == 0, program.output
+    grown, accepted = map(int, program.lines[0].split())
+    assert grown <= (2 * 64 + 1) * MEBIBYTE
+    assert 300 < accepted < 5000
 
 
 def test_small_events_fill_the_default_queue(twin):

@@ -22,7 +22,8 @@ from bgtasks.events._guard import at_work
 NEVER = 1 << 62
 FIRST_MEAN = 256
 # The queue looks at the memory of its newest events when it has grown to this number, and then each time when it has
-# grown by one event for every 2 MiB of ``max_bytes``, within these bounds.
+# grown by one event for every 2 MiB of ``max_bytes``, within these bounds. A queue with the longest stretch takes twice
+# as many while it is not half full: so many events of 1 MiB still fit into twice ``max_bytes``.
 FIRST_LOOK = 8
 LEAST_STRETCH = 4
 # Classes whose layout is known; then they are forgotten.
@@ -145,9 +146,11 @@ cdef class EventQueue:
     cdef int64_t _mean
     cdef int64_t _weight
     cdef int64_t _charge
-    # The number of events at which to look at the newest, that of an empty queue, and how many more until the next.
+    # The number of events at which to look at the newest, that of an empty queue, and how many more those are than at
+    # the last look.
     cdef int64_t _look_events
     cdef int64_t _first_look
+    cdef int64_t _step
     cdef int64_t _stretch
     cdef int64_t _random
     cdef bint _looks_at_all
@@ -188,7 +191,7 @@ cdef class EventQueue:
         self._on_loss = on_loss
         self._measure = measure
         self._stretch = min(max(max_bytes >> 21, LEAST_STRETCH), LONGEST_STRETCH)
-        self._first_look = max(self._stretch, FIRST_LOOK)
+        self._first_look = max(self._longest_step(), FIRST_LOOK)
         self._closed = False
         self.reset()
 
@@ -202,6 +205,7 @@ cdef class EventQueue:
         self._mean = self._charge = FIRST_MEAN
         self._weight = 0
         self._look_events = self._first_look
+        self._step = self._longest_step()
         self._random = 1
         self._looks_at_all = False
         self._accepted = self._recovered = self._delivered = self._spooled = self._in_flight = 0
@@ -274,13 +278,17 @@ cdef class EventQueue:
             self._call_due()
         return 0
 
+    cdef inline int64_t _longest_step(self) noexcept:
+        return 2 * self._stretch if self._stretch == LONGEST_STRETCH else self._stretch
+
     cdef int _look(self) except -1:
         # After the first look, the events before were looked at already.
-        cdef int64_t step = self._stretch if self._count > self._first_look else self._count
+        cdef int64_t step = self._step if self._count > self._first_look else self._count
         cdef int64_t weight
         cdef list newest
         cdef bint is_all = self._looks_at_all or step < LONGEST_STRETCH
-        self._look_events = self._count + self._stretch
+        self._step = self._longest_step() if 2 * self._total() <= self._max_bytes else self._stretch
+        self._look_events = self._count + self._step
         try:
             newest = self._newest(step, is_all)
             weight = self._weigh(newest)
@@ -302,7 +310,7 @@ cdef class EventQueue:
         return 0
 
     cdef list _newest(self, int64_t step, bint is_all):
-        """Return the newest events that are not encoded, or a third of them at random."""
+        """Return the newest events that are not encoded, or about a fifth of them at random."""
         cdef list newest = []
         cdef object event
         cdef Py_ssize_t index = self._head + self._count - step
@@ -315,7 +323,7 @@ cdef class EventQueue:
             else:
                 # A linear congruential generator, the one of C's standard: not always each tenth event, or never.
                 self._random = (self._random * 1103515245 + 12345) & 0x7FFFFFFF
-                index += 1 + (self._random >> 16) % 5
+                index += 1 + (self._random >> 16) % 9
         return newest
 
     cdef int64_t _weigh(self, list newest) except -1:
@@ -480,7 +488,7 @@ cdef class EventQueue:
             self._looks_at_all = False
             self._weight = 0
             self._charge = self._mean
-        look = max(self._count + self._stretch, self._first_look)
+        look = max(self._count + self._step, self._first_look)
         self._look_events = min(self._look_events, look)
         self._next_events = min(self._due_events, self._look_events)
         if not self._count and self._mask >= LARGEST_KEPT:

@@ -23,7 +23,8 @@ NEVER: Final = 1 << 62
 # The assumed length of an unencoded event, in bytes, until the first batch is encoded.
 FIRST_MEAN: Final = 256
 # The queue looks at the memory of its newest events when it has grown to this number, and then each time when it has
-# grown by one event for every 2 MiB of ``max_bytes``, within these bounds.
+# grown by one event for every 2 MiB of ``max_bytes``, within these bounds. A queue with the longest stretch takes twice
+# as many while it is not half full: so many events of 1 MiB still fit into twice ``max_bytes``.
 FIRST_LOOK: Final = 8
 LEAST_STRETCH: Final = 4
 LONGEST_STRETCH: Final = 32
@@ -31,12 +32,16 @@ LONGEST_STRETCH: Final = 32
 UNITS: Final = 1024
 # A mean weight that only large events reach: then the queue looks at all events until it is empty.
 LARGE_MEAN: Final = 2048
-# Before, it looks at so few of its newest events, at random: not always at each tenth event, or never.
-SAMPLE: Final = 2
+# Before, it looks at one of so many of its newest events, at random: not always at each tenth event, or never.
+SAMPLED: Final = 16
 SAMPLES: Final = 97
 
 _random = Random(1)
-_samples = cycle([itemgetter(*_random.sample(range(-LONGEST_STRETCH, 0), SAMPLE)) for _ in range(SAMPLES)])
+# By the number of the newest events.
+_samples = {
+    step: cycle([itemgetter(*_random.sample(range(-step, 0), step // SAMPLED)) for _ in range(SAMPLES)])
+    for step in (LONGEST_STRETCH, 2 * LONGEST_STRETCH)
+}
 _at_work = at_work.get
 
 
@@ -85,6 +90,7 @@ class EventQueue:
         "_dropped",
         "_due_bytes",
         "_due_events",
+        "_encoded",
         "_events",
         "_first_look",
         "_in_flight",
@@ -97,14 +103,15 @@ class EventQueue:
         "_max_events",
         "_mean",
         "_measure",
-        "_next_events",
         "_on_due",
         "_on_loss",
-        "_others",
         "_popped",
+        "_quiet_bytes",
+        "_quiet_events",
         "_recovered",
         "_refused",
         "_spooled",
+        "_step",
         "_stretch",
         "_waits_for_loop",
         "_weight",
@@ -128,7 +135,7 @@ class EventQueue:
         self._on_loss = on_loss
         self._measure = measure
         self._stretch = min(max(max_bytes >> 21, LEAST_STRETCH), LONGEST_STRETCH)
-        self._first_look = max(self._stretch, FIRST_LOOK)
+        self._first_look = max(self._longest_step(), FIRST_LOOK)
         self._closed = False
         self.reset()
 
@@ -138,14 +145,15 @@ class EventQueue:
         # that emits in the middle of a change.
         self._lock = threading.RLock()
         self._events: deque[Any] = deque()
-        # Queued bytes, and the number of queued events that are not encoded yet.
-        self._bytes = self._others = 0
+        # The number and the bytes of the queued events that are encoded.
+        self._encoded = self._bytes = 0
         # The mean length of encoded events; three quarters of the mean memory, in units; what an unencoded event
         # counts: the maximum in bytes.
         self._mean = self._charge = FIRST_MEAN
         self._weight = 0
-        # The number of events at which to look at the newest.
+        # The number of events at which to look at the newest, and how many more those are than at the last look.
         self._look_events = self._first_look
+        self._step = self._longest_step()
         self._looks_at_all = False
         # Events that ever left the queue; with the queued and the recovered ones, these are the accepted events.
         self._popped = 0
@@ -153,9 +161,10 @@ class EventQueue:
         self._dropped: dict[str, int] = {}
         self._refused: dict[str, int] = {}
         self._waits_for_loop = False
-        # The next number is the minimum of those at which to look and to call ``on_due``.
-        self._due_events = self._next_events = 1
+        self._due_events = 1
         self._due_bytes = NEVER
+        # Up to this number of events, and of bytes of the encoded ones, an event passes no threshold of any kind.
+        self._quiet_events = self._quiet_bytes = 0
         self._loss_armed = True
 
     def __len__(self) -> int:
@@ -172,55 +181,82 @@ class EventQueue:
             Whether the event was accepted. Refused events are counted by reason.
 
         """
-        if type(event) is bytes:
-            size = len(event)
-            is_other = 0
-        else:
-            size = -1
-            is_other = 1
         with self._lock:
             events = self._events
-            count = len(events)
-            total = self._bytes + (self._charge if is_other else size)
-            # A closed queue has no capacity.
-            if (
-                count < self._max_events
-                and total <= self._max_bytes
-                and size <= self._max_event_bytes
-                and _at_work() is not self
-            ):
-                # What can fail comes first: a number is an object that has to be made.
-                others = self._others + is_other
-                events.append(event)
-                self._bytes = total
-                self._others = others
-                if count + 1 < self._next_events and total < self._due_bytes:
+            if type(event) is not bytes:
+                size = -1
+                # The usual event: whatever is counted follows from the number of events, and nothing is due.
+                if (
+                    len(events) < self._quiet_events
+                    and _at_work() is not self
+                    and (not self._waits_for_loop or _get_running_loop() is None)
+                ):
+                    events.append(event)
                     return True
             else:
-                count = -1
-        if count >= 0:
-            self._pass_threshold()
-            return True
-        return self._emit_at_bound(event, size)
+                size = len(event)
+                queued = self._bytes + size
+                if (
+                    len(events) < self._quiet_events
+                    and queued <= self._quiet_bytes
+                    and size <= self._max_event_bytes
+                    and _at_work() is not self
+                    and (not self._waits_for_loop or _get_running_loop() is None)
+                ):
+                    # What can fail comes first: a number is an object that has to be made.
+                    encoded = self._encoded + 1
+                    events.append(event)
+                    self._encoded = encoded
+                    self._bytes = queued
+                    return True
+        return self._emit_at_threshold(event, size)
+
+    def _emit_at_threshold(self, event: object, size: int) -> bool:
+        dropped: list[Any] = []
+        with self._lock:
+            charge = self._charge if size < 0 else size
+            refusal = self._refusal(charge, size)
+            if refusal is None:
+                dropped = self._make_room(charge)
+                # What can fail comes first, here as well.
+                encoded, queued = self._encoded + (size >= 0), self._bytes + max(size, 0)
+                self._events.append(event)
+                self._encoded = encoded
+                self._bytes = queued
+        if refusal is not None:
+            return self.refuse(refusal)
+        self._pass_threshold()
+        if dropped:
+            self._report_loss()
+        return True
 
     def _pass_threshold(self) -> None:
         # Without the lock, as are all callbacks: one may log, a log handler takes a lock, and code that holds that lock
         # may emit.
         if len(self._events) >= self._look_events:
             self._look()
-        if self._waits_for_loop:
-            if _get_running_loop() is not None:
-                self._call_due()
+        if self._waits_for_loop and _get_running_loop() is not None:
+            self._call_due()
             return
         with self._lock:
-            is_due = len(self._events) >= self._due_events or self._bytes >= self._due_bytes
-            # What can fail comes first, here as well.
-            following = self._look_events if is_due else min(self._due_events, self._look_events)
+            count, total = len(self._events), self._total()
+            is_due = count >= self._due_events or total >= self._due_bytes
             if is_due:
                 self._due_events = self._due_bytes = NEVER
-            self._next_events = following
+            else:
+                quiet = min(self._max_events, self._due_events - 1, self._look_events - 1)
+                left = min(self._max_bytes, self._due_bytes - 1) - total - (quiet - count) * self._charge
+                if left < 0:
+                    quiet += left // self._charge
+                quiet_bytes = self._bytes + max(left, 0)
+                self._quiet_events = quiet
+                self._quiet_bytes = quiet_bytes
         if is_due:
             self._call_due()
+
+    def _disturb(self) -> None:
+        """Compare the next event with all thresholds again: one of them, or what is compared with it, has changed."""
+        self._quiet_events = 0
 
     def _call_due(self) -> None:
         try:
@@ -228,18 +264,26 @@ class EventQueue:
         except BaseException:
             with self._lock:
                 self._waits_for_loop = False
-                self._due_events = self._next_events = len(self._events) + 1
+                self._due_events = len(self._events) + 1
+                self._disturb()
             raise
 
+    def _longest_step(self) -> int:
+        return 2 * self._stretch if self._stretch == LONGEST_STRETCH else self._stretch
+
     def _look(self) -> None:
-        with self._lock:
-            looked, count = self._look_events, len(self._events)
-            # After the first look, the events before were looked at already.
-            step = self._stretch if count > self._first_look else count
-            is_all = self._looks_at_all or step < LONGEST_STRETCH
-            newest = self._newest(step, is_all)
-            self._look_events = count + self._stretch
         try:
+            with self._lock:
+                count = len(self._events)
+                # After the first look, the events before were looked at already.
+                step = self._step if count > self._first_look else count
+                following = self._longest_step() if 2 * self._total() <= self._max_bytes else self._stretch
+                look = count + following
+                self._step = following
+                self._look_events = look
+                self._disturb()
+                is_all = self._looks_at_all or step not in _samples
+                newest = self._newest(step, is_all)
             weight = self._weigh(newest)
             if weight > LARGE_MEAN * UNITS and not is_all:
                 with self._lock:
@@ -249,53 +293,31 @@ class EventQueue:
             if weight:
                 with self._lock:
                     self._note_weight(weight, len(newest) if is_all else step)
-        except BaseException:
-            self._look_events = looked
-            raise
+        except Exception:
+            # The events are queued already: emit must not raise.
+            return
 
     def _newest(self, step: int, is_all: bool) -> list[Any]:
-        """Return the newest events that are not encoded, or some of them at random."""
-        events = islice(reversed(self._events), step) if is_all else next(_samples)(self._events)
+        """Return the newest events that are not encoded, or a sixteenth of them at random."""
+        events = islice(reversed(self._events), step) if is_all else next(_samples[step])(self._events)
         return [event for event in events if type(event) is not bytes]
 
     def _weigh(self, newest: list[Any]) -> int:
-        try:
-            return self._measure(newest) * 3 * UNITS // (4 * len(newest)) if newest else 0
-        except Exception:
-            # The events are queued already: emit must not raise.
-            return 0
+        return self._measure(newest) * 3 * UNITS // (4 * len(newest)) if newest else 0
 
     def _note_weight(self, weight: int, count: int) -> None:
-        if self._others > count:
-            weight = self._weight + (weight - self._weight) * count // self._others
+        others = len(self._events) - self._encoded
+        if others > count:
+            weight = self._weight + (weight - self._weight) * count // others
         self._set_charge(max(self._mean, weight // UNITS))
         self._weight = weight
 
     def _set_charge(self, charge: int) -> None:
-        queued = self._bytes + self._others * (charge - self._charge)
         self._charge = charge
-        self._bytes = queued
+        self._disturb()
 
-    def _emit_at_bound(self, event: object, size: int) -> bool:
-        dropped: list[Any] = []
-        is_reached = False
-        with self._lock:
-            charge = self._charge if size < 0 else size
-            refusal = self._refusal(charge, size)
-            if refusal is None:
-                dropped = self._make_room(charge)
-                total, others = self._bytes + charge, self._others + (size < 0)
-                self._events.append(event)
-                self._bytes = total
-                self._others = others
-                is_reached = len(self._events) >= self._next_events or self._bytes >= self._due_bytes
-        if refusal is not None:
-            return self.refuse(refusal)
-        if is_reached:
-            self._pass_threshold()
-        if dropped:
-            self._report_loss()
-        return True
+    def _total(self) -> int:
+        return self._bytes + (len(self._events) - self._encoded) * self._charge
 
     def _refusal(self, charge: int, size: int) -> str | None:
         if self._closed:
@@ -304,6 +326,8 @@ class EventQueue:
             return "too_large"
         if _at_work() is self:
             return "feedback"
+        if len(self._events) < self._max_events and self._total() + charge <= self._max_bytes:
+            return None
         if self._drop_oldest and charge <= self._max_bytes:
             return None
         return "full"
@@ -312,14 +336,14 @@ class EventQueue:
         """Return whether an event of mean length would be accepted, or refused for another reason than load."""
         with self._lock:
             return self._closed or (
-                len(self._events) < self._max_events and self._bytes + self._charge <= self._max_bytes
+                len(self._events) < self._max_events and self._total() + self._charge <= self._max_bytes
             )
 
     def is_over(self, share: float) -> bool:
         """Return whether more than a share of either capacity is in use; False if the queue is closed."""
         with self._lock:
             return not self._closed and (
-                len(self._events) > share * self._max_events or self._bytes > share * self._max_bytes
+                len(self._events) > share * self._max_events or self._total() > share * self._max_bytes
             )
 
     def refuse(self, reason: str) -> bool:
@@ -330,9 +354,9 @@ class EventQueue:
         return False
 
     def _make_room(self, charge: int) -> list[Any]:
-        events, queued, left = self._events, self._bytes, len(self._events)
+        queued, left = self._total(), len(self._events)
         dropped: list[Any] = []
-        for event in events:
+        for event in self._events:
             if left < self._max_events and queued + charge <= self._max_bytes:
                 break
             dropped.append(event)
@@ -342,22 +366,20 @@ class EventQueue:
             count = self._dropped.get("full", 0) + len(dropped)
             # A queue that is always full has to look, too.
             look = self._look_events - len(dropped)
-            following = min(self._due_events, look)
             self._remove(dropped)
             self._dropped["full"] = count
             self._look_events = look
-            self._next_events = following
         return dropped
 
     def _remove(self, oldest: list[Any]) -> None:
         """Remove these events, which are the oldest, once all numbers are made: from then on nothing can fail."""
-        others = sum(type(event) is not bytes for event in oldest)
-        queued = self._bytes - others * self._charge - sum(len(event) for event in oldest if type(event) is bytes)
-        others = self._others - others
+        sizes = [len(event) for event in oldest if type(event) is bytes]
+        encoded, queued = self._encoded - len(sizes), self._bytes - sum(sizes)
         popped = self._popped + len(oldest)
         for _ in oldest:
             self._events.popleft()
-        self._bytes, self._others, self._popped = queued, others, popped
+        self._encoded, self._bytes, self._popped = encoded, queued, popped
+        self._disturb()
 
     def _report_loss(self) -> None:
         with self._lock:
@@ -374,6 +396,7 @@ class EventQueue:
         with self._lock:
             self._closed = True
             self._max_events = 0
+            self._disturb()
 
     # -- emptying, by the flusher ---------------------------------------------------------------------------------
 
@@ -390,21 +413,20 @@ class EventQueue:
         """
         with self._lock:
             self._waits_for_loop = False
-            if len(self._events) >= events or (queued_bytes and self._bytes >= queued_bytes):
+            self._disturb()
+            if len(self._events) >= events or (queued_bytes and self._total() >= queued_bytes):
                 self._due_events = self._due_bytes = NEVER
-                self._next_events = self._look_events
                 return True
             self._due_events = events
             self._due_bytes = queued_bytes or NEVER
-            self._next_events = min(self._due_events, self._look_events)
             return False
 
     def arm_loop(self) -> None:
         """Have ``on_due`` called at every event that is emitted where an event loop runs, until ``arm`` is called."""
         with self._lock:
             self._waits_for_loop = True
-            self._due_events = self._next_events = 0
-            self._due_bytes = NEVER
+            self._due_events = self._due_bytes = NEVER
+            self._disturb()
 
     def arm_loss(self) -> None:
         """Have ``on_loss`` called once, when the next event is refused or dropped."""
@@ -426,13 +448,11 @@ class EventQueue:
                 batch.append(event)
             in_flight = self._in_flight + len(batch)
             count = len(self._events) - len(batch)
-            look = min(self._look_events, max(count + self._stretch, self._first_look))
-            following = min(self._due_events, look)
+            look = min(self._look_events, max(count + self._step, self._first_look))
             self._remove(batch)
             self._in_flight = in_flight
             self._look_events = look
-            self._next_events = following
-            if not self._others:
+            if len(self._events) == self._encoded:
                 self._looks_at_all = False
                 self._weight = 0
                 self._charge = self._mean
@@ -503,7 +523,7 @@ class EventQueue:
                 "delivered": self._delivered,
                 "spooled": self._spooled,
                 "queue_events": len(self._events) + self._in_flight,
-                "queue_bytes": self._bytes,
+                "queue_bytes": self._total(),
                 "in_flight": self._in_flight,
                 "dropped": dict(self._dropped),
                 "refused": dict(self._refused),
