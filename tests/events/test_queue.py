@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import threading
 import weakref
 from collections import deque
@@ -476,6 +477,33 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_twins_agree_over_many_events(seed):
+    """A queue that is long enough to be looked at, and whose events differ in size, refuses and calls alike."""
+    chance = random.Random(seed)
+    calls = [Calls(), Calls()]
+    bounds = chance.choice([50, 300, 5000]), chance.choice([20_000, 1 << 20, 64 << 20]), 3000, chance.random() < 0.3
+    queues = [
+        make(queue_module(twin), *bounds, each, lambda events: 10 * len(events))
+        for twin, each in zip(("cython", "python"), calls, strict=True)
+    ]
+    steps = {
+        "emit": lambda queue, size: queue.emit(b"x" * size if size % 3 else size),
+        "pop": lambda queue, size: queue.pop_batch(size // 5, 20 * size),
+        "arm": lambda queue, size: queue.arm(max(len(queue) + size % 100 - 20, 1), size % 2 * 40 * size),
+        "mean": lambda queue, size: queue.add_mean(size),
+        "wait": lambda queue, size: queue.arm_loop(),
+    }
+    for _ in range(300):
+        step = chance.choice(["emit"] * 8 + ["pop"] * 3 + ["arm"] * 2 + ["mean", "wait"])
+        for _ in range(chance.randrange(1, 90) if step == "emit" else 1):
+            size = chance.choice([0, 1, 3, 30, 300, 301, 1000, 3001])
+            first, second = (steps[step](queue, size) for queue in queues)
+            assert first == second
+            assert queues[0].counters() == queues[1].counters()
+            assert (calls[0].due, calls[0].losses) == (calls[1].due, calls[1].losses)
 
 
 def test_a_queue_that_waits_for_a_loop_calls_only_where_one_runs(module):
