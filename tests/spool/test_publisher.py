@@ -8,6 +8,7 @@ import pytest
 from event_tools import assert_counters_add_up, until
 
 from bgtasks.events import Publisher, Retry
+from bgtasks.events.errors import SpoolFullError
 from bgtasks.events.sinks.memory import MemorySink
 from bgtasks.events.spool import Spool
 
@@ -287,3 +288,41 @@ async def test_a_damaged_spool_is_renamed_and_replaced(stem):
     assert sink.events == numbers(0, 20)
     await publisher.close(30)
     assert [path.name for path in stem.parent.iterdir()] == ["events.1-1.corrupt"]
+
+
+class NoSpool:
+    """A spool on a disk that takes nothing."""
+
+    def append(self, batch, batch_id):
+        raise SpoolFullError("the disk is full")
+
+    def oldest(self, count):
+        return []
+
+    def done(self, batch_id):
+        pass
+
+    def stats(self):
+        return {"events": 0, "bytes": 0, "batches": 0, "recovered": 0, "dropped": {}, "corrupt_files": 0}
+
+    def close(self):
+        pass
+
+
+async def test_a_poison_event_is_given_up_also_beside_a_spool_that_fails():
+    """The failed writes of a batch that bypasses the disk count towards max_attempts."""
+
+    class Picky(MemorySink):
+        async def write(self, batch, batch_id):
+            if b'"poison"' in batch:
+                raise ValueError("poison")
+            await super().write(batch, batch_id)
+
+    publisher = Publisher(Picky(), spool=NoSpool(), linger=0.001, max_attempts=2)
+    for event in ("a", "poison", "b"):
+        publisher.emit(event)
+    report = await publisher.flush(20)
+    assert report["status"] == "flushed"
+    assert publisher.stats()["dropped"] == {"retries_exhausted": 1}
+    assert publisher.sink.events == [b'"a"', b'"b"']
+    await publisher.close()

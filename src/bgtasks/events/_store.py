@@ -170,6 +170,7 @@ class Store:
         self._passing = None
         copy = passing.copy
         batch.parts, batch.tries, batch.failing_since = copy.parts, copy.tries, copy.failing_since
+        batch.attempts, batch.is_held = copy.attempts, copy.is_held
         for count, outcome in passing.outcomes:
             account(count, outcome)
         return passing.task.result()
