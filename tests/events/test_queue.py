@@ -479,6 +479,39 @@ TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
+def test_a_queue_that_was_quiet_refuses_once_closed(module):
+    """However far from its bounds it was."""
+    queue = make(module, max_events=1000)
+    for event in (1, b"2", 3, b"4"):
+        assert queue.emit(event)
+    queue.close()
+    assert [queue.emit(event) for event in (5, b"6")] == [False, False]
+
+
+@pytest.mark.parametrize("event", [1, b"1"])
+def test_a_call_on_a_loop_that_fails_is_repeated_at_the_next_event(module, event):
+    """Also without a loop, where the queue was quiet before."""
+    calls = []
+
+    def fail():
+        calls.append(True)
+        raise KeyError
+
+    queue = module.EventQueue(1000, 1 << 20, 1000, False, fail, int, weightless)
+    queue.arm_loop()
+    for _ in range(5):
+        assert queue.emit(event)
+
+    async def emit_on_loop():
+        with pytest.raises(KeyError):
+            queue.emit(event)
+
+    asyncio.run(emit_on_loop())
+    with pytest.raises(KeyError):
+        queue.emit(event)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_twins_agree_over_many_events(seed):
     """A queue that is long enough to be looked at, and whose events differ in size, refuses and calls alike."""

@@ -281,7 +281,6 @@ class EventQueue:
                 look = count + following
                 self._step = following
                 self._look_events = look
-                self._disturb()
                 is_all = self._looks_at_all or step not in _samples
                 newest = self._newest(step, is_all)
             weight = self._weigh(newest)
@@ -426,7 +425,6 @@ class EventQueue:
         with self._lock:
             self._waits_for_loop = True
             self._due_events = self._due_bytes = NEVER
-            self._disturb()
 
     def arm_loss(self) -> None:
         """Have ``on_loss`` called once, when the next event is refused or dropped."""
