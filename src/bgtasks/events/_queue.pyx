@@ -23,7 +23,7 @@ NEVER = 1 << 62
 FIRST_MEAN = 256
 # The queue looks at the memory of its newest events when it has grown to this number, and then each time when it has
 # grown by one event for every 2 MiB of ``max_bytes``, within these bounds. A queue with the longest stretch takes twice
-# as many while it is not half full: so many events of 1 MiB still fit into twice ``max_bytes``.
+# as many while it is not half full: that many events of 1 MiB still fit into twice ``max_bytes``.
 FIRST_LOOK = 8
 LEAST_STRETCH = 4
 # Classes whose layout is known; then they are forgotten.

@@ -24,7 +24,7 @@ NEVER: Final = 1 << 62
 FIRST_MEAN: Final = 256
 # The queue looks at the memory of its newest events when it has grown to this number, and then each time when it has
 # grown by one event for every 2 MiB of ``max_bytes``, within these bounds. A queue with the longest stretch takes twice
-# as many while it is not half full: so many events of 1 MiB still fit into twice ``max_bytes``.
+# as many while it is not half full: that many events of 1 MiB still fit into twice ``max_bytes``.
 FIRST_LOOK: Final = 8
 LEAST_STRETCH: Final = 4
 LONGEST_STRETCH: Final = 32
@@ -32,7 +32,7 @@ LONGEST_STRETCH: Final = 32
 UNITS: Final = 1024
 # A mean weight that only large events reach: then the queue looks at all events until it is empty.
 LARGE_MEAN: Final = 2048
-# Before, it looks at one of so many of its newest events, at random: not always at each tenth event, or never.
+# Before, it looks at one in this many of its newest events, at random: not always at each tenth event, or never.
 SAMPLED: Final = 16
 SAMPLES: Final = 97
 
