@@ -1,6 +1,8 @@
 """Runs the work an asyncio program starts and does not wait for, and loses none of it."""
 
 from bgtasks._options import ManagerOptions
+from bgtasks._progress import progress
+from bgtasks._statistics import BUCKET_EDGES
 from bgtasks.errors import (
     BgtasksError,
     ExecutorClosedError,
@@ -30,11 +32,14 @@ from bgtasks.executor import (
 )
 from bgtasks.info import (
     FinishedTask,
+    Histogram,
     LiveState,
     ManagerStats,
+    NameHistograms,
     NameStats,
     Outcome,
     Overflow,
+    Progress,
     ShutdownStats,
     TaskFactoryOptions,
     TaskInfo,
@@ -49,6 +54,7 @@ from bgtasks.program import drain_on_signals, run
 from bgtasks.registry import IMPLEMENTATION
 
 __all__ = [
+    "BUCKET_EDGES",
     "IMPLEMENTATION",
     "AsyncBackgroundExecutor",
     "AsyncSubmit",
@@ -60,6 +66,7 @@ __all__ = [
     "ExecutorClosedError",
     "ExecutorKind",
     "FinishedTask",
+    "Histogram",
     "InvalidContextError",
     "InvalidFunctionError",
     "InvalidOptionError",
@@ -71,6 +78,7 @@ __all__ = [
     "ManagerOptions",
     "ManagerStats",
     "MissingExtraError",
+    "NameHistograms",
     "NameStats",
     "NoManagerError",
     "NoRunningLoopError",
@@ -78,6 +86,7 @@ __all__ = [
     "NotPicklableError",
     "Outcome",
     "Overflow",
+    "Progress",
     "RunningLoopError",
     "ShutdownStats",
     "Submit",
@@ -91,6 +100,7 @@ __all__ = [
     "TimeoutPolicy",
     "WorkerDiedError",
     "drain_on_signals",
+    "progress",
     "run",
 ]
 __version__ = "0.1.0"

@@ -11,7 +11,15 @@ from typing import Any
 
 from bgtasks.errors import BgtasksError, InvalidOptionError, describe
 
-__all__ = ["check_callable", "check_choice", "check_count", "check_limit", "check_optional_seconds", "check_seconds"]
+__all__ = [
+    "check_callable",
+    "check_choice",
+    "check_count",
+    "check_flag",
+    "check_limit",
+    "check_optional_seconds",
+    "check_seconds",
+]
 
 
 def check_count(option: str, value: object, least: int = 0) -> int:
@@ -94,6 +102,17 @@ def check_choice(option: str, value: object, choices: Sequence[str], advice: str
     if value not in choices:
         listed = ", ".join(map(repr, choices))
         raise InvalidOptionError(f"{option} must be one of {listed}; got {describe(value)}{advice and '; '}{advice}")
+
+
+def check_flag(option: str, value: object) -> None:
+    """Check that ``value`` is True or False.
+
+    Raises:
+        InvalidOptionError: it is neither.
+
+    """
+    if not isinstance(value, bool):
+        raise InvalidOptionError(f"{option} must be True or False; got {describe(value)}")
 
 
 def check_callable(option: str, value: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypedDict, get_args
 
-from bgtasks._checks import check_callable, check_choice, check_count, check_limit, check_seconds
+from bgtasks._checks import check_callable, check_choice, check_count, check_flag, check_limit, check_seconds
 from bgtasks.info import TaskInfo, TaskOverflow, TimeoutPolicy
 
 __all__ = ["ManagerOptions", "check_options"]
@@ -22,6 +22,7 @@ class ManagerOptions(TypedDict, total=False):
     on_error: Callable[[TaskInfo, BaseException], object] | None
     history: int
     timeouts: TimeoutPolicy
+    track_origin: bool
 
 
 def check_options(options: ManagerOptions) -> None:
@@ -46,6 +47,8 @@ def check_options(options: ManagerOptions) -> None:
                 check_callable(option, value)
             case "history":
                 check_count(option, value)
+            case "track_origin":
+                check_flag(option, value)
             case _:
                 known = ", ".join(ManagerOptions.__annotations__)
                 raise TypeError(f"BackgroundTaskManager has no option {option!r}; it has: {known}")

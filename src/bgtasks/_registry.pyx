@@ -25,10 +25,11 @@ from weakref import ref
 from bgtasks import _task, errors
 from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
 from bgtasks._implementation import Wrapper, choose_wrapper
-from bgtasks._statistics import MAX_NAMES, OUTCOMES
+from bgtasks._origin import describe_loop, origin
+from bgtasks._statistics import MAX_NAMES, OUTCOMES, Snapshot
 from bgtasks._task import (
-    close_quietly, dismiss, do_nothing, drive, finish_unentered, grant_turn, is_running, retrieve_failure, run,
-    run_queued, task_in_constructor,
+    close_quietly, dismiss, do_nothing, drive, finish_unentered, foreign_record, grant_turn, is_running, record_of,
+    retrieve_failure, run, run_queued, task_in_constructor,
 )
 from bgtasks.info import TaskFactoryOptions, TaskInfo
 
@@ -84,6 +85,7 @@ cdef object _TrackedTask = TrackedTask
 cdef object _run = run
 cdef object _running_loop = _get_running_loop
 cdef object _Context = Context
+cdef object _current_task = current_task
 cdef double INFINITY = float("inf")
 
 # Whether tasks step a native coroutine around the user's, or their record, which is faster. From Python 3.14 on,
@@ -131,23 +133,47 @@ cdef uint64_t WHEEL_SPAN = (<uint64_t>63 << 30)
 
 @cython.final
 cdef class NameStats:
-    """The counters and the duration histogram of all tasks of one name."""
+    """The counters of all tasks of one name, and the histograms of their durations and of their waits."""
 
     cdef uint64_t started
     cdef uint64_t counts[OUTCOME_COUNT]
-    cdef uint64_t buckets[BUCKETS]
+    cdef double duration_sum
+    cdef double duration_max
+    cdef double wait_sum
+    cdef double wait_max
+    # The type of the last failure, None before the first.
+    cdef object last_error
+    cdef uint64_t durations[BUCKETS]
+    cdef uint64_t waits[BUCKETS]
 
     cdef int count_end(self, int outcome, double duration) except -1:
         self.counts[outcome] += 1
-        self.buckets[_bucket_of(duration)] += 1
+        self.durations[_bucket_of(duration)] += 1
+        self.duration_sum += duration
+        if duration > self.duration_max:
+            self.duration_max = duration
         return 0
 
-    def snapshot(self) -> tuple[int, list[int], dict[int, int]]:
-        """Return the number of started tasks, a list with a count per outcome, and a dict with a count per bucket."""
+    cdef int count_wait(self, double wait) except -1:
+        self.waits[_bucket_of(wait)] += 1
+        self.wait_sum += wait
+        if wait > self.wait_max:
+            self.wait_max = wait
+        return 0
+
+    def snapshot(self) -> Snapshot:
+        """Return the counters, see ``Snapshot``."""
         cdef int index
         cdef list counts = [self.counts[index] for index in range(OUTCOME_COUNT)]
-        cdef dict buckets = {index: self.buckets[index] for index in range(BUCKETS) if self.buckets[index]}
-        return self.started, counts, buckets
+        cdef dict durations = {index: self.durations[index] for index in range(BUCKETS) if self.durations[index]}
+        cdef dict waits = {index: self.waits[index] for index in range(BUCKETS) if self.waits[index]}
+        return (
+            self.started,
+            counts,
+            (durations, self.duration_sum, self.duration_max),
+            (waits, self.wait_sum, self.wait_max),
+            self.last_error,
+        )
 
 
 cdef inline int _bucket_of(double seconds) noexcept:
@@ -201,6 +227,8 @@ cdef class Record:
     cdef double took
     cdef uint64_t tick
     cdef readonly long long task_id
+    # The id of the task of the same manager and loop that created this one; 0 if none did.
+    cdef long long parent_id
     # Small on purpose, as are the flags: a record must fit into three cache lines.
     cdef short wheel_slot
     cdef unsigned char state
@@ -217,6 +245,10 @@ cdef class Record:
     cdef readonly unsigned char service
     # How its executor treats it at the end of the block, as bits.
     cdef readonly unsigned char flags
+    # Its wait for the first step has been counted.
+    cdef unsigned char entered
+    # ``records.notes`` has facts about it.
+    cdef unsigned char noted
 
     def __init__(self):
         raise TypeError("a Record is made by its registry")
@@ -239,7 +271,7 @@ cdef class Record:
     @property
     def duration(self):
         """Seconds that the task ran, or has run so far."""
-        return self.took if self.state != RUNNING else self.records.now() - self.created
+        return self.get_duration()
 
     @property
     def outcome(self):
@@ -271,12 +303,18 @@ cdef class Record:
             "name": self.given_name,
             "coroutine": _name_of(self.coro),
             "state": "queued" if self.queued else OUTCOMES[self.state],
-            "age_seconds": self.took if self.state != RUNNING else self.records.now() - self.created,
+            "age_seconds": self.get_duration(),
             "timeout": self.seconds if self.seconds > 0 else None,
             "context": {} if self.given_context is None else self.given_context,
             "done": self.state != RUNNING,
             "cancelled": self.state == CANCELLED or self.state == TIMED_OUT,
             "service": bool(self.service),
+            "time_left_seconds": self.time_left(),
+            "parent_id": self.parent_id if self.parent_id else None,
+            "loop": None if self.records is None else self.records.label,
+            "thread": None if self.records is None else self.records.thread,
+            "origin": self.noted_as("origin"),
+            "progress": self.noted_as("progress"),
         }
 
     def rename(self, name: str) -> None:
@@ -294,6 +332,45 @@ cdef class Record:
             del records.names[old_name]
             if records.last_stats is old:
                 records.last_name = None
+
+    cdef object time_left(self):
+        if self.seconds <= 0:
+            return None
+        return self.seconds if self.queued else max(self.seconds - self.get_duration(), 0.0)
+
+    cdef object noted_as(self, str key):
+        if not self.noted or self.records is None:
+            return None
+        return self.records.notes.get(self, {}).get(key)
+
+    cdef double get_duration(self) except? -1:
+        return self.took if self.state != RUNNING else self.records.now() - self.created
+
+    def note(self, key: str, fact: Any) -> None:
+        """Keep a fact about the task for ``info`` until its end; do nothing if it has ended."""
+        cdef dict notes
+        if self.state != RUNNING:
+            return
+        notes = self.records.notes
+        self.noted = True
+        if self in notes:
+            notes[self][key] = fact
+        else:
+            notes[self] = {key: fact}
+
+    def count_start(self) -> None:
+        """Count the wait of a task that takes its first step."""
+        if not self.entered:
+            self.count_wait()
+
+    cdef int count_wait(self) except -1:
+        # As the loop starts tasks in the order of their creation, the neighbour's end is this one's start: a clock
+        # read less, 2 % of a task.
+        cdef LoopRecords records = self.records
+        cdef bint is_next = records.last_ended == self.task_id - 1 and records.last_end >= self.created
+        self.name_stats.count_wait((records.last_end if is_next else records.now()) - self.created)
+        self.entered = True
+        return 0
 
     def complete(self, result: Result) -> Result:
         """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
@@ -320,7 +397,7 @@ cdef class Record:
         if task is None:
             # An eager task that has not left its constructor.
             task = self.task = current_task(records.loop)
-        if self.queued or self.paused:
+        if self.paused or not self.entered:
             self.coro.close()
         try:
             if isinstance(error, GeneratorExit) and not is_running(task):
@@ -397,9 +474,15 @@ cdef class Record:
 
     def throw(self, error, *rest):
         """Raise an exception in the user's coroutine."""
+        cdef LoopRecords records = self.records
+        cdef PyObject* stepping
         if self.queued:
             self.fail(error)
             raise error
+        if records is None:
+            return self.coro.throw(error, *rest)
+        stepping = records.stepping
+        records.stepping = <PyObject*>self
         try:
             yielded = self.coro.throw(error, *rest)
         except StopIteration:
@@ -410,6 +493,8 @@ cdef class Record:
             if replacement is not None:
                 raise replacement from raised
             raise
+        finally:
+            records.stepping = stepping
         if self.wheel_slot != NOT_ARMED:
             self.see_to_timer()
         return yielded
@@ -450,10 +535,14 @@ cdef class Record:
 
     def begin(self) -> None:
         """Mark a queued task as running: its timeout and its duration count from now."""
+        cdef double waited = -self.created
         self.created = self.records.now()
+        waited += self.created
         # What can fail comes first: of a task that could not begin the coroutine is closed as one that still waits.
         self.records.arm(self)
         self.records.want_timer(self)
+        self.name_stats.count_wait(waited)
+        self.entered = True
         self.queued = False
         self.records.queued -= 1
         self.turn = None
@@ -461,9 +550,13 @@ cdef class Record:
     def begin_call(self) -> bool:
         """Mark a queued function as running; return False if it was finished before. Safe from any thread."""
         # Neither this method nor ``finish`` releases the GIL between a check and the action that depends on it.
+        cdef double now
         if self.state != RUNNING:
             return False
-        self.created = self.records.now()
+        now = self.records.now()
+        self.name_stats.count_wait(now - self.created)
+        self.entered = True
+        self.created = now
         self.queued = False
         self.records.queued -= 1
         return True
@@ -500,6 +593,8 @@ cdef class Record:
             raise
 
     cdef int release(self) except -1:
+        if self.noted and self.records is not None:
+            self.records.notes.pop(self, None)
         self.task = None
         self.given_context = None
         self.turn = None
@@ -519,6 +614,8 @@ cdef object _taken(PyObject* result):
 cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) except PYGEN_ERROR:
     """Step the coroutine of a record; finish the record when the coroutine ends."""
     cdef Record record = <Record>self
+    cdef LoopRecords records = record.records
+    cdef PyObject* stepping
     cdef PySendResult status
     if record.records is None:
         # Taken back because its task could not be built, and stepped by what was built of that all the same.
@@ -537,7 +634,12 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
         except BaseException as error:
             record.fail(error)
             raise
+    elif not record.entered:
+        record.count_wait()
+    stepping = records.stepping
+    records.stepping = self
     status = PyIter_Send(<PyObject*>record.coro, sent, result)
+    records.stepping = stepping
     if status == PYGEN_NEXT:
         if record.wheel_slot != NOT_ARMED:
             _suspend(record, result)
@@ -889,6 +991,17 @@ cdef class LoopRecords:
     # NameStats by name, and those of all names beyond MAX_NAMES together.
     cdef readonly dict names
     cdef readonly NameStats other_names
+    # Facts about some live tasks: a dict for each of their records.
+    cdef readonly dict notes
+    # What ``info`` says of the loop and of the thread that first used it.
+    cdef readonly str label
+    cdef readonly object thread
+    # The record whose coroutine runs, borrowed.
+    cdef PyObject* stepping
+    # A foreign factory built tasks here, whose steps are not seen.
+    cdef bint has_foreign_tasks
+    # Whether it stands for a loop, not for the threads of an executor.
+    cdef bint runs_tasks
     cdef object last_name
     cdef NameStats last_stats
     cdef TimerWheel wheel
@@ -908,6 +1021,8 @@ cdef class LoopRecords:
     cdef double batch_clock
     # When a task last ended: the next one of a batch starts then.
     cdef double last_end
+    # The id of the task that last ended in a step of the loop.
+    cdef long long last_ended
 
     def __init__(self, RegistryCore registry, loop):
         self.registry = registry
@@ -924,6 +1039,9 @@ cdef class LoopRecords:
         self.idle_threshold = -1
         self.names = {}
         self.other_names = NameStats()
+        self.notes = {}
+        self.runs_tasks = isinstance(loop, AbstractEventLoop)
+        self.label, self.thread = describe_loop(loop)
         self.eager = -1
         self.options = {"name": None}
 
@@ -972,6 +1090,12 @@ cdef class LoopRecords:
         record.wheel_slot = NOT_ARMED
         record.observed = observed
         record.given_name = name
+        if _native or self.has_foreign_tasks:
+            record.parent_id = self.current_id()
+        elif self.stepping is not NULL:
+            record.parent_id = (<Record>self.stepping).task_id
+        if self.registry._tracks_origin:
+            record.note("origin", origin())
 
         record.previous_record = self.last_record
         if self.last_record is NULL:
@@ -995,6 +1119,22 @@ cdef class LoopRecords:
         record.service = True
         self.owned -= 1
         self.observed += 1
+        return 0
+
+    cdef long long current_id(self) except -1:
+        """Return the id of the task that runs, 0 if it is none of this manager."""
+        cdef object task, record
+        if not self.runs_tasks or self.first_record is NULL:
+            return 0
+        task = _current_task(self.held_loop)
+        if task is None:
+            return 0
+        if isinstance(task, TrackedTask):
+            record = record_of(task)
+        else:
+            record = foreign_record(task) if self.has_foreign_tasks else None
+        if isinstance(record, Record) and (<Record>record).records is self:
+            return (<Record>record).task_id
         return 0
 
     cdef NameStats stats_of(self, object name):
@@ -1109,6 +1249,7 @@ cdef class LoopRecords:
         cdef dict options = {"name": record.given_name}
         if context is not None:
             options["context"] = context
+        self.has_foreign_tasks = True
         # Made before there is a task: what fails later would leave one that nobody knows.
         on_end = partial(finish_unentered, record, wrapper)
         own_context = PyContext_CopyCurrent()
@@ -1154,6 +1295,7 @@ cdef class LoopRecords:
         cdef double end = self.now()
         cdef double duration = end - record.created
         self.last_end = end
+        self.last_ended = record.task_id
         record.took = duration
         record.state = outcome
         record.name_stats.count_end(outcome, duration)
@@ -1161,6 +1303,8 @@ cdef class LoopRecords:
         try:
             if record.wheel_slot != NOT_ARMED:
                 self.disarm(record)
+            if outcome == FAILED and error is not None:
+                record.name_stats.last_error = errors.type_of(error)
             if registry._keeps_history:
                 registry._remember(record, error)
         finally:
@@ -1362,6 +1506,8 @@ cdef class LoopRecords:
                 index += 1
                 if record.state != RUNNING:
                     continue
+                record.entered = True
+                record.name_stats.count_wait(self.last_end - record.created)
                 record.created = self.last_end
                 wrapper = record
                 try:
@@ -1522,6 +1668,7 @@ cdef class RegistryCore:
         cap: the number of owned tasks from which ``create_task`` and ``fire`` ask ``_admit``; 0 for no cap.
         max_running: how many coroutines may run at once; None for no limit.
         keeps_history: whether ``_remember`` is called at the end of each task.
+        tracks_origin: whether to note the line that creates each task.
         muted: the cache of a logger; while ``muted.get(muted_level)`` is False, only failures are reported.
         muted_level: the logging level of that report.
     """
@@ -1534,17 +1681,25 @@ cdef class RegistryCore:
     cdef public bint _capacity_wanted
     cdef Slots _slots
     cdef bint _keeps_history
+    cdef bint _tracks_origin
     cdef public dict _muted
     cdef object _muted_level
     cdef object _eager_factory
 
     def __init__(
-        self, cap: int, max_running: int | None, keeps_history: bool, muted: dict[int, bool] | None, muted_level: int
+        self,
+        cap: int,
+        max_running: int | None,
+        keeps_history: bool,
+        tracks_origin: bool,
+        muted: dict[int, bool] | None,
+        muted_level: int,
     ):
         self._by_loop = {}
         self._cap = cap
         self._slots = None if max_running is None else Slots(max_running, None)
         self._keeps_history = keeps_history
+        self._tracks_origin = tracks_origin
         self._muted = muted
         self._muted_level = muted_level
         self._eager_factory = getattr(asyncio, "eager_task_factory", None)

@@ -26,7 +26,8 @@ from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_
 from bgtasks._fork import at_fork
 from bgtasks._hooks import RegistryHooks
 from bgtasks._implementation import choose_wrapper
-from bgtasks._statistics import MAX_NAMES, OUTCOMES
+from bgtasks._origin import describe_loop, origin
+from bgtasks._statistics import MAX_NAMES, OUTCOMES, Snapshot, bucket_of
 from bgtasks._task import (
     TrackedTask,
     close_quietly,
@@ -34,8 +35,10 @@ from bgtasks._task import (
     do_nothing,
     drive,
     finish_unentered,
+    foreign_record,
     grant_turn,
     is_running,
+    record_of,
     retrieve_failure,
     run,
     run_queued,
@@ -52,8 +55,6 @@ choose_wrapper()
 
 RUNNING, COMPLETED, FAILED, CANCELLED, TIMED_OUT, ABANDONED = range(6)
 
-# One bucket below a microsecond, then eight per power of two, up to 2**41 microseconds (25 days).
-BUCKETS: Final = 329
 IDS_AT_ONCE: Final = 1024
 TICKS_PER_SECOND: Final = 1000.0
 SHORTEST_WAIT: Final = 1e-6
@@ -81,35 +82,58 @@ at_fork(in_child=_renew_locks)
 
 @final
 class NameStats:
-    """The counters and the duration histogram of all tasks of one name."""
+    """The counters of all tasks of one name, and the histograms of their durations and of their waits."""
 
-    __slots__ = ("buckets", "counts", "started")
+    __slots__ = (
+        "counts",
+        "duration_max",
+        "duration_sum",
+        "durations",
+        "last_error",
+        "started",
+        "wait_max",
+        "wait_sum",
+        "waits",
+    )
 
     def __init__(self) -> None:
         self.started: int = 0
         self.counts: list[int] = [0] * len(OUTCOMES)
-        # A count per bucket. A dict, because most names use few of the 329 buckets.
-        self.buckets: dict[int, int] = {}
+        # A count per bucket. Dicts, because most names use few of the 329 buckets.
+        self.durations: dict[int, int] = {}
+        self.duration_sum: float = 0.0
+        self.duration_max: float = 0.0
+        self.waits: dict[int, int] = {}
+        self.wait_sum: float = 0.0
+        self.wait_max: float = 0.0
+        # The type of the last failure, None before the first.
+        self.last_error: str | None = None
 
     def count_end(self, outcome: int, duration: float) -> None:
         self.counts[outcome] += 1
-        bucket = _bucket_of(duration)
-        self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
+        bucket = bucket_of(duration)
+        # What can fail comes first.
+        total = self.duration_sum + duration
+        self.durations[bucket] = self.durations.get(bucket, 0) + 1
+        self.duration_sum = total
+        if duration > self.duration_max:
+            self.duration_max = duration
 
-    def snapshot(self) -> tuple[int, list[int], dict[int, int]]:
-        """Return the number of started tasks, a list with a count per outcome, and a dict with a count per bucket."""
-        buckets = dict(self.buckets)
+    def count_wait(self, wait: float) -> None:
+        bucket = bucket_of(wait)
+        total = self.wait_sum + wait
+        self.waits[bucket] = self.waits.get(bucket, 0) + 1
+        self.wait_sum = total
+        if wait > self.wait_max:
+            self.wait_max = wait
+
+    def snapshot(self) -> Snapshot:
+        """Return the counters, see ``Snapshot``."""
+        durations = dict(self.durations), self.duration_sum, self.duration_max
+        waits = dict(self.waits), self.wait_sum, self.wait_max
         counts = list(self.counts)
         # Read last: the end of a task that starts and ends meanwhile must not be counted without its start.
-        return self.started, counts, buckets
-
-
-def _bucket_of(seconds: float) -> int:
-    microseconds = seconds * 1e6
-    if not microseconds >= 1.0:
-        return 0
-    mantissa, exponent = math.frexp(microseconds)
-    return min((exponent - 1) * 8 + int(mantissa * 16.0) - 7, BUCKETS - 1)
+        return self.started, counts, durations, waits, self.last_error
 
 
 @final
@@ -123,12 +147,15 @@ class Record:
     __slots__ = (
         "coro",
         "created",
+        "entered",
         "expired",
         "flags",
         "given_context",
         "given_name",
         "name_stats",
+        "noted",
         "observed",
+        "parent_id",
         "paused",
         "queued",
         "records",
@@ -153,6 +180,8 @@ class Record:
     # None before the task is built and after its end.
     task: Any
     task_id: int
+    # The id of the task of the same manager and loop that created this one; 0 if none did.
+    parent_id: int
     # The set of its executor; None for a task of no executor, and after its end.
     task_set: TaskSet | None
     # The future of a queued task, resolved when it may run; of a task that fire() deferred, the Context to run in.
@@ -180,6 +209,10 @@ class Record:
     service: bool
     # How its executor treats it at the end of the block, as bits.
     flags: int
+    # Its wait for the first step has been counted.
+    entered: bool
+    # ``records.notes`` has facts about it.
+    noted: bool
 
     def __init__(self) -> None:
         raise TypeError("a Record is made by its registry")
@@ -231,6 +264,7 @@ class Record:
 
     def info(self) -> TaskInfo:
         """Return a ``TaskInfo``; only until the end of the task is reported."""
+        records: LoopRecords | None = self.records
         return {
             "task_id": self.task_id,
             "name": self.name,
@@ -242,6 +276,12 @@ class Record:
             "done": self.state != RUNNING,
             "cancelled": self.state in (CANCELLED, TIMED_OUT),
             "service": self.service,
+            "time_left_seconds": _time_left(self),
+            "parent_id": self.parent_id or None,
+            "loop": None if records is None else records.label,
+            "thread": None if records is None else records.thread,
+            "origin": _noted_as(self, "origin"),
+            "progress": _noted_as(self, "progress"),
         }
 
     def rename(self, name: str) -> None:
@@ -256,6 +296,27 @@ class Record:
         old.started -= 1
         if not old.started and records.names.get(old_name) is old:
             del records.names[old_name]
+
+    def note(self, key: str, fact: Any) -> None:
+        """Keep a fact about the task for ``info`` until its end; do nothing if it has ended."""
+        if self.state != RUNNING:
+            return
+        notes = self.records.notes
+        self.noted = True
+        if self in notes:
+            notes[self][key] = fact
+        else:
+            notes[self] = {key: fact}
+
+    def count_start(self) -> None:
+        """Count the wait of a task that takes its first step."""
+        if self.entered:
+            return
+        records = self.records
+        # As the loop starts tasks in the order of their creation, the neighbour's end is this one's start.
+        is_next = records.last_ended == self.task_id - 1 and records.last_end >= self.created
+        self.name_stats.count_wait((records.last_end if is_next else records.now()) - self.created)
+        self.entered = True
 
     def complete(self, result: Result) -> Result:
         """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
@@ -277,7 +338,7 @@ class Record:
         if task is None:
             # An eager task that has not left its constructor.
             task = self.task = current_task(records.loop)
-        if self.queued or self.paused:
+        if self.paused or not self.entered:
             self.coro.close()
         try:
             if isinstance(error, GeneratorExit) and not is_running(task):
@@ -346,11 +407,15 @@ class Record:
     def begin(self) -> None:
         """Mark a queued task as running: its timeout and its duration count from now."""
         records = self.records
-        self.created = records.now()
+        now = records.now()
+        waited = now - self.created
+        self.created = now
         queued = records.queued - 1
         # What can fail comes first: of a task that could not begin the coroutine is closed as one that still waits.
         records.arm(self)
         records.want_timer(self)
+        self.name_stats.count_wait(waited)
+        self.entered = True
         self.queued = False
         records.queued = queued
         self.turn = None
@@ -361,8 +426,12 @@ class Record:
             if self.state != RUNNING:
                 return False
             records = self.records
-            self.created = records.now()
-            records.queued -= 1
+            now = records.now()
+            queued = records.queued - 1
+            self.name_stats.count_wait(now - self.created)
+            self.entered = True
+            self.created = now
+            records.queued = queued
             self.queued = False
         return True
 
@@ -382,6 +451,17 @@ class Record:
             _release(self)
             # The call refers to its record.
             self.coro = None
+
+
+def _time_left(record: Record) -> float | None:
+    if record.seconds <= 0:
+        return None
+    return record.seconds if record.queued else max(record.seconds - record.duration, 0.0)
+
+
+def _noted_as(record: Record, key: str) -> Any:
+    records: LoopRecords | None = record.records
+    return None if not record.noted or records is None else records.notes.get(record, {}).get(key)
 
 
 def _retrieve(record: Record, task: Any) -> None:
@@ -405,6 +485,8 @@ def _report(record: Record, error: BaseException | None) -> BaseException | None
 
 
 def _release(record: Record) -> None:
+    if record.noted and record.records is not None:
+        record.records.notes.pop(record, None)
     record.task = None
     record.given_context = None
     record.turn = None
@@ -609,6 +691,16 @@ class LoopRecords:
         # NameStats by name, and those of all names beyond MAX_NAMES together.
         self.names: dict[str, NameStats] = {}
         self.other_names: NameStats = NameStats()
+        # Facts about some live tasks: a dict for each of their records.
+        self.notes: dict[Record, dict[str, Any]] = {}
+        # What ``info`` says of the loop and of the thread that first used it.
+        self.label: str
+        self.thread: str | None
+        self.label, self.thread = describe_loop(loop)
+        # The stand-in for a loop of an executor runs no tasks.
+        self.current_task: Callable[[Any], Any] = current_task if isinstance(loop, AbstractEventLoop) else _no_task
+        # A foreign factory built tasks here.
+        self.has_foreign_tasks: bool = False
         self.wheel: TimerWheel = TimerWheel()
         self.wheel_start: float = self.now()
         self.timer: asyncio.TimerHandle | None = None
@@ -620,6 +712,8 @@ class LoopRecords:
         self.batch_clock: float = 0.0
         # When a task last ended: the next one of a batch starts then.
         self.last_end: float = 0.0
+        # The id of the task that last ended in a step of the loop.
+        self.last_ended: int = 0
 
     @property
     def loop(self) -> AbstractEventLoop | None:
@@ -668,6 +762,12 @@ class LoopRecords:
         record.service = False
         record.task_set = None
         record.flags = 0
+        record.entered = False
+        record.noted = False
+        # None without a record: no task of this manager runs then.
+        loop = self.held_loop
+        task = None if loop is None else self.current_task(loop)
+        record.parent_id = self.id_of(task) if type(task) is TrackedTask or self.has_foreign_tasks else 0
         if self.next_id == self.last_id:
             self.next_id = self.registry._reserve_ids(IDS_AT_ONCE)
             self.last_id = self.next_id + IDS_AT_ONCE
@@ -679,6 +779,8 @@ class LoopRecords:
             _in_use.add(self)
             self.held_loop = self.loop_ref()
         self.next_id = task_id
+        if self.registry._tracks_origin:
+            record.note("origin", origin())
         self.records[task_id] = record
         if observed:
             self.observed = live
@@ -692,6 +794,13 @@ class LoopRecords:
         record.service = True
         self.owned -= 1
         self.observed += 1
+
+    def id_of(self, task: Any) -> int:
+        """Return the id of a task that runs, 0 if it is none of this manager."""
+        if task is None:
+            return 0
+        record = record_of(task) if isinstance(task, TrackedTask) else foreign_record(task)
+        return record.task_id if isinstance(record, Record) and record.records is self else 0
 
     def stats_of(self, name: str) -> NameStats:
         if len(self.names) >= MAX_NAMES:
@@ -778,6 +887,7 @@ class LoopRecords:
         options: dict[str, Any] = {"name": record.given_name}
         if context is not None:
             options["context"] = context
+        self.has_foreign_tasks = True
         # Made before there is a task: what fails later would leave one that nobody knows.
         on_end = partial(finish_unentered, record, wrapper)
         own_context = copy_context()
@@ -827,6 +937,7 @@ class LoopRecords:
         """Do the bookkeeping of a task that ended; ``_release`` cuts its references, after the report."""
         end = self.now()
         self.last_end = end
+        self.last_ended = record.task_id
         record.took = duration = end - record.created
         record.state = outcome
         # Whatever fails from here on, the record leaves the list.
@@ -834,6 +945,8 @@ class LoopRecords:
             record.name_stats.count_end(outcome, duration)
             if record.tick >= 0:
                 self.disarm(record)
+            if outcome == FAILED and error is not None:
+                record.name_stats.last_error = errors.type_of(error)
             if self.registry._keeps_history:
                 self.registry._remember(record, error)
         finally:
@@ -993,9 +1106,12 @@ class LoopRecords:
 
     def start_deferred(self, record: Record) -> None:
         """Start one task up to its first suspension; what keeps it from being built is its failure."""
+        waited = self.last_end - record.created
         record.created = self.last_end
         wrapper = None
         try:
+            record.name_stats.count_wait(waited)
+            record.entered = True
             options: dict[str, Any] = {"loop": self.held_loop, "eager_start": True}
             wrapper = _wrap(record, run)
             context = record.turn
@@ -1038,6 +1154,10 @@ class LoopRecords:
 def _time_of(loop_ref: ref[AbstractEventLoop]) -> float:
     loop: Any = loop_ref()
     return loop.time()  # type: ignore[no-any-return]
+
+
+def _no_task(loop: Any) -> None:
+    """Stand in for ``asyncio.current_task`` where no tasks run."""
 
 
 def _hide_own_frames(task: Any) -> None:
@@ -1147,13 +1267,20 @@ class RegistryCore(RegistryHooks):
         cap: the number of owned tasks from which ``create_task`` and ``fire`` ask ``_admit``; 0 for no cap.
         max_running: how many coroutines may run at once; None for no limit.
         keeps_history: whether ``_remember`` is called at the end of each task.
+        tracks_origin: whether to note the line that creates each task.
         muted: the cache of a logger; while ``muted.get(muted_level)`` is False, only failures are reported.
         muted_level: the logging level of that report.
 
     """
 
     def __init__(
-        self, cap: int, max_running: int | None, keeps_history: bool, muted: dict[int, bool] | None, muted_level: int
+        self,
+        cap: int,
+        max_running: int | None,
+        keeps_history: bool,
+        tracks_origin: bool,
+        muted: dict[int, bool] | None,
+        muted_level: int,
     ) -> None:
         self._current: LoopRecords | None = None
         # By the id of the loop, which this keeps no reference to.
@@ -1163,6 +1290,7 @@ class RegistryCore(RegistryHooks):
         self._capacity_wanted = False
         self._slots = None if max_running is None else Slots(max_running, None)
         self._keeps_history = keeps_history
+        self._tracks_origin = tracks_origin
         self._muted = muted
         self._muted_level = muted_level
         self._eager_factory: Any = getattr(asyncio, "eager_task_factory", None)

@@ -2,43 +2,100 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from bgtasks.info import NameStats
+    from bgtasks.info import Histogram, NameHistograms, NameStats
 
-__all__ = ["MAX_NAMES", "OTHER_NAMES", "OUTCOMES", "NameTotals", "Totals"]
+__all__ = [
+    "BUCKETS",
+    "BUCKET_EDGES",
+    "MAX_NAMES",
+    "OTHER_NAMES",
+    "OUTCOMES",
+    "Distribution",
+    "Measured",
+    "NameTotals",
+    "Snapshot",
+    "Totals",
+    "bucket_of",
+]
 
 # Further names are counted together.
 MAX_NAMES: Final = 1000
 OTHER_NAMES: Final = "(other)"
 
-# The number of started tasks, a count per outcome, and a count per bucket of the histogram.
-Snapshot = tuple[int, list[int], dict[int, int]]
+# The number of buckets of a histogram: one below a microsecond, then eight per power of two, up to 2**41 microseconds.
+BUCKETS: Final = 329
+# The upper edges of the buckets, in seconds; a value on an edge is in the bucket above it.
+BUCKET_EDGES: Final[tuple[float, ...]] = (
+    1e-6,
+    *((9 + part) * 2.0 ** (octave - 3) * 1e-6 for octave in range(41) for part in range(8)),
+)
+# A count per bucket, and the sum and the maximum of all values, in seconds.
+Measured: TypeAlias = tuple[dict[int, int], float, float]
+# The number of started tasks, a count per outcome, their durations, their waits, and the type of the last failure.
+Snapshot: TypeAlias = tuple[int, list[int], Measured, Measured, str | None]
 
 OUTCOMES: Final = ("running", "completed", "failed", "cancelled", "timed_out", "abandoned")
 EMPTY: Final = (0,) * len(OUTCOMES)
 ABANDONED: Final = OUTCOMES.index("abandoned")
 
 
-class Totals:
-    """The counters and the duration histogram of some tasks."""
+def bucket_of(seconds: float) -> int:
+    """Return the bucket of a length of time."""
+    microseconds = seconds * 1e6
+    if not microseconds >= 1.0:
+        return 0
+    mantissa, exponent = math.frexp(microseconds)
+    return min((exponent - 1) * 8 + int(mantissa * 16.0) - 7, BUCKETS - 1)
 
-    __slots__ = ("buckets", "counts", "started")
+
+class Distribution:
+    """A histogram of lengths of time, with their sum and their maximum."""
+
+    __slots__ = ("_buckets", "_maximum", "_sum")
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, int] = {}
+        self._sum = 0.0
+        self._maximum = 0.0
+
+    def count(self, seconds: float, times: int = 1) -> None:
+        """Count a length of time."""
+        bucket = bucket_of(seconds)
+        # What can fail comes first.
+        total = self._sum + seconds * times
+        self._buckets[bucket] = self._buckets.get(bucket, 0) + times
+        self._sum = total
+        self._maximum = max(self._maximum, seconds)
+
+    def as_dict(self) -> Histogram:
+        """Return the counts for users. Safe from any thread."""
+        return _histogram((self._buckets.copy(), self._sum, self._maximum))
+
+
+class Totals:
+    """The counters of some tasks, and the histograms of their durations and of their waits."""
+
+    __slots__ = ("counts", "durations", "last_error", "started", "waits")
 
     def __init__(self, snapshot: Snapshot) -> None:
         """Begin with the counters of a snapshot, which belongs to this object from now on."""
-        self.started, self.counts, self.buckets = snapshot
+        self.started, self.counts, self.durations, self.waits, self.last_error = snapshot
 
     def add(self, snapshot: Snapshot) -> None:
         """Add the counters of a snapshot."""
-        started, counts, buckets = snapshot
+        started, counts, durations, waits, last_error = snapshot
         self.started += started
         for outcome, count in enumerate(counts):
             self.counts[outcome] += count
-        for bucket, count in buckets.items():
-            self.buckets[bucket] = self.buckets.get(bucket, 0) + count
+        self.durations = _sum_of(self.durations, durations)
+        self.waits = _sum_of(self.waits, waits)
+        self.last_error = last_error or self.last_error
 
     def add_abandoned(self, count: int) -> None:
         """Count live tasks of a closed loop as abandoned: they cannot end otherwise."""
@@ -46,18 +103,54 @@ class Totals:
 
     def snapshot(self) -> Snapshot:
         """Return the counters."""
-        return self.started, list(self.counts), dict(self.buckets)
+        durations, duration_sum, duration_max = self.durations
+        waits, wait_sum, wait_max = self.waits
+        return (
+            self.started,
+            list(self.counts),
+            (dict(durations), duration_sum, duration_max),
+            (dict(waits), wait_sum, wait_max),
+            self.last_error,
+        )
 
     def as_dict(self) -> NameStats:
-        """Return the counters and the 50th and 99th percentile of the durations, in seconds (None before the first).
+        """Return the counters, percentiles and maxima in seconds (None before the first), and the last error.
 
         The percentiles are the middles of buckets, at most 6.25 % off, and rounded to three digits.
         """
-        p50, p99 = _percentiles(self.buckets, (0.50, 0.99))
+        durations, _, duration_max = self.durations
+        waits, _, wait_max = self.waits
         stats: Any = _counters(self.started, self.counts)
-        stats["p50_seconds"], stats["p99_seconds"] = p50, p99
+        stats["p50_seconds"], stats["p90_seconds"], stats["p99_seconds"] = _percentiles(durations, (0.50, 0.90, 0.99))
+        stats["max_seconds"] = duration_max if durations else None
+        stats["wait_p50_seconds"], stats["wait_p99_seconds"] = _percentiles(waits, (0.50, 0.99))
+        stats["wait_max_seconds"] = wait_max if waits else None
+        stats["last_error"] = self.last_error
         result: NameStats = stats
         return result
+
+    def histograms(self) -> NameHistograms:
+        """Return the histograms."""
+        return {"duration": _histogram(self.durations), "wait": _histogram(self.waits)}
+
+
+def _sum_of(measured: Measured, other: Measured) -> Measured:
+    """Add counts to those of ``measured``, whose dict the result has."""
+    buckets, total, maximum = measured
+    more, more_total, more_maximum = other
+    for bucket, count in more.items():
+        buckets[bucket] = buckets.get(bucket, 0) + count
+    return buckets, total + more_total, max(maximum, more_maximum)
+
+
+def _histogram(measured: Measured) -> Histogram:
+    buckets, total, maximum = measured
+    return {
+        "count": sum(buckets.values()),
+        "sum_seconds": total,
+        "max_seconds": maximum if buckets else None,
+        "buckets": sorted(buckets.items()),
+    }
 
 
 def _counters(started: int, counts: Sequence[int]) -> dict[str, int]:
@@ -74,7 +167,7 @@ def _counters(started: int, counts: Sequence[int]) -> dict[str, int]:
 
 
 def _percentiles(buckets: dict[int, int], shares: tuple[float, ...]) -> list[float | None]:
-    """Return percentiles by nearest rank; the middle of a bucket is at most 6.25 % off. None without a duration."""
+    """Return percentiles by nearest rank, in one pass. None without a value."""
     if not buckets:
         return [None] * len(shares)
     total = sum(buckets.values())
@@ -83,16 +176,17 @@ def _percentiles(buckets: dict[int, int], shares: tuple[float, ...]) -> list[flo
     for bucket in sorted(buckets):
         seen += buckets[bucket]
         while len(found) < len(shares) and seen >= shares[len(found)] * total:
-            # More digits would say more than a bucket knows.
-            found.append(float(f"{_middle_of(bucket):.3g}"))
+            found.append(_middle_of(bucket))
     return found
 
 
+@cache
 def _middle_of(bucket: int) -> float:
     if bucket == 0:
         return 0.5e-6
     octave, part = divmod(bucket - 1, 8)
-    return (8.5 + part) / 16.0 * 2.0 ** (octave + 1) * 1e-6
+    # More digits would say more than a bucket knows.
+    return float(f"{(8.5 + part) / 16.0 * 2.0 ** (octave + 1) * 1e-6:.3g}")
 
 
 class NameTotals:
@@ -113,7 +207,9 @@ class NameTotals:
 
     def add_abandoned(self, name: str) -> None:
         """Count a live task of a closed loop as abandoned."""
-        self._names.setdefault(self._key(name), Totals((0, list(EMPTY), {}))).add_abandoned(1)
+        self._names.setdefault(
+            self._key(name), Totals((0, list(EMPTY), ({}, 0.0, 0.0), ({}, 0.0, 0.0), None))
+        ).add_abandoned(1)
 
     def _key(self, name: str) -> str:
         return name if name in self._names or len(self._names) < MAX_NAMES else OTHER_NAMES
@@ -132,3 +228,7 @@ class NameTotals:
     def by_name(self) -> dict[str, NameStats]:
         """Return the statistics of each name."""
         return {name: totals.as_dict() for name, totals in self._names.items()}
+
+    def histograms(self) -> dict[str, NameHistograms]:
+        """Return the histograms of each name."""
+        return {name: totals.histograms() for name, totals in self._names.items()}

@@ -22,6 +22,7 @@ __all__ = [
     "do_nothing",
     "drive",
     "finish_unentered",
+    "foreign_record",
     "grant_turn",
     "is_running",
     "record_of",
@@ -65,6 +66,9 @@ class TaskRecord(Protocol):
         """The registry that keeps the record; None after the end of the task, or if the task could not be built."""
 
     paused: bool
+
+    def count_start(self) -> None:
+        """Count the wait of a task that takes its first step."""
 
     def begin(self) -> None:
         """Mark a queued task as running."""
@@ -157,6 +161,14 @@ def task_in_constructor(record: TaskRecord, loop: asyncio.AbstractEventLoop | No
     return None
 
 
+def foreign_record(task: Any) -> Any:
+    """Return the record of a task that a foreign factory built, None if no manager started it."""
+    wrapper = task.get_coro()
+    if getattr(wrapper, "cr_code", None) not in _NATIVE or wrapper.cr_frame is None:
+        return None
+    return wrapper.cr_frame.f_locals.get("record")
+
+
 @types.coroutine
 def drive(coro: Any) -> Generator[Any, Any, Any]:
     """Run an object with send, throw and close, which asyncio accepts as a coroutine although ``await`` may not."""
@@ -190,6 +202,7 @@ async def run(coro: Awaitable[Any], record: TaskRecord) -> Any:
             record.paused = False
             if record.registry is None:
                 return None
+        record.count_start()
         return record.complete(await coro)
     except BaseException as error:
         replacement = record.fail(error)
@@ -221,6 +234,9 @@ async def run_queued(coro: Awaitable[Any], record: TaskRecord) -> Any:
             raise replacement from error
         finally:
             del replacement
+
+
+_NATIVE: Final = (run.__code__, run_queued.__code__)
 
 
 def do_nothing() -> None:

@@ -136,6 +136,12 @@ def text_of(error: BaseException) -> str:
         return type(error).__name__
 
 
+def type_of(error: BaseException) -> str:
+    """Return the name of the type of an error, with its module unless that is ``builtins``."""
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def not_a_coroutine(value: object) -> NotACoroutineError:
     """Return the error for a ``value`` that is not a coroutine object."""
     if inspect.iscoroutinefunction(value):

@@ -11,11 +11,14 @@ from typing import Any, Literal, TypeAlias, TypedDict
 
 __all__ = [
     "FinishedTask",
+    "Histogram",
     "LiveState",
     "ManagerStats",
+    "NameHistograms",
     "NameStats",
     "Outcome",
     "Overflow",
+    "Progress",
     "ShutdownStats",
     "TaskFactoryOptions",
     "TaskInfo",
@@ -47,10 +50,22 @@ TimeoutAction: TypeAlias = Literal["warn", "raise"]
 TimeoutPolicy: TypeAlias = Literal["cancel", "raise"]
 
 
+class Progress(TypedDict):
+    """What a task last passed to ``bgtasks.progress``."""
+
+    done: float
+    total: float | None
+    text: str | None
+
+
 class TaskInfo(TypedDict):
     """The current state of a task.
 
     ``age_seconds`` counts from creation; for a task that waited for a concurrency slot, from its start.
+    ``time_left_seconds`` is what is left of ``timeout``, None without one. ``parent_id`` is the task of the same
+    manager and loop that created it. ``loop`` is a label of its loop, or of the threads of its executor; ``thread`` the
+    name of the thread that first used the manager on that loop, None for functions. ``origin`` is file and line of its
+    creation where the manager has ``track_origin=True``; ``progress`` what it passed to ``bgtasks.progress``.
     """
 
     task_id: int
@@ -63,6 +78,12 @@ class TaskInfo(TypedDict):
     done: bool
     cancelled: bool
     service: bool
+    time_left_seconds: float | None
+    parent_id: int | None
+    loop: str | None
+    thread: str | None
+    origin: str | None
+    progress: Progress | None
 
 
 class FinishedTask(TypedDict):
@@ -84,7 +105,8 @@ class NameStats(TypedDict):
     """Counters and durations of all tasks of one name; a percentile is None before the first task ended.
 
     Durations are counted in buckets, eight for each doubling from a microsecond on. A percentile is the middle of a
-    bucket: at most 6.25 % off, rounded to three digits.
+    bucket: at most 6.25 % off, rounded to three digits. A wait is the time from the creation of a task to its first
+    step: in the queue of the loop, and for a concurrency slot. ``last_error`` is the type of the last failure.
     """
 
     started: int
@@ -95,7 +117,33 @@ class NameStats(TypedDict):
     timed_out: int
     abandoned: int
     p50_seconds: float | None
+    p90_seconds: float | None
     p99_seconds: float | None
+    max_seconds: float | None
+    wait_p50_seconds: float | None
+    wait_p99_seconds: float | None
+    wait_max_seconds: float | None
+    last_error: str | None
+
+
+class Histogram(TypedDict):
+    """A histogram of lengths of time.
+
+    ``buckets`` has a pair for each bucket in use: its index in ``bgtasks.BUCKET_EDGES``, the tuple of upper edges in
+    seconds, and its count. ``max_seconds`` is None before the first.
+    """
+
+    count: int
+    sum_seconds: float
+    max_seconds: float | None
+    buckets: list[tuple[int, int]]
+
+
+class NameHistograms(TypedDict):
+    """The durations of all tasks of one name, and their waits from the creation to the first step."""
+
+    duration: Histogram
+    wait: Histogram
 
 
 class ManagerStats(TypedDict):

@@ -21,7 +21,7 @@ from bgtasks._implementation import choose
 from bgtasks._selection import check_selection, selected
 from bgtasks._statistics import OTHER_NAMES, NameTotals, Snapshot
 from bgtasks._task import record_of, starts_eagerly
-from bgtasks.info import FinishedTask, LiveState, TaskInfo, TaskOrder
+from bgtasks.info import FinishedTask, LiveState, NameHistograms, TaskInfo, TaskOrder
 
 __all__ = ["IMPLEMENTATION", "LoopRecords", "Record", "Registry", "TaskSet"]
 
@@ -42,6 +42,7 @@ class Registry(RegistryCore, RegistryHooks):
 
     Args:
         history: how many finished tasks to remember as plain values; 0 for none.
+        tracks_origin: whether to note the line that creates each task.
         cap: the number of owned tasks from which ``create_task`` and ``fire`` ask ``_admit``; None for no cap.
         max_running: how many coroutines may run at once; None for no limit.
         muted: the cache of a logger; while ``muted.get(muted_level)`` is False, only failures are reported.
@@ -53,12 +54,13 @@ class Registry(RegistryCore, RegistryHooks):
         self,
         *,
         history: int = 0,
+        tracks_origin: bool = False,
         cap: int | None = None,
         max_running: int | None = None,
         muted: dict[int, bool] | None = None,
         muted_level: int = 0,
     ) -> None:
-        super().__init__(cap or 0, max_running, history > 0, muted, muted_level)
+        super().__init__(cap or 0, max_running, history > 0, tracks_origin, muted, muted_level)
         # Guards the table of loops, the counters of closed loops and the ids, which several threads share.
         self._lock = threading.RLock()
         self._history: deque[FinishedTask] = deque(maxlen=history)
@@ -246,6 +248,18 @@ class Registry(RegistryCore, RegistryHooks):
 
     def _counters(self) -> dict[str, Any]:
         """Return the counters of all loops, closed ones included, in total and by name."""
+        totals, queued = self._merged()
+        counters: dict[str, Any] = {**totals.counters(), "names": totals.by_name()}
+        counters["queued"] = queued
+        counters["running"] = counters["in_flight"] - queued
+        return counters
+
+    def histograms(self) -> dict[str, NameHistograms]:
+        """Return the histograms of durations and waits by name, since the manager was made. Safe from any thread."""
+        return self._merged()[0].histograms()
+
+    def _merged(self) -> tuple[NameTotals, int]:
+        """Return the counters of all loops, closed ones included, and the number of queued tasks."""
         totals = NameTotals()
         queued = 0
         with self._lock:
@@ -257,10 +271,7 @@ class Registry(RegistryCore, RegistryHooks):
                         totals.add_abandoned(record.name)
                 else:
                     queued += records.queued
-        counters: dict[str, Any] = {**totals.counters(), "names": totals.by_name()}
-        counters["queued"] = queued
-        counters["running"] = counters["in_flight"] - queued
-        return counters
+        return totals, queued
 
     def _request_cancel(self, record: Record) -> bool:
         """Cancel the task of a record on its own loop; return False if there is nothing to cancel."""

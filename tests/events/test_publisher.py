@@ -18,7 +18,7 @@ from event_tools import ScriptedSink, assert_counters_add_up, scripted, until
 from loops import LOOPS
 
 from bgtasks import InvalidOptionError
-from bgtasks.events import Publisher, Sink
+from bgtasks.events import Publisher, Reject, Sink
 from bgtasks.events._loop_thread import loop_thread
 from bgtasks.events.sinks.memory import MemorySink
 
@@ -720,6 +720,27 @@ async def test_stats_have_the_age_of_the_oldest_event():
     gate.set()
     await publisher.close()
     assert publisher.stats()["oldest_age_seconds"] == 0
+
+
+async def test_the_lag_of_delivered_events_is_measured():
+    """Each delivered event counts with the age of the oldest one of its batch; a rejected event does not."""
+    start = time.monotonic()
+
+    async def wait(batch, batch_id):
+        await asyncio.sleep(0.05)
+
+    async def reject(batch, batch_id):
+        raise Reject("no", indexes=[0])
+
+    publisher = scripted([wait, reject], batch=3)
+    for number in range(6):
+        publisher.emit({"number": number})
+    await publisher.flush()
+    lag = publisher.stats()["lag"]
+    assert lag["count"] == publisher.stats()["delivered"] == 5
+    assert 0.05 <= lag["max_seconds"] <= time.monotonic() - start
+    assert lag["sum_seconds"] >= 5 * 0.05
+    await publisher.close()
 
 
 async def test_events_emitted_during_a_flush_do_not_change_its_status():

@@ -5,6 +5,7 @@ import collections.abc
 import contextvars
 import gc
 import logging
+import threading
 import weakref
 
 import pytest
@@ -62,6 +63,8 @@ async def test_info_shows_the_given_options(make_manager):
     manager.create_task(forever())
     (info, plain) = manager.get_task_info()
     assert info.pop("age_seconds") >= 0
+    assert 29 < info.pop("time_left_seconds") <= 30
+    assert info.pop("loop") == plain["loop"]
     assert info == {
         "task_id": manager.get_task_id(task),
         "name": "waits",
@@ -72,6 +75,10 @@ async def test_info_shows_the_given_options(make_manager):
         "done": False,
         "cancelled": False,
         "service": False,
+        "parent_id": None,
+        "thread": threading.current_thread().name,
+        "origin": None,
+        "progress": None,
     }
     assert (plain["name"], plain["timeout"], plain["context"]) == ("forever", None, {})
     assert manager.get_task(info["task_id"]) is task

@@ -68,7 +68,7 @@ def pure_registry():
     """Return an instance of the pure twin's registry."""
     from bgtasks._registry_py import RegistryCore
 
-    return RegistryCore(0, None, False, None, 0)
+    return RegistryCore(0, None, False, False, None, 0)
 
 
 # The compiled methods that users call: a manager inherits them.

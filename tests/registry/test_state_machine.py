@@ -42,6 +42,12 @@ from twins import MODULES, registry_module, shutdown_module
 
 from bgtasks import _registry_py, errors
 
+# Figures that the model does not know: both twins must have the same.
+MEASURED = (
+    *("p50_seconds", "p90_seconds", "p99_seconds", "max_seconds"),
+    *("wait_p50_seconds", "wait_p99_seconds", "wait_max_seconds", "last_error"),
+)
+WHERE = ("thread", "parent_id", "origin", "progress")
 EAGER = hasattr(asyncio, "eager_task_factory")
 TIMEOUT_OFFSET = 0.0035
 SECOND_CANCEL_GRACE = 0.1 + STEP
@@ -416,10 +422,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
             stats = twin.manager.stats()
             assert stats["started"] == stats["in_flight"] + sum(stats[outcome] for outcome in OUTCOMES)
             percentiles.append(
-                {
-                    name: [counters.pop("p50_seconds"), counters.pop("p99_seconds")]
-                    for name, counters in stats["names"].items()
-                }
+                {name: {key: counters.pop(key) for key in MEASURED} for name, counters in stats["names"].items()}
             )
             assert stats == self.model.stats()
             assert twin.manager.dropped_count == self.model.dropped
@@ -430,8 +433,11 @@ class TwinsInLockstep(RuleBasedStateMachine):
 
     def live_tasks_are_shown(self) -> None:
         """Compare the infos of live tasks."""
+        shown: list[list[dict[str, Any]]] = []
         for twin in self.twins:
             infos = twin.manager.get_task_info()
+            shown.append([{key: info.pop(key) for key in WHERE} for info in infos])
+            assert len({info.pop("loop") for info in infos}) <= 1
             expected = sorted(self.model.live.values(), key=lambda task: task.task_id)
             assert [info["task_id"] for info in infos] == [task.task_id for task in expected]
             for info, task in zip(infos, expected, strict=True):
@@ -443,6 +449,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
                     "state": "queued" if task.begun is None else "running",
                     "age_seconds": pytest.approx(self.now - task.since, abs=TOLERANCE),
                     "timeout": task.work.timeout,
+                    "time_left_seconds": self.time_left(task),
                     "context": {"payload": payload} if task.work.has_context else {},
                     "done": False,
                     "cancelled": False,
@@ -454,6 +461,14 @@ class TwinsInLockstep(RuleBasedStateMachine):
                 assert not handle.done()
                 assert handle.get_name() == task.work.name
                 assert twin.manager.get_task_id(handle) == task.task_id
+        assert shown[:1] == shown[1:]
+
+    def time_left(self, task: Any) -> Any:
+        """Return the expected ``time_left_seconds``."""
+        timeout = task.work.timeout
+        if timeout is None or task.begun is None:
+            return timeout
+        return pytest.approx(max(timeout - (self.now - task.since), 0), abs=TOLERANCE)
 
     def finished_tasks_leave_nothing(self) -> None:
         """Check the outcomes of ended tasks, and that their payloads are freed."""

@@ -9,16 +9,20 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, Unpack, assert_type
 
 from bgtasks import (
+    BUCKET_EDGES,
     IMPLEMENTATION,
     Attachable,
     BackgroundTaskManager,
     FinishedTask,
+    Histogram,
     LiveState,
     ManagerOptions,
     ManagerStats,
+    NameHistograms,
     NameStats,
     Outcome,
     Overflow,
+    Progress,
     ShutdownStats,
     TaskFactoryOptions,
     TaskInfo,
@@ -27,6 +31,7 @@ from bgtasks import (
     TaskState,
     TimeoutAction,
     TimeoutPolicy,
+    progress,
 )
 
 
@@ -167,6 +172,14 @@ def looking(manager: BackgroundTaskManager) -> None:
     assert_type(stats["started"], int)
     assert_type(stats["names"]["fetch"], NameStats)
     assert_type(stats["names"]["fetch"]["p99_seconds"], float | None)
+    assert_type(stats["names"]["fetch"]["last_error"], str | None)
+    assert_type(info[0]["progress"], Progress | None)
+    histograms = manager.histograms()
+    assert_type(histograms, dict[str, NameHistograms])
+    assert_type(histograms["fetch"]["wait"], Histogram)
+    assert_type(BUCKET_EDGES[histograms["fetch"]["wait"]["buckets"][0][0]], float)
+    assert_type(progress(1, 2.5, "files"), bool)
+    progress("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     stats["refused"]  # type: ignore[typeddict-item]  # pyright: ignore[reportGeneralTypeIssues]
 
     assert_type(manager.get_task(5), asyncio.Task[Any] | None)

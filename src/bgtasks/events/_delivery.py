@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from bgtasks._notifier import Notifier
+from bgtasks._statistics import Distribution
 from bgtasks.errors import text_of
 from bgtasks.events._batches import Batch
 from bgtasks.events._dead_letters import DeadLetters
@@ -101,6 +102,8 @@ class Delivery:
         self._health = health
         self.forget_client()
         self.retried = 0
+        # From emit to delivery, per event: the lag of the oldest event of its batch. Batches out of a spool have none.
+        self.lag = Distribution()
         self.is_failing = False
         self.is_urgent = False
 
@@ -214,6 +217,7 @@ class Delivery:
         else:
             batch.attempts = 0
             _account_part(batch, account, (payloads, "delivered"))
+            self._count_lag(batch, len(payloads))
             self._succeed(batch)
         return None
 
@@ -249,6 +253,10 @@ class Delivery:
                 if client.users:
                     await self._unused.wait_until(lambda: not client.users, None)
                 await self.close()
+
+    def _count_lag(self, batch: Batch, delivered: int) -> None:
+        if batch.since:
+            self.lag.count(max(asyncio.get_running_loop().time() - batch.since, 0.0), delivered)
 
     def _succeed(self, batch: Batch) -> None:
         batch.tries = 0
@@ -343,6 +351,8 @@ class Delivery:
         rejected = [payloads[index] for index in sorted(bad)] if bad else list(payloads)
         accepted = [payload for index, payload in enumerate(payloads) if index not in bad] if bad else []
         _account_part(batch, account, (accepted, "delivered"), (rejected, "rejected"))
+        if accepted:
+            self._count_lag(batch, len(accepted))
         self._dead_letters.add(rejected, part_id, "rejected", error)
 
 

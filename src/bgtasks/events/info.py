@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, TypedDict
 
+from bgtasks.info import Histogram
+
 __all__ = [
     "EventOverflow",
     "FlushReport",
@@ -53,7 +55,8 @@ class PublisherStats(TypedDict):
     ``retried`` counts the further tries of batches, ``spool_errors`` the failures of the spool. ``queue_bytes``
     is an estimate for events that are not encoded yet. ``state`` is ``"stalled"`` while a call of the sink has not
     returned for five seconds; ``last_error`` then names it. ``oldest_age_seconds`` is an upper bound, 0 if no event is
-    queued.
+    queued. ``lag`` has the time from ``emit`` to the delivery of each event, as an upper bound: that of the oldest
+    event of its batch. Events that were read from a spool are not in it.
     """
 
     name: str
@@ -70,6 +73,7 @@ class PublisherStats(TypedDict):
     refused: dict[str, int]
     oldest_age_seconds: float
     last_error: str | None
+    lag: Histogram
 
 
 class SpoolStats(TypedDict):

@@ -479,6 +479,7 @@ class Publisher(BasePublisher):
             "dropped": counters["dropped"],
             "refused": counters["refused"],
             "oldest_age_seconds": self._flusher.oldest_age() if counters["queue_events"] else 0.0,
+            "lag": self._delivery.lag.as_dict(),
             "last_error": self._last_error(),
         }
 

@@ -1,0 +1,34 @@
+"""Where tasks come from: the line that creates them, and the loop and the thread that run them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import types
+from typing import Any
+
+__all__ = ["describe_loop", "origin"]
+
+
+def origin() -> str | None:
+    """Return file and line of the innermost frame outside this package, None if the event loop called the package."""
+    frame: types.FrameType | None = sys._getframe(1)  # noqa: SLF001  documented
+    while frame is not None and _package_of(frame) == "bgtasks":
+        frame = frame.f_back
+    if frame is None or _package_of(frame) == "asyncio":
+        return None
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _package_of(frame: types.FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def describe_loop(loop: Any) -> tuple[str, str | None]:
+    """Return a label of a loop, unique among those of the process that exist, and the name of the running thread.
+
+    The stand-in for a loop of an executor has many threads or none: its thread is None.
+    """
+    label = f"{type(loop).__qualname__}-{id(loop):x}"
+    return label, threading.current_thread().name if isinstance(loop, asyncio.AbstractEventLoop) else None
