@@ -13,6 +13,8 @@ __all__ = [
     "FinishedTask",
     "Histogram",
     "LiveState",
+    "LoopBlock",
+    "LoopStats",
     "ManagerStats",
     "NameHistograms",
     "NameStats",
@@ -144,6 +146,36 @@ class NameHistograms(TypedDict):
 
     duration: Histogram
     wait: Histogram
+
+
+class LoopBlock(TypedDict):
+    """A time during which an event loop was blocked; ``stack`` has its frames, the innermost of the user first.
+
+    ``task_id``, ``task`` and ``age_seconds`` are None if it was blocked by a callback, and ``task_id`` for a task of no
+    manager. ``seconds`` is None while it lasts.
+    """
+
+    task_id: int | None
+    task: str | None
+    age_seconds: float | None
+    stack: list[str]
+    seconds: float | None
+
+
+class LoopStats(TypedDict):
+    """Figures of an event loop since ``watch_loop``.
+
+    ``lag`` has the lateness of each beat. ``blocked`` counts the times at which the loop was blocked for longer than
+    ``threshold_seconds``, ``blocked_seconds`` is their sum, ``last_block`` the last of them.
+    """
+
+    loop: str
+    thread: str
+    threshold_seconds: float
+    blocked: int
+    blocked_seconds: float
+    last_block: LoopBlock | None
+    lag: Histogram
 
 
 class ManagerStats(TypedDict):

@@ -26,7 +26,15 @@ from bgtasks._options import check_options
 from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, listed, names_of, numbered, runs
 from bgtasks._selection import chosen_names
 from bgtasks._shutdown import Flushable, Shutdown
-from bgtasks.info import ManagerStats, ShutdownStats, TaskInfo, TaskOverflow, TimeoutAction, TimeoutPolicy
+from bgtasks.info import (
+    LoopStats,
+    ManagerStats,
+    ShutdownStats,
+    TaskInfo,
+    TaskOverflow,
+    TimeoutAction,
+    TimeoutPolicy,
+)
 from bgtasks.registry import Record, Registry
 
 __all__ = ["Attachable", "BackgroundTaskManager"]
@@ -134,6 +142,7 @@ class BackgroundTaskManager(Registry):
         # A dict, not a set, because it keeps the order in which they were attached.
         self._attached: dict[Attachable, None] = {}
         self._shutdown = Shutdown(self, self._log, self._idle, self._capacity, self._attached.keys())
+        self._hearts: list[Any] = []
         follow_forks(self, BackgroundTaskManager._after_fork)
 
     def _make_log(self) -> TaskLog:
@@ -147,6 +156,10 @@ class BackgroundTaskManager(Registry):
         self._idle.after_fork()
         self._capacity.after_fork()
         self._shutdown.after_fork()
+        # The loops of the parent do not run here.
+        for heart in self._hearts:
+            self._attached.pop(heart, None)
+        self._hearts = []
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._shutdown.phase}, {self.get_task_count()} tasks>"
@@ -335,6 +348,46 @@ class BackgroundTaskManager(Registry):
         counters["dropped"] = self._dropped
         stats: ManagerStats = counters
         return stats
+
+    # -- watching -------------------------------------------------------------------------------------------------
+
+    def watch_loop(self, threshold: float = 0.1) -> None:
+        """Watch the running loop, and log once what blocks it, where, and for how long when it is over.
+
+        One thread per process looks at a heartbeat of each watched loop; tasks cost nothing more. ``loop_stats`` has
+        the figures. The watch ends with ``shutdown`` and with the loop. A second call on the same loop sets a new
+        threshold.
+
+        Args:
+            threshold: how many seconds a loop may be busy without a pause, > 0.
+
+        Raises:
+            InvalidOptionError: ``threshold`` is not a finite number greater than 0.
+            NoRunningLoopError: no event loop runs in this thread.
+
+        """
+        check_seconds("threshold", threshold, positive=True)
+        loop = _get_running_loop()
+        if loop is None:
+            raise errors.no_running_loop()
+        from bgtasks.watch._loops import Heart
+
+        known = next((heart for heart in self._hearts if heart.loop is loop), None)
+        if known is not None:
+            known.threshold = threshold
+            return
+        heart = Heart(loop, threshold, self._describe_task)
+        self._hearts = [*(other for other in self._hearts if not other.loop.is_closed()), heart]
+        self.attach(heart)
+
+    def loop_stats(self) -> list[LoopStats]:
+        """Return the figures of each loop under ``watch_loop`` that is not closed. Safe from any thread."""
+        return [heart.stats() for heart in self._hearts if not heart.loop.is_closed()]
+
+    def _describe_task(self, task: asyncio.Task[Any]) -> tuple[int | None, str, float | None]:
+        """Return the id, the name and the age of a task."""
+        record = self._record_of(task)
+        return (None, task.get_name(), None) if record is None else (record.task_id, record.name, record.duration)
 
     # -- stopping tasks -------------------------------------------------------------------------------------------
 

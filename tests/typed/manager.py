@@ -16,6 +16,8 @@ from bgtasks import (
     FinishedTask,
     Histogram,
     LiveState,
+    LoopBlock,
+    LoopStats,
     ManagerOptions,
     ManagerStats,
     NameHistograms,
@@ -178,6 +180,11 @@ def looking(manager: BackgroundTaskManager) -> None:
     assert_type(histograms, dict[str, NameHistograms])
     assert_type(histograms["fetch"]["wait"], Histogram)
     assert_type(BUCKET_EDGES[histograms["fetch"]["wait"]["buckets"][0][0]], float)
+    manager.watch_loop(0.2)
+    manager.watch_loop(threshold="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    (loop,) = manager.loop_stats()
+    assert_type(loop, LoopStats)
+    assert_type(loop["last_block"], LoopBlock | None)
     assert_type(progress(1, 2.5, "files"), bool)
     progress("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     stats["refused"]  # type: ignore[typeddict-item]  # pyright: ignore[reportGeneralTypeIssues]
