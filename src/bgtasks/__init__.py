@@ -20,6 +20,7 @@ from bgtasks.errors import (
     NotPicklableError,
     RunningLoopError,
     TaskRejectedError,
+    WatchError,
     WorkerDiedError,
 )
 from bgtasks.executor import (
@@ -102,6 +103,7 @@ __all__ = [
     "TaskState",
     "TimeoutAction",
     "TimeoutPolicy",
+    "WatchError",
     "WorkerDiedError",
     "drain_on_signals",
     "progress",

@@ -104,15 +104,15 @@ def check_choice(option: str, value: object, choices: Sequence[str], advice: str
         raise InvalidOptionError(f"{option} must be one of {listed}; got {describe(value)}{advice and '; '}{advice}")
 
 
-def check_flag(option: str, value: object) -> None:
-    """Check that ``value`` is True or False.
+def check_flag(option: str, value: object, *, optional: bool = False) -> None:
+    """Check that ``value`` is True or False, or None if it is ``optional``.
 
     Raises:
         InvalidOptionError: it is neither.
 
     """
-    if not isinstance(value, bool):
-        raise InvalidOptionError(f"{option} must be True or False; got {describe(value)}")
+    if not isinstance(value, bool) and not (optional and value is None):
+        raise InvalidOptionError(f"{option} must be True or False{', or None' * optional}; got {describe(value)}")
 
 
 def check_callable(option: str, value: object) -> None:

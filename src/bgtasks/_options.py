@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypedDict, get_args
 
 from bgtasks._checks import check_callable, check_choice, check_count, check_flag, check_limit, check_seconds
+from bgtasks.errors import InvalidOptionError
 from bgtasks.info import TaskInfo, TaskOverflow, TimeoutPolicy
 
-__all__ = ["ManagerOptions", "check_options"]
+__all__ = ["ManagerOptions", "check_options", "is_watched"]
 
 
 class ManagerOptions(TypedDict, total=False):
@@ -23,6 +25,20 @@ class ManagerOptions(TypedDict, total=False):
     history: int
     timeouts: TimeoutPolicy
     track_origin: bool
+    watch: bool | None
+
+
+def is_watched(watch: bool | None) -> bool:
+    """Return the option ``watch``, or what ``BGTASKS_WATCH`` says if it is None.
+
+    Raises:
+        InvalidOptionError: the variable has another value than ``0`` and ``1``.
+
+    """
+    variable = os.environ.get("BGTASKS_WATCH", "0")
+    if variable not in ("0", "1"):
+        raise InvalidOptionError(f"BGTASKS_WATCH must be 0 or 1; got {variable!r}")
+    return variable == "1" if watch is None else watch
 
 
 def check_options(options: ManagerOptions) -> None:
@@ -47,8 +63,8 @@ def check_options(options: ManagerOptions) -> None:
                 check_callable(option, value)
             case "history":
                 check_count(option, value)
-            case "track_origin":
-                check_flag(option, value)
+            case "track_origin" | "watch":
+                check_flag(option, value, optional=option == "watch")
             case _:
                 known = ", ".join(ManagerOptions.__annotations__)
                 raise TypeError(f"BackgroundTaskManager has no option {option!r}; it has: {known}")

@@ -18,6 +18,7 @@
     ├── NotPicklableError     (TypeError)     a function or value that cannot go to another process
     ├── RunningLoopError      (RuntimeError)  ``run`` inside a running event loop
     ├── TaskRejectedError     (RuntimeError)  the manager is at its cap
+    ├── WatchError            (RuntimeError)  a process that cannot be watched
     └── WorkerDiedError       (RuntimeError)  the process that ran a function ended without an answer
 
 A refused coroutine is closed, so no "was never awaited" warning follows. The texts are here, once, for both twins of
@@ -47,6 +48,7 @@ __all__ = [
     "NotPicklableError",
     "RunningLoopError",
     "TaskRejectedError",
+    "WatchError",
     "WorkerDiedError",
 ]
 
@@ -113,6 +115,10 @@ class RunningLoopError(BgtasksError, RuntimeError):
 
 class TaskRejectedError(BgtasksError, RuntimeError):
     """The manager already has ``max_pending_tasks`` tasks in flight."""
+
+
+class WatchError(BgtasksError, RuntimeError):
+    """A process cannot be watched: it does not listen, its socket is not safe, or it refused a request."""
 
 
 class WorkerDiedError(BgtasksError, RuntimeError):

@@ -8,6 +8,7 @@ import contextvars
 import logging
 import threading
 import time
+from asyncio.events import _get_running_loop
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from bgtasks._fork import follow_forks
 from bgtasks._handover import Handovers
 from bgtasks._idle import IdleWait
 from bgtasks._observers import FailureCollector, Observers
-from bgtasks._options import check_options
+from bgtasks._options import check_options, is_watched
 from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, listed, names_of, numbered, runs
 from bgtasks._selection import chosen_names
 from bgtasks._shutdown import Flushable, Shutdown
@@ -72,9 +73,13 @@ class BackgroundTaskManager(Registry):
         timeouts: what awaiting a task raises whose timeout is over: ``"cancel"`` the ``CancelledError`` of its
             cancellation, ``"raise"`` a ``TimeoutError``.
         track_origin: whether ``get_task_info`` says which line created each task; about a microsecond per task.
+        watch: whether viewers such as ``bgtasks ps`` may look at this process, by a socket that only its user may
+            open, and whether ``async with`` on the manager watches the loop, as ``watch_loop`` does. None: as
+            ``BGTASKS_WATCH`` says, ``1`` or ``0``.
 
     Raises:
         InvalidOptionError: an argument has an invalid value.
+        WatchError: the process cannot be watched; ``watch=False`` does without.
 
     Example:
         >>> async def main():
@@ -100,6 +105,7 @@ class BackgroundTaskManager(Registry):
         history: int = 0,
         timeouts: TimeoutPolicy = "cancel",
         track_origin: bool = False,
+        watch: bool | None = None,
     ) -> None:
         check_options(
             {
@@ -112,8 +118,10 @@ class BackgroundTaskManager(Registry):
                 "history": history,
                 "timeouts": timeouts,
                 "track_origin": track_origin,
+                "watch": watch,
             }
         )
+        self._is_watched = is_watched(watch)
         self._log = self._make_log()
         super().__init__(
             history=history,
@@ -144,6 +152,10 @@ class BackgroundTaskManager(Registry):
         self._shutdown = Shutdown(self, self._log, self._idle, self._capacity, self._attached.keys())
         self._hearts: list[Any] = []
         follow_forks(self, BackgroundTaskManager._after_fork)
+        if self._is_watched:
+            from bgtasks.watch import listen
+
+            listen()
 
     def _make_log(self) -> TaskLog:
         """Return the writer of log records; a manager for a framework overrides it."""
@@ -565,6 +577,8 @@ class BackgroundTaskManager(Registry):
     async def __aenter__(self) -> Self:
         """Make the running loop known to ``create_task_threadsafe`` and return the manager."""
         self._bind_running_loop()
+        if self._is_watched:
+            self.watch_loop()
         return self
 
     async def __aexit__(

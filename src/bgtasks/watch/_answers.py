@@ -1,0 +1,194 @@
+"""What a watched process answers: its tasks, figures by name, the stack of a task, cancellations.
+
+Answers are made in the thread of the socket. It copies the list of records under the GIL, and filters, sorts and
+describes the records afterwards, a few at a time, so that no loop waits long.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from bgtasks._observers import all_managers
+from bgtasks.errors import WatchError
+
+__all__ = ["SORTS", "STATES", "VERSION", "answer", "encoded"]
+
+VERSION: Final = 1
+STATES: Final = ("queued", "running")
+SORTS: Final = ("age", "name", "state", "time_left")
+# After this many records the thread lets others have the GIL.
+RECORDS_AT_ONCE: Final = 100
+
+# A viewer that asks for more rows would hold the GIL, and the memory, for too long.
+MOST_ROWS: Final = 10_000
+
+# By id(), with the manager itself: the id may be used again.
+_numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
+_new_numbers = itertools.count(1)
+
+
+def numbered_managers() -> list[tuple[int, Any]]:
+    """Return the managers of this process, each with a number that it keeps."""
+    found = []
+    for manager in all_managers():
+        known = _numbers.get(id(manager))
+        if known is None or known[0]() is not manager:
+            known = _numbers[id(manager)] = weakref.ref(manager), next(_new_numbers)
+        found.append((known[1], manager))
+    return sorted(found, key=lambda each: each[0])
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer a request.
+
+    Raises:
+        WatchError: the request is not understood.
+
+    """
+    if request.get("version") != VERSION:
+        raise WatchError(f"this process speaks version {VERSION}: use the bgtasks of its environment to look at it")
+    method = METHODS.get(str(request.get("do")))
+    if method is None:
+        raise WatchError(f"unknown request {request.get('do')!r}; there are: {', '.join(METHODS)}")
+    return {"version": VERSION, "pid": os.getpid(), "command": " ".join(sys.argv)[:200], **method(request)}
+
+
+def encoded(answered: Mapping[str, Any]) -> bytes:
+    """Return an answer as a line of JSON, encoded row by row so that the GIL is free in between."""
+    rows = answered.get("tasks")
+    if rows is None:
+        return json.dumps(answered, default=repr).encode() + b"\n"
+    rest = json.dumps({key: value for key, value in answered.items() if key != "tasks"}, default=repr)
+    lines = ",".join(json.dumps(row, default=repr) for row in _slowly(rows))
+    return f'{rest[:-1]}, "tasks": [{lines}]}}\n'.encode()
+
+
+def _tasks(request: Mapping[str, Any]) -> dict[str, Any]:
+    limit = request.get("limit", 1000)
+    if not isinstance(limit, int) or not 0 < limit <= MOST_ROWS:
+        raise WatchError(f"limit must be a whole number from 1 to {MOST_ROWS}; got {limit!r}")
+    key = _key_of(str(request.get("sort", "age")))
+    counts = {"total": 0, "matching": 0}
+    # Not sorted(): sorting 200,000 rows would hold the GIL for too long.
+    first = heapq.nsmallest(limit, _matching(request, counts), key=lambda each: key(each[1]))
+    # A record that ended meanwhile has lost its figures.
+    rows = [_described(number, record) for number, record in _slowly(first) if record.outcome == "running"]
+    return {"tasks": rows, **counts}
+
+
+def _matching(request: Mapping[str, Any], counts: dict[str, int]) -> Iterator[tuple[int, Any]]:
+    for number, manager in numbered_managers():
+        for record in _records(manager):
+            counts["total"] += 1
+            if _matches(record, request):
+                counts["matching"] += 1
+                yield number, record
+
+
+def _records(manager: Any) -> Iterator[Any]:
+    # Loop by loop: one list of all records would be a second copy.
+    for records in manager._open_loops():  # noqa: SLF001  the interface of the cold half
+        yield from _slowly(records.snapshot())
+
+
+def _slowly(items: list[Any]) -> Iterator[Any]:
+    for index, item in enumerate(items):
+        if index % RECORDS_AT_ONCE == RECORDS_AT_ONCE - 1:
+            time.sleep(0)
+        yield item
+
+
+def _matches(record: Any, request: Mapping[str, Any]) -> bool:
+    name, state, older_than = request.get("name"), request.get("state"), request.get("older_than")
+    return (
+        (name is None or name in record.name)
+        and (state is None or state == ("queued" if record.queued else "running"))
+        and (older_than is None or record.duration > older_than)
+        and record.outcome == "running"
+    )
+
+
+def _described(number: int, record: Any) -> dict[str, Any]:
+    info = record.info()
+    row = {key: value for key, value in info.items() if key not in ("task_id", "context", "done", "cancelled")}
+    # The values may be secrets, and need not be plain.
+    return {"id": f"{os.getpid()}.{number}.{info['task_id']}", **row, "context_keys": sorted(map(str, info["context"]))}
+
+
+def _key_of(sort: str) -> Callable[[Any], Any]:
+    match sort:
+        case "age":
+            return lambda record: -record.duration
+        case "name":
+            return lambda record: record.name
+        case "state":
+            return lambda record: not record.queued
+        case "time_left":
+            return lambda record: math.inf if record.timeout is None else record.timeout - record.duration
+    raise WatchError(f"unknown order {sort!r}; there are: {', '.join(SORTS)}")
+
+
+def _names(request: Mapping[str, Any]) -> dict[str, Any]:
+    managers = []
+    for number, manager in numbered_managers():
+        stats = manager.stats()
+        loops = manager.loop_stats()
+        publishers = [each.stats() for each in list(manager._attached) if hasattr(each, "emit")]  # noqa: SLF001
+        managers.append({"manager": number, **stats, "loops": loops, "publishers": publishers})
+    return {"managers": managers}
+
+
+def _stack(request: Mapping[str, Any]) -> dict[str, Any]:
+    for _, record in _selected(request):
+        lines = []
+        coro = record.coro
+        while coro is not None:
+            frame = _first(coro, "cr_frame", "gi_frame", "ag_frame")
+            if frame is None:
+                lines.append(f"  waits for {coro!r:.200}")
+                break
+            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
+            coro = _first(coro, "cr_await", "gi_yieldfrom", "ag_await")
+        return {"stack": lines, "name": record.name}
+    raise WatchError(f"task {request.get('id')} has ended, or there was none")
+
+
+def _first(value: Any, *names: str) -> Any:
+    return next((found for name in names if (found := getattr(value, name, None)) is not None), None)
+
+
+def _cancel(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Count the tasks, or cancel them without waiting for their ends."""
+    selected = _selected(request)
+    if request.get("confirmed") is not True:
+        return {"matching": len(selected)}
+    return {"cancelled": sum(manager._request_cancel(record) for manager, record in selected)}  # noqa: SLF001
+
+
+def _selected(request: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Return the tasks that a request names by an id or by a name, each with its manager."""
+    name, task = request.get("name"), request.get("id")
+    found = []
+    for number, manager in numbered_managers():
+        for record in _records(manager):
+            is_named = record.name == name if task is None else task == f"{os.getpid()}.{number}.{record.task_id}"
+            if is_named and record.outcome == "running":
+                found.append((manager, record))
+    return found
+
+
+METHODS: Final[dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+    "tasks": _tasks,
+    "names": _names,
+    "stack": _stack,
+    "cancel": _cancel,
+}
