@@ -16,7 +16,7 @@ from libc.string cimport memcpy
 import asyncio
 from asyncio import AbstractEventLoop, BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
-from collections.abc import Coroutine, Generator, Mapping
+from collections.abc import Coroutine, Generator, Iterator, Mapping
 from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar, Unpack
@@ -1554,6 +1554,33 @@ cdef class LoopRecords:
             records.append(<Record>record)
             record = (<Record>record).next_record
         return records
+
+    def parts(self, count: int) -> Iterator[list[Record]]:
+        """Yield the live records in parts of up to ``count``, each copied at once; some may end in between."""
+        part = self.part_after(None, count)
+        while part:
+            yield part
+            part = self.part_after(part, count)
+
+    cdef list part_after(self, list part, Py_ssize_t count):
+        """Return the first records, or those that follow a part."""
+        cdef PyObject* record = self.first_record
+        cdef long long last_id = 0
+        cdef Record candidate
+        cdef list found = []
+        if part is not None:
+            last_id = (<Record>part[-1]).task_id
+            for candidate in reversed(part):
+                # Only a record that is still in the list leads on to the next one.
+                if candidate.previous_record is not NULL:
+                    record = candidate.next_record
+                    break
+        while record is not NULL and (<Record>record).task_id <= last_id:
+            record = (<Record>record).next_record
+        while record is not NULL and len(found) < count:
+            found.append(<Record>record)
+            record = (<Record>record).next_record
+        return found
 
     def infos(self):
         """Return a ``TaskInfo`` for each live record."""

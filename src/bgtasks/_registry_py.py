@@ -13,7 +13,7 @@ import threading
 from asyncio import AbstractEventLoop, BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
@@ -1145,6 +1145,12 @@ class LoopRecords:
     def snapshot(self) -> list[Record]:
         """Return the live records; the list is complete before anything else can run."""
         return list(self.records.values())
+
+    def parts(self, count: int) -> Iterator[list[Record]]:
+        """Yield the live records in parts of up to ``count``, each copied at once; some may end in between."""
+        records = self.snapshot()
+        for start in range(0, len(records), count):
+            yield records[start : start + count]
 
     def infos(self) -> list[TaskInfo]:
         """Return a ``TaskInfo`` for each live record."""

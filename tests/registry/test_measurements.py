@@ -242,3 +242,22 @@ async def manager_task(manager, seconds):
     """Run one task that sleeps."""
     manager.create_task(asyncio.sleep(seconds), name="a")
     await manager.wait_for_all()
+
+
+async def test_parts_are_the_live_records_although_tasks_end_meanwhile(make_manager):
+    """Ends of the last record of a part, of a whole part, and of records ahead lead to no gap and no repetition."""
+    manager = make_manager()
+    tasks = [manager.create_task(forever(), name=str(number)) for number in range(20)]
+    (records,) = manager._by_loop.values()
+    seen = []
+    for part in records.parts(4):
+        seen += [int(record.name) for record in part]
+        for ending in {4: (3,), 8: (4, 5, 6, 7, 9), 11: (), 12: (0, 1, 2)}.get(len(seen), ()):
+            tasks[ending].cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert sorted(set(seen)) == seen
+    assert set(seen) >= set(range(20)) - {9}
+    assert [len(part) for part in records.parts(100)] == [manager.get_task_count()]
+    await manager.shutdown()
+    assert list(records.parts(4)) == []

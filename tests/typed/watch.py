@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import assert_type
 
+from prometheus_client import REGISTRY
+
 import bgtasks
 from bgtasks import WatchError
+from bgtasks.events import Publisher
 from bgtasks.watch import listen, stop
+from bgtasks.watch.prometheus import OCTAVES, Collector, Managed, Published
 
 
 def watching() -> None:
@@ -19,3 +23,13 @@ def watching() -> None:
     assert_type(stop(), None)  # type: ignore[func-returns-value]
     bgtasks.BackgroundTaskManager(watch=True)
     bgtasks.BackgroundTaskManager(watch="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def exporting(manager: bgtasks.BackgroundTaskManager, publisher: Publisher) -> None:
+    """A collector takes managers and publishers, and is one for prometheus_client."""
+    managed: Managed = manager
+    published: Published = publisher
+    assert_type(OCTAVES, tuple[float, ...])
+    collector = Collector(managed, manager="mails", publishers=[published], buckets=OCTAVES[:3])
+    REGISTRY.register(collector)
+    Collector(publisher)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -303,7 +303,7 @@ def test_without_watch_there_is_no_socket_and_no_thread(start, runtime):
         """,
         watch="0",
     )
-    assert process.communicate()[0] == "[] 1\n"
+    assert process.stdout.read() == "[] 1\n"
     assert not Path(runtime, "bgtasks").exists()
 
 

@@ -1,7 +1,7 @@
 """What a watched process answers: its tasks, figures by name, the stack of a task, cancellations.
 
-Answers are made in the thread of the socket. It copies the list of records under the GIL, and filters, sorts and
-describes the records afterwards, a few at a time, so that no loop waits long.
+Answers are made in the thread of the socket. It copies, filters and describes the records a few at a time, so that no
+loop waits long for the GIL.
 """
 
 from __future__ import annotations
@@ -95,9 +95,11 @@ def _matching(request: Mapping[str, Any], counts: dict[str, int]) -> Iterator[tu
 
 
 def _records(manager: Any) -> Iterator[Any]:
-    # Loop by loop: one list of all records would be a second copy.
     for records in manager._open_loops():  # noqa: SLF001  the interface of the cold half
-        yield from _slowly(records.snapshot())
+        for part in records.parts(RECORDS_AT_ONCE):
+            yield from part
+            # Lets others have the GIL.
+            time.sleep(0)
 
 
 def _slowly(items: list[Any]) -> Iterator[Any]:

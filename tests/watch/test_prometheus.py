@@ -1,0 +1,229 @@
+"""The collector: every figure, exact buckets, no series per task; read by promtool and a real Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+
+import pytest
+from loops import VirtualLoop
+from paths import ROOT
+from requirements import need
+from work import failing, forever, value
+
+from bgtasks import BUCKET_EDGES, InvalidOptionError
+from bgtasks.events import Publisher, Sink
+
+need("prometheus_client")
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server  # noqa: E402
+
+from bgtasks.watch.prometheus import OCTAVES, Collector  # noqa: E402
+
+
+class Swallow(Sink):
+    """Takes every event."""
+
+    async def write(self, batch, batch_id):
+        """Do nothing."""
+
+
+def exported(*collectors):
+    """Return what Prometheus reads."""
+    registry = CollectorRegistry()
+    for collector in collectors:
+        registry.register(collector)
+    return generate_latest(registry).decode()
+
+
+def samples(text):
+    """Return the samples: name with labels -> value."""
+    lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
+    return {name: float(number) for name, _, number in lines}
+
+
+async def run_everything(manager):
+    """Have every figure of a manager and a publisher, and return the publisher."""
+    publisher = Publisher(Swallow(), name="orders")
+    manager.watch_loop(5)
+    manager.create_task(value(), name="ok")
+    manager.create_task(failing(ValueError()), name="bad")
+    manager.fire(value(), name='a "quoted"\nname\\')
+    publisher.emit({"number": 1})
+    await manager.wait_for_all(return_exceptions=True)
+    await publisher.flush()
+    await publisher.close()
+    publisher.emit({"number": 2})
+    return publisher
+
+
+async def test_figures_are_those_of_stats(make_manager):
+    """Counters by name and outcome, gauges, events."""
+    manager = make_manager(max_concurrency=1)
+    publisher = await run_everything(manager)
+    waiting = [manager.create_task(forever(), name="live") for _ in range(2)]
+    await asyncio.sleep(0)
+    found = samples(exported(Collector(manager, publishers=[publisher])))
+    assert found['bgtasks_tasks_started_total{manager="default",name="ok"}'] == 1
+    assert found['bgtasks_tasks_finished_total{manager="default",name="bad",outcome="failed"}'] == 1
+    assert found['bgtasks_tasks_finished_total{manager="default",name="bad",outcome="completed"}'] == 0
+    assert found['bgtasks_tasks_running{manager="default"}'] == found['bgtasks_tasks_queued{manager="default"}'] == 1
+    assert found['bgtasks_task_oldest_age_seconds{manager="default",name="live"}'] > 0
+    assert found['bgtasks_task_duration_seconds_count{manager="default",name="ok"}'] == 1
+    assert found['bgtasks_task_wait_seconds_bucket{le="+Inf",manager="default",name="ok"}'] == 1
+    assert found['bgtasks_loop_blocks_total{manager="default"}'] == 0
+    assert found['bgtasks_loop_lag_seconds_count{manager="default"}'] >= 1
+    assert found['bgtasks_events_delivered_total{publisher="orders"}'] == 1
+    assert found['bgtasks_events_lag_seconds_count{publisher="orders"}'] == 1
+    assert found['bgtasks_events_refused_total{publisher="orders",reason="closed"}'] == 1
+    assert found['bgtasks_events_state{publisher="orders",state="closed"}'] == 1
+    assert len(waiting) == 2
+    await manager.shutdown()
+
+
+@pytest.mark.parametrize("buckets", [OCTAVES, BUCKET_EDGES, BUCKET_EDGES[100:300:7]])
+def test_counts_at_the_edges_are_exact(make_manager, buckets):
+    """Each edge counts exactly the durations below it; the last count and the sum are those of all."""
+    manager = make_manager()
+    durations = [1.31**exponent for exponent in range(-35, 60)]
+
+    async def main():
+        for seconds in durations:
+            manager.create_task(asyncio.sleep(seconds), name="a")
+        await manager.wait_for_all()
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(main())
+    found = samples(exported(Collector(manager, buckets=buckets)))
+    counted = manager.histograms()["a"]["duration"]
+    for edge in buckets:
+        below = sum(count for bucket, count in counted["buckets"] if BUCKET_EDGES[bucket] <= edge)
+        name = f'bgtasks_task_duration_seconds_bucket{{le="{edge!r}",manager="default",name="a"}}'
+        assert found[name] == below or edge == BUCKET_EDGES[-1]
+    everything = found['bgtasks_task_duration_seconds_bucket{le="+Inf",manager="default",name="a"}']
+    assert everything == len(durations) == counted["count"]
+    total = found['bgtasks_task_duration_seconds_sum{manager="default",name="a"}']
+    assert total == pytest.approx(counted["sum_seconds"])
+
+
+async def test_two_managers_are_in_one_registry(make_manager):
+    """Each has a label of its own."""
+    managers = [make_manager(), make_manager()]
+    for manager in managers:
+        manager.create_task(value(), name="a")
+        await manager.wait_for_all()
+    found = samples(exported(*(Collector(each, manager=name) for name, each in zip("xy", managers, strict=True))))
+    assert [found[f'bgtasks_tasks_started_total{{manager="{name}",name="a"}}'] for name in "xy"] == [1, 1]
+
+
+async def test_names_beyond_a_thousand_share_one_series(make_manager):
+    """A name per task does not make a series per task."""
+    manager = make_manager()
+    for number in range(1200):
+        manager.create_task(forever(), name=str(number))
+    await asyncio.sleep(0)
+    text = exported(Collector(manager, buckets=OCTAVES[:1]))
+    for metric in ("bgtasks_tasks_started_total", "bgtasks_task_oldest_age_seconds"):
+        assert len(re.findall(rf"^{metric}{{", text, re.MULTILINE)) == 1001
+    assert samples(text)['bgtasks_tasks_started_total{manager="default",name="(other)"}'] == 200
+    await manager.shutdown()
+
+
+@pytest.mark.parametrize("buckets", [[0.1], [OCTAVES[1], OCTAVES[0]], [OCTAVES[0], OCTAVES[0]], ["1"]])
+def test_buckets_must_be_edges(make_manager, buckets):
+    """Between the edges no exact count exists."""
+    with pytest.raises(InvalidOptionError, match=r"buckets must (be taken from bgtasks.BUCKET_EDGES|ascend)"):
+        Collector(make_manager(), buckets=buckets)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+async def test_promtool_finds_nothing_wrong(make_manager):
+    """Names, units, help texts and types follow the conventions."""
+    manager = make_manager()
+    publisher = await run_everything(manager)
+    text = exported(Collector(manager, publishers=[publisher]))
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    await manager.shutdown()
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
+@pytest.mark.loops("asyncio")
+async def test_a_prometheus_scrapes_it(make_manager, tmp_path):
+    """A real server answers a query for the rate and the quantile of a name."""
+    manager = make_manager()
+    publisher = await run_everything(manager)
+    registry = CollectorRegistry()
+    registry.register(Collector(manager, publishers=[publisher]))
+    server, thread = start_http_server(0, "127.0.0.1", registry)
+    config = tmp_path / "prometheus.yml"
+    target = f"127.0.0.1:{server.server_port}"
+    config.write_text(
+        "scrape_configs: [{job_name: app, scrape_interval: 1s, scrape_timeout: 1s, static_configs: "
+        f"[{{targets: ['{target}']}}]}}]"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            "prometheus",
+            f"--config.file={config}",
+            f"--storage.tsdb.path={tmp_path / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        query = 'histogram_quantile(0.5, bgtasks_task_duration_seconds_bucket{name="ok"})'
+        result = await asyncio.to_thread(ask, port, query)
+        assert float(result[0]["value"][1]) <= OCTAVES[-1]
+        started = await asyncio.to_thread(ask, port, 'bgtasks_tasks_started_total{name="bad"}')
+        assert started[0]["value"][1] == "1"
+    finally:
+        process.terminate()
+        process.wait()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    await manager.shutdown()
+
+
+def ask(port, query):
+    """Ask a Prometheus until it has an answer."""
+    deadline = time.monotonic() + 40
+    url = f"http://127.0.0.1:{port}/api/v1/query?query={urllib.parse.quote(query)}"
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                result = json.load(response)["data"]["result"]
+        except OSError:
+            result = []
+        if result:
+            return result
+        time.sleep(0.2)
+    raise AssertionError("no answer")
+
+
+async def test_the_dashboard_uses_metrics_that_exist(make_manager):
+    """Every metric and label of the Grafana dashboard is exported."""
+    manager = make_manager()
+    publisher = await run_everything(manager)
+    manager.create_task(forever(), name="live")
+    text = exported(Collector(manager, publishers=[publisher]))
+    dashboard = json.loads((ROOT / "examples" / "grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    queries += [each["query"] for each in dashboard["templating"]["list"] if each["type"] == "query"]
+    used = set().union(*(re.findall(r"bgtasks_\w+", query) for query in queries))
+    names = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)) | {name.partition("{")[0] for name in samples(text)}
+    assert len(queries) >= 12
+    assert used - names == set()
+    labels = set().union(*(re.findall(r"by \(([^)]*)\)", query) for query in queries))
+    assert {label.strip() for each in labels for label in each.split(",")} <= set(re.findall(r"(\w+)=\"", text))
+    await manager.shutdown()
