@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import assert_type
 
+from opentelemetry.metrics import get_meter
 from prometheus_client import REGISTRY
 
 import bgtasks
 from bgtasks import WatchError
 from bgtasks.events import Publisher
-from bgtasks.watch import listen, stop
+from bgtasks.watch import listen, opentelemetry, stop
+from bgtasks.watch.opentelemetry import Counted, instrument
 from bgtasks.watch.prometheus import OCTAVES, Collector, Managed, Published
 
 
@@ -33,3 +35,7 @@ def exporting(manager: bgtasks.BackgroundTaskManager, publisher: Publisher) -> N
     collector = Collector(managed, manager="mails", publishers=[published], buckets=OCTAVES[:3])
     REGISTRY.register(collector)
     Collector(publisher)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    counted: Counted = manager
+    sent: opentelemetry.Published = publisher
+    assert_type(instrument(counted, publishers=[sent], meter=get_meter("app"), name="mails"), None)  # type: ignore[func-returns-value]
+    instrument(publisher)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

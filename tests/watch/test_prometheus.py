@@ -16,22 +16,15 @@ import pytest
 from loops import VirtualLoop
 from paths import ROOT
 from requirements import need
-from work import failing, forever, value
+from watched import run_everything
+from work import forever, value
 
 from bgtasks import BUCKET_EDGES, InvalidOptionError
-from bgtasks.events import Publisher, Sink
 
 need("prometheus_client")
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server  # noqa: E402
 
 from bgtasks.watch.prometheus import OCTAVES, Collector  # noqa: E402
-
-
-class Swallow(Sink):
-    """Takes every event."""
-
-    async def write(self, batch, batch_id):
-        """Do nothing."""
 
 
 def exported(*collectors):
@@ -46,21 +39,6 @@ def samples(text):
     """Return the samples: name with labels -> value."""
     lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
     return {name: float(number) for name, _, number in lines}
-
-
-async def run_everything(manager):
-    """Have every figure of a manager and a publisher, and return the publisher."""
-    publisher = Publisher(Swallow(), name="orders")
-    manager.watch_loop(5)
-    manager.create_task(value(), name="ok")
-    manager.create_task(failing(ValueError()), name="bad")
-    manager.fire(value(), name='a "quoted"\nname\\')
-    publisher.emit({"number": 1})
-    await manager.wait_for_all(return_exceptions=True)
-    await publisher.flush()
-    await publisher.close()
-    publisher.emit({"number": 2})
-    return publisher
 
 
 async def test_figures_are_those_of_stats(make_manager):

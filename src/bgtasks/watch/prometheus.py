@@ -25,7 +25,6 @@ except ModuleNotFoundError as error:
     raise missing_extra("prometheus", "prometheus_client", "export figures to Prometheus") from error
 
 if TYPE_CHECKING:
-    from bgtasks.events.info import PublisherStats
     from bgtasks.info import Histogram, LoopStats, ManagerStats, NameHistograms, TaskInfo
 
 __all__ = ["OCTAVES", "Collector", "Managed", "Published"]
@@ -72,7 +71,7 @@ class Managed(Protocol):
 class Published(Protocol):
     """What the collector asks of a publisher."""
 
-    def stats(self) -> PublisherStats:
+    def stats(self) -> Mapping[str, Any]:
         """Return the counters."""
 
 
@@ -199,8 +198,7 @@ class Collector:
             text = f"{key.capitalize()} events by reason."
             reasons = CounterMetricFamily(f"bgtasks_events_{key}", text, labels=["publisher", "reason"])
             for each in stats:
-                figures: Mapping[str, Any] = each
-                for reason, count in figures[key].items():
+                for reason, count in each[key].items():
                     reasons.add_metric([each["name"], reason], count)
             yield reasons
         state = GaugeMetricFamily(

@@ -1,0 +1,155 @@
+"""Figures of managers and publishers for OpenTelemetry: observable instruments, read when a reader collects.
+
+::
+
+    from bgtasks.watch.opentelemetry import instrument
+
+    instrument(manager, publishers=[publisher])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from bgtasks.errors import missing_extra
+
+try:
+    from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "opentelemetry":
+        raise
+    raise missing_extra("otel", "opentelemetry-api", "export figures to OpenTelemetry") from error
+
+if TYPE_CHECKING:
+    from bgtasks.info import LoopStats, ManagerStats
+
+__all__ = ["Counted", "Published", "instrument"]
+
+OUTCOMES: Final = ("completed", "failed", "cancelled", "timed_out", "abandoned")
+EVENT_COUNTERS: Final = ("accepted", "delivered", "retried")
+EVENT_GAUGES: Final = {"queue_events": "queued", "spooled": "spooled"}
+
+Observe = Callable[[], Iterator[Observation]]
+
+
+class Counted(Protocol):
+    """What the instruments ask of a manager."""
+
+    def stats(self) -> ManagerStats:
+        """Return the counters."""
+
+    def loop_stats(self) -> list[LoopStats]:
+        """Return the figures of watched loops."""
+
+
+class Published(Protocol):
+    """What the instruments ask of a publisher."""
+
+    def stats(self) -> Mapping[str, Any]:
+        """Return the counters."""
+
+
+def instrument(
+    manager: Counted, *, publishers: Iterable[Published] = (), meter: Meter | None = None, name: str = "default"
+) -> None:
+    """Make observable counters and gauges of a manager and of publishers.
+
+    They are read when a reader of the meter's provider collects; a task costs nothing more. OpenTelemetry has no
+    observable histogram, so durations and waits are not among them: have its collector scrape
+    ``bgtasks.watch.prometheus``.
+
+    Args:
+        manager: the manager; kept alive by the meter.
+        publishers: publishers whose figures to export, by their names.
+        meter: where to make the instruments; one of the global provider by default.
+        name: the attribute ``bgtasks.manager`` of all figures of this manager.
+
+    Raises:
+        MissingExtraError: on import, if ``opentelemetry-api`` is not installed.
+
+    Example:
+        >>> instrument(manager, publishers=[publisher])
+
+    """
+    meter = get_meter("bgtasks") if meter is None else meter
+    _make_tasks(meter, manager, {"bgtasks.manager": name})
+    publishers = tuple(publishers)
+    if publishers:
+        _make_events(meter, publishers)
+
+
+def _make_tasks(meter: Meter, manager: Counted, mine: Mapping[str, str]) -> None:
+    def of_names(*keys: str, attribute: str | None = None) -> Observe:
+        def observe() -> Iterator[Observation]:
+            for task, stats in manager.stats()["names"].items():
+                figures: Mapping[str, Any] = stats
+                for key in keys:
+                    extra = {} if attribute is None else {attribute: key}
+                    yield Observation(figures[key], {**mine, "bgtasks.task.name": task, **extra})
+
+        return observe
+
+    def of_manager(key: str) -> Observe:
+        def observe() -> Iterator[Observation]:
+            figures: Mapping[str, Any] = manager.stats()
+            yield Observation(figures[key], mine)
+
+        return observe
+
+    def of_loops(key: str) -> Observe:
+        def observe() -> Iterator[Observation]:
+            loops: list[Any] = list(manager.loop_stats())
+            if loops:
+                yield Observation(sum(loop[key] for loop in loops), mine)
+
+        return observe
+
+    _counter(meter, "bgtasks.task.started", "{task}", "Started tasks.", of_names("started"))
+    ended = of_names(*OUTCOMES, attribute="bgtasks.task.outcome")
+    _counter(meter, "bgtasks.task.finished", "{task}", "Ended tasks.", ended)
+    _counter(meter, "bgtasks.task.dropped", "{task}", "Coroutines dropped at the limit.", of_manager("dropped"))
+    _gauge(meter, "bgtasks.task.active", "{task}", "Live tasks.", of_names("in_flight"))
+    _gauge(meter, "bgtasks.task.queued", "{task}", "Tasks that wait for a slot.", of_manager("queued"))
+    _counter(meter, "bgtasks.loop.blocks", "{block}", "How often a loop was blocked.", of_loops("blocked"))
+    _counter(
+        meter, "bgtasks.loop.blocked", "s", "Seconds during which a loop was blocked.", of_loops("blocked_seconds")
+    )
+
+
+def _make_events(meter: Meter, publishers: tuple[Published, ...]) -> None:
+    def of(key: str) -> Observe:
+        def observe() -> Iterator[Observation]:
+            for publisher in publishers:
+                stats = publisher.stats()
+                yield Observation(stats[key], {"bgtasks.publisher": stats["name"]})
+
+        return observe
+
+    def by_reason(key: str) -> Observe:
+        def observe() -> Iterator[Observation]:
+            for publisher in publishers:
+                stats = publisher.stats()
+                for reason, count in stats[key].items():
+                    yield Observation(count, {"bgtasks.publisher": stats["name"], "bgtasks.event.reason": reason})
+
+        return observe
+
+    for key in EVENT_COUNTERS:
+        _counter(meter, f"bgtasks.event.{key}", "{event}", f"{key.capitalize()} events or batches.", of(key))
+    for key, name in EVENT_GAUGES.items():
+        _gauge(meter, f"bgtasks.event.{name}", "{event}", f"{name.capitalize()} events.", of(key))
+    for key in ("dropped", "refused"):
+        _counter(meter, f"bgtasks.event.{key}", "{event}", f"{key.capitalize()} events.", by_reason(key))
+
+
+def _counter(meter: Meter, name: str, unit: str, text: str, observe: Observe) -> None:
+    meter.create_observable_counter(name, [_callback(observe)], unit=unit, description=text)
+
+
+def _gauge(meter: Meter, name: str, unit: str, text: str, observe: Observe) -> None:
+    meter.create_observable_up_down_counter(name, [_callback(observe)], unit=unit, description=text)
+
+
+def _callback(observe: Observe) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    return lambda options: observe()

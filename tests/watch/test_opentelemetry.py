@@ -1,0 +1,47 @@
+"""The instruments, read by the SDK's own reader."""
+
+from __future__ import annotations
+
+import asyncio
+
+from requirements import need
+from watched import run_everything
+from work import forever
+
+need("opentelemetry.sdk")
+from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
+
+from bgtasks.watch.opentelemetry import instrument  # noqa: E402
+
+
+def collected(reader):
+    """Return the points: (name, sorted attribute values) -> value."""
+    found = {}
+    for resource in reader.get_metrics_data().resource_metrics:
+        for scope in resource.scope_metrics:
+            for metric in scope.metrics:
+                for point in metric.data.data_points:
+                    found[metric.name, *(str(value) for _, value in sorted(point.attributes.items()))] = point.value
+    return found
+
+
+async def test_a_reader_collects_the_figures(make_manager):
+    """Counters by name and outcome, live tasks, events by reason; each collection reads them anew."""
+    manager = make_manager()
+    publisher = await run_everything(manager)
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader], shutdown_on_exit=False)
+    instrument(manager, publishers=[publisher], meter=provider.get_meter("test"), name="mails")
+    found = collected(reader)
+    assert found["bgtasks.task.started", "mails", "ok"] == 1
+    assert found["bgtasks.task.finished", "mails", "bad", "failed"] == 1
+    assert found["bgtasks.task.finished", "mails", "bad", "completed"] == 0
+    assert found["bgtasks.task.dropped", "mails"] == found["bgtasks.loop.blocks", "mails"] == 0
+    assert found["bgtasks.event.delivered", "orders"] == 1
+    assert found["bgtasks.event.refused", "closed", "orders"] == 1
+    manager.create_task(forever(), name="live")
+    await asyncio.sleep(0)
+    assert collected(reader)["bgtasks.task.active", "mails", "live"] == 1
+    provider.shutdown()
+    await manager.shutdown()
