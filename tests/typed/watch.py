@@ -18,11 +18,11 @@ from bgtasks.watch.prometheus import OCTAVES, Collector, Managed, Published
 def watching() -> None:
     """A process that answers viewers."""
     try:
-        assert_type(listen(), None)  # type: ignore[func-returns-value]
+        assert_type(listen(), None)
     except WatchError as error:
         caught: RuntimeError = error
         print(caught)
-    assert_type(stop(), None)  # type: ignore[func-returns-value]
+    assert_type(stop(), None)
     bgtasks.BackgroundTaskManager(watch=True)
     bgtasks.BackgroundTaskManager(watch="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
@@ -37,5 +37,5 @@ def exporting(manager: bgtasks.BackgroundTaskManager, publisher: Publisher) -> N
     Collector(publisher)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     counted: Counted = manager
     sent: opentelemetry.Published = publisher
-    assert_type(instrument(counted, publishers=[sent], meter=get_meter("app"), name="mails"), None)  # type: ignore[func-returns-value]
+    assert_type(instrument(counted, publishers=[sent], meter=get_meter("app"), name="mails"), None)
     instrument(publisher)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

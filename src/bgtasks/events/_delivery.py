@@ -217,7 +217,6 @@ class Delivery:
         else:
             batch.attempts = 0
             _account_part(batch, account, (payloads, "delivered"))
-            self._count_lag(batch, len(payloads))
             self._succeed(batch)
         return None
 
@@ -254,7 +253,8 @@ class Delivery:
                     await self._unused.wait_until(lambda: not client.users, None)
                 await self.close()
 
-    def _count_lag(self, batch: Batch, delivered: int) -> None:
+    def count_lag(self, batch: Batch, delivered: int) -> None:
+        """Count the lag of delivered events of a batch."""
         if batch.since:
             self.lag.count(max(asyncio.get_running_loop().time() - batch.since, 0.0), delivered)
 
@@ -351,8 +351,6 @@ class Delivery:
         rejected = [payloads[index] for index in sorted(bad)] if bad else list(payloads)
         accepted = [payload for index, payload in enumerate(payloads) if index not in bad] if bad else []
         _account_part(batch, account, (accepted, "delivered"), (rejected, "rejected"))
-        if accepted:
-            self._count_lag(batch, len(accepted))
         self._dead_letters.add(rejected, part_id, "rejected", error)
 
 

@@ -99,9 +99,12 @@ class Route(ABC):
         if self.is_current():
             self.linger.arm_once_a_batch()
 
-    def account(self, count: int, outcome: str) -> None:
-        """Count the outcome of events."""
+    def account(self, batch: Batch, count: int, outcome: str) -> None:
+        """Count the outcome of events of a batch."""
         if self.is_current():
+            # First: what fails here is delivered again, and must not have been counted as delivered.
+            if outcome == "delivered":
+                self.delivery.count_lag(batch, count)
             self.pending.account(count, outcome)
 
 
@@ -115,7 +118,8 @@ class InOrderRoute(Route):
         if not pending:
             self.fill()
         while pending and self.is_current():
-            await self.delivery.deliver(pending.batches[0], self.account)
+            batch = pending.batches[0]
+            await self.delivery.deliver(batch, partial(self.account, batch))
             pending.remove_finished()
             pending.on_progress()
         # Also if no event could be encoded, so that there is no batch.
@@ -157,7 +161,7 @@ class ParallelRoute(Route):
         self.pending.on_progress()
 
     def _account_part(self, batch: Batch, count: int, outcome: str) -> None:
-        self.account(count, outcome)
+        self.account(batch, count, outcome)
         self.pending.remove(batch)
         self.pending.on_progress()
 
@@ -214,7 +218,7 @@ class SpoolRoute(Route):
             if not has_passed and not await store.append(pending.batches):
                 delay: float | None = DELAY_AFTER_SPOOL_ERROR
                 if first.parts and store.may_pass(first):
-                    delay = await store.pass_by(first, self.account, DELAY_AFTER_SPOOL_ERROR)
+                    delay = await store.pass_by(first, partial(self.account, first), DELAY_AFTER_SPOOL_ERROR)
                 await self.delivery.pause(delay or 0.0, first)
             pending.remove_finished()
             pending.on_progress()
@@ -227,7 +231,7 @@ class SpoolRoute(Route):
     async def _pass_by(self, batch: Batch) -> float | None:
         self._enough = asyncio.get_running_loop().create_future()
         try:
-            return await self._store.pass_by(batch, self.account, PATIENCE, self._enough)
+            return await self._store.pass_by(batch, partial(self.account, batch), PATIENCE, self._enough)
         finally:
             self._enough = None
 
