@@ -730,7 +730,7 @@ async def test_the_lag_of_delivered_events_is_measured():
         await asyncio.sleep(0.05)
 
     async def reject(batch, batch_id):
-        raise Reject("no", indexes=[0])
+        raise Reject([0])
 
     publisher = scripted([wait, reject], batch=3)
     for number in range(6):
