@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypedDict, get_args
+from typing import Final, TypedDict, get_args
 
 from bgtasks._checks import check_callable, check_choice, check_count, check_flag, check_limit, check_seconds
 from bgtasks.errors import InvalidOptionError
@@ -26,6 +26,13 @@ class ManagerOptions(TypedDict, total=False):
     timeouts: TimeoutPolicy
     track_origin: bool
     watch: bool | None
+
+
+# The values of an option, and advice for those who give another one.
+_CHOICES: Final = {
+    "overflow": (get_args(TaskOverflow), "to wait for capacity, await spawn()"),
+    "timeouts": (get_args(TimeoutPolicy), ""),
+}
 
 
 def is_watched(watch: bool | None) -> bool:
@@ -55,10 +62,8 @@ def check_options(options: ManagerOptions) -> None:
                 check_seconds(option, value)
             case "max_pending_tasks" | "max_concurrency":
                 check_limit(option, value)
-            case "overflow":
-                check_choice(option, value, get_args(TaskOverflow), "to wait for capacity, await spawn()")
-            case "timeouts":
-                check_choice(option, value, get_args(TimeoutPolicy))
+            case "overflow" | "timeouts":
+                check_choice(option, value, *_CHOICES[option])
             case "on_error":
                 check_callable(option, value)
             case "history":
