@@ -23,6 +23,8 @@ PACKAGES = {
     "RedisSink": "redis",
     "bgtasks.injection": "injectq",
     "bgtasks.integrations.langgraph": "langgraph.pregel",
+    "bgtasks.watch.opentelemetry": "opentelemetry.metrics",
+    "bgtasks.watch.prometheus": "prometheus_client",
 }
 
 

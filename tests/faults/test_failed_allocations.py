@@ -74,7 +74,10 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"max_concurrency": 1}, {"history": 3, "max_pending_tasks": 10}], ids=str)
+OPTIONS = ({}, {"max_concurrency": 1}, {"history": 3, "max_pending_tasks": 10}, {"track_origin": True})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("start", STARTS)
 async def test_a_start_that_fails_leaves_nothing_and_the_next_ones_run(make_manager, loop_errors, start, options):
     """The coroutine is closed, or runs if the call returned; what comes later runs, and counters close."""

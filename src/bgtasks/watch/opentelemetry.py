@@ -69,7 +69,8 @@ def instrument(
         MissingExtraError: on import, if ``opentelemetry-api`` is not installed.
 
     Example:
-        >>> instrument(manager, publishers=[publisher])
+        >>> manager = bgtasks.BackgroundTaskManager()
+        >>> instrument(manager)
 
     """
     meter = get_meter("bgtasks") if meter is None else meter

@@ -93,7 +93,9 @@ class Collector:
         MissingExtraError: on import, if ``prometheus_client`` is not installed.
 
     Example:
-        >>> REGISTRY.register(Collector(manager, buckets=BUCKET_EDGES[65::16]))
+        >>> from prometheus_client import REGISTRY
+        >>> manager = bgtasks.BackgroundTaskManager()
+        >>> REGISTRY.register(Collector(manager, buckets=bgtasks.BUCKET_EDGES[65::16]))
 
     """
 
