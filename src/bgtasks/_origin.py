@@ -6,6 +6,7 @@ import asyncio
 import sys
 import threading
 import types
+from itertools import count
 from typing import Any
 
 __all__ = ["describe_loop", "origin"]
@@ -13,12 +14,19 @@ __all__ = ["describe_loop", "origin"]
 
 def origin() -> str | None:
     """Return file and line of the innermost frame outside this package, None if the event loop called the package."""
-    frame: types.FrameType | None = sys._getframe(1)  # noqa: SLF001  documented
-    while frame is not None and _package_of(frame) == "bgtasks":
-        frame = frame.f_back
-    if frame is None or _package_of(frame) == "asyncio":
-        return None
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    # Not f_back, which loses a MemoryError in CPython 3.12: whatever runs next would be said to have raised it.
+    for depth in count(1):
+        try:
+            frame = sys._getframe(depth)  # noqa: SLF001  documented
+        except ValueError:
+            # The stack is not that deep.
+            break
+        package = _package_of(frame)
+        if package == "asyncio":
+            break
+        if package != "bgtasks":
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return None
 
 
 def _package_of(frame: types.FrameType) -> str:
