@@ -4,7 +4,8 @@
 
 The first figure is the number of tasks per second beside 10,000 waiting tasks, with and without a viewer. The second is
 the longest pause of a loop with 200,000 tasks in flight while another process asks for them; the same loop without a
-viewer stands beside it.
+viewer stands beside it. The third is the processor time of a scrape of 1,000 names, by ``Collector.render`` and by a
+registry.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, generate_latest
 
 from bgtasks import BackgroundTaskManager
+from bgtasks.watch.prometheus import Collector
 
 VIEWER = """
 import sys, time
@@ -58,8 +63,32 @@ async def throughput(manager: BackgroundTaskManager, seconds: float) -> float:
     return count / (time.monotonic() - begun)
 
 
+async def scrapes() -> tuple[float, float]:
+    """Return the milliseconds of a scrape of 1,000 names: rendered, and through a registry."""
+    async with BackgroundTaskManager() as manager:
+        for times in range(30):
+            for name in range(1000):
+                manager.create_task(asyncio.sleep(name * times % 37 / 37_000), name=f"name-{name}")
+            await manager.wait_for_all()
+        collector, registry = Collector(manager), CollectorRegistry()
+        registry.register(collector)
+        return median_time(collector.render), median_time(lambda: generate_latest(registry))
+
+
+def median_time(function: Callable[[], object]) -> float:
+    """Return the median of the processor time of a call in milliseconds."""
+    times = []
+    for _ in range(9):
+        before = time.thread_time()
+        function()
+        times.append((time.thread_time() - before) * 1e3)
+    return statistics.median(times)
+
+
 async def main() -> None:
-    """Print both figures."""
+    """Print all figures."""
+    rendered, registered = await scrapes()
+    print(f"scrape of 1,000 names: rendered {rendered:.1f} ms, through a registry {registered:.0f} ms")
     forever = asyncio.Event()
     async with BackgroundTaskManager(watch=True, default_shutdown_timeout=60) as manager:
         for _ in range(10_000):

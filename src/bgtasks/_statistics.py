@@ -214,6 +214,10 @@ class NameTotals:
     def _key(self, name: str) -> str:
         return name if name in self._names or len(self._names) < MAX_NAMES else OTHER_NAMES
 
+    def items(self) -> Iterable[tuple[str, Totals]]:
+        """Return the totals by name."""
+        return self._names.items()
+
     def snapshots(self) -> list[tuple[str, Snapshot]]:
         """Return the counters by name, for ``add``."""
         return [(name, totals.snapshot()) for name, totals in self._names.items()]

@@ -33,6 +33,7 @@ def exporting(manager: bgtasks.BackgroundTaskManager, publisher: Publisher) -> N
     published: Published = publisher
     assert_type(OCTAVES, tuple[float, ...])
     collector = Collector(managed, manager="mails", publishers=[published], buckets=OCTAVES[:3])
+    assert_type(collector.render(), bytes)
     REGISTRY.register(collector)
     Collector(publisher)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     counted: Counted = manager

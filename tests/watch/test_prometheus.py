@@ -113,6 +113,32 @@ async def test_names_beyond_a_thousand_share_one_series(make_manager):
     await manager.shutdown()
 
 
+@pytest.mark.parametrize("buckets", [OCTAVES, BUCKET_EDGES[100:300:7], ()], ids=len)
+async def test_rendered_text_is_that_of_a_registry(make_manager, buckets):
+    """Every sample, help text and type, also for names with characters that the format escapes."""
+    manager = make_manager(max_concurrency=2)
+    publisher = await run_everything(manager)
+    for name in ('a"b', "back\\slash", "two\n\nlines", "50 %s", "", "(other)", "\N{SNOWMAN}"):
+        await manager.create_task(value(), name=name)
+    live = manager.create_task(forever(), name='a"b')
+    collector = Collector(manager, manager='x"%d\n\\', publishers=[publisher], buckets=buckets)
+    rendered, expected = collector.render().decode(), exported(collector)
+    found, samples_expected = samples(rendered), samples(expected)
+    ages = [sample for sample in found if "age_seconds" in sample]
+    assert len(ages) >= 2
+    for sample in ages:
+        assert found.pop(sample) == pytest.approx(samples_expected.pop(sample), abs=1)
+    # A heartbeat may come between both.
+    for figures in (found, samples_expected):
+        for sample in [sample for sample in figures if "loop_lag" in sample]:
+            del figures[sample]
+    assert found == samples_expected
+    comments = [{line for line in text.splitlines() if line.startswith("#")} for text in (rendered, expected)]
+    assert comments[0] == comments[1]
+    assert live.cancel()
+    await manager.shutdown()
+
+
 @pytest.mark.parametrize("buckets", [[0.1], [OCTAVES[1], OCTAVES[0]], [OCTAVES[0], OCTAVES[0]], ["1"]])
 def test_buckets_must_be_edges(make_manager, buckets):
     """Between the edges no exact count exists."""
@@ -125,9 +151,10 @@ async def test_promtool_finds_nothing_wrong(make_manager):
     """Names, units, help texts and types follow the conventions."""
     manager = make_manager()
     publisher = await run_everything(manager)
-    text = exported(Collector(manager, publishers=[publisher]))
-    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    collector = Collector(manager, publishers=[publisher])
+    for text in (exported(collector), collector.render().decode()):
+        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+        assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
     await manager.shutdown()
 
 
