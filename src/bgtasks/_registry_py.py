@@ -27,7 +27,7 @@ from bgtasks._fork import at_fork
 from bgtasks._hooks import RegistryHooks
 from bgtasks._implementation import choose_wrapper
 from bgtasks._origin import describe_loop, origin
-from bgtasks._statistics import MAX_NAMES, OUTCOMES, Snapshot, bucket_of
+from bgtasks._statistics import MAX_NAMES, OUTCOMES, Measured, Snapshot, with_values
 from bgtasks._task import (
     TrackedTask,
     close_quietly,
@@ -56,6 +56,9 @@ choose_wrapper()
 RUNNING, COMPLETED, FAILED, CANCELLED, TIMED_OUT, ABANDONED = range(6)
 
 IDS_AT_ONCE: Final = 1024
+VALUES_AT_ONCE: Final = 64
+# Shared: histograms are replaced, never changed.
+NOTHING: Final[Measured] = ({}, 0.0, 0.0)
 TICKS_PER_SECOND: Final = 1000.0
 SHORTEST_WAIT: Final = 1e-6
 MAX_TICK: Final = 1 << 62
@@ -82,58 +85,50 @@ at_fork(in_child=_renew_locks)
 
 @final
 class NameStats:
-    """The counters of all tasks of one name, and the histograms of their durations and of their waits."""
+    """The counters of all tasks of one name, and the histograms of their durations and of their waits.
 
-    __slots__ = (
-        "counts",
-        "duration_max",
-        "duration_sum",
-        "durations",
-        "last_error",
-        "started",
-        "wait_max",
-        "wait_sum",
-        "waits",
-    )
+    Only one thread at a time counts, and any thread may ask for a snapshot.
+    """
+
+    __slots__ = ("counts", "durations", "last_error", "started", "waits")
 
     def __init__(self) -> None:
         self.started: int = 0
         self.counts: list[int] = [0] * len(OUTCOMES)
-        # A count per bucket. Dicts, because most names use few of the 329 buckets.
-        self.durations: dict[int, int] = {}
-        self.duration_sum: float = 0.0
-        self.duration_max: float = 0.0
-        self.waits: dict[int, int] = {}
-        self.wait_sum: float = 0.0
-        self.wait_max: float = 0.0
+        # A histogram, and values that are not in it yet: to count many at once costs half. Both change as one.
+        self.durations: tuple[Measured, list[float]] = (NOTHING, [])
+        self.waits: tuple[Measured, list[float]] = (NOTHING, [])
         # The type of the last failure, None before the first.
         self.last_error: str | None = None
 
     def count_end(self, outcome: int, duration: float) -> None:
         self.counts[outcome] += 1
-        bucket = bucket_of(duration)
-        # What can fail comes first.
-        total = self.duration_sum + duration
-        self.durations[bucket] = self.durations.get(bucket, 0) + 1
-        self.duration_sum = total
-        if duration > self.duration_max:
-            self.duration_max = duration
+        durations = self.durations
+        measured, new = durations
+        new.append(duration)
+        if len(new) >= VALUES_AT_ONCE:
+            measured = with_values(measured, new[:VALUES_AT_ONCE])
+            # A finalizer that ran meanwhile may have counted, too.
+            if self.durations is durations:
+                self.durations = measured, new[VALUES_AT_ONCE:]
 
     def count_wait(self, wait: float) -> None:
-        bucket = bucket_of(wait)
-        total = self.wait_sum + wait
-        self.waits[bucket] = self.waits.get(bucket, 0) + 1
-        self.wait_sum = total
-        if wait > self.wait_max:
-            self.wait_max = wait
+        waits = self.waits
+        measured, new = waits
+        new.append(wait)
+        if len(new) >= VALUES_AT_ONCE:
+            measured = with_values(measured, new[:VALUES_AT_ONCE])
+            if self.waits is waits:
+                self.waits = measured, new[VALUES_AT_ONCE:]
 
     def snapshot(self) -> Snapshot:
         """Return the counters, see ``Snapshot``."""
-        durations = dict(self.durations), self.duration_sum, self.duration_max
-        waits = dict(self.waits), self.wait_sum, self.wait_max
+        durations, new_durations = self.durations
+        waits, new_waits = self.waits
+        measured = with_values(durations, new_durations.copy()), with_values(waits, new_waits.copy())
         counts = list(self.counts)
         # Read last: the end of a task that starts and ends meanwhile must not be counted without its start.
-        return self.started, counts, durations, waits, self.last_error
+        return self.started, counts, *measured, self.last_error
 
 
 @final

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import repeat
+from operator import mul
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ __all__ = [
     "Snapshot",
     "Totals",
     "bucket_of",
+    "with_values",
 ]
 
 # Further names are counted together.
@@ -35,6 +40,8 @@ BUCKET_EDGES: Final[tuple[float, ...]] = (
     1e-6,
     *((9 + part) * 2.0 ** (octave - 3) * 1e-6 for octave in range(41) for part in range(8)),
 )
+# The same in microseconds, which are exact; without the last: what lies beyond is in the last bucket.
+_EDGES_OF_BUCKETS: Final = (1.0, *((9 + part) * 2.0 ** (octave - 3) for octave in range(41) for part in range(8)))[:-1]
 # A count per bucket, and the sum and the maximum of all values, in seconds.
 Measured: TypeAlias = tuple[dict[int, int], float, float]
 # The number of started tasks, a count per outcome, their durations, their waits, and the type of the last failure.
@@ -52,6 +59,15 @@ def bucket_of(seconds: float) -> int:
         return 0
     mantissa, exponent = math.frexp(microseconds)
     return min((exponent - 1) * 8 + int(mantissa * 16.0) - 7, BUCKETS - 1)
+
+
+def with_values(measured: Measured, values: list[float]) -> Measured:
+    """Return a histogram and some lengths of time as one; the histogram keeps its own dict."""
+    buckets, total, maximum = measured
+    counts = Counter(buckets)
+    if values:
+        counts.update(map(bisect_right, repeat(_EDGES_OF_BUCKETS), map(mul, values, repeat(1e6))))
+    return dict(counts), sum(values, total), max([maximum, *values])
 
 
 class Distribution:
