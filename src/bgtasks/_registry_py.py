@@ -85,11 +85,9 @@ at_fork(in_child=_renew_locks)
 
 @final
 class NameStats:
-    """The counters of all tasks of one name, and the histograms of their durations and of their waits.
+    """The counters of all tasks of one name, and the histograms of their durations and of their waits."""
 
-    Only one thread at a time counts, and any thread may ask for a snapshot.
-    """
-
+    # Only one thread at a time counts, and any thread may ask for a snapshot.
     __slots__ = ("counts", "durations", "last_error", "started", "waits")
 
     def __init__(self) -> None:
