@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import assert_type
 
 from opentelemetry.metrics import get_meter
+from opentelemetry.trace import get_tracer
 from prometheus_client import REGISTRY
 
 import bgtasks
 from bgtasks import WatchError
 from bgtasks.events import Publisher
 from bgtasks.watch import listen, opentelemetry, stop
-from bgtasks.watch.opentelemetry import Counted, instrument
+from bgtasks.watch.opentelemetry import Counted, SpanParent, instrument, trace
 from bgtasks.watch.prometheus import OCTAVES, Collector, Managed, Published
 
 
@@ -40,3 +41,6 @@ def exporting(manager: bgtasks.BackgroundTaskManager, publisher: Publisher) -> N
     sent: opentelemetry.Published = publisher
     assert_type(instrument(counted, publishers=[sent], meter=get_meter("app"), name="mails"), None)
     instrument(publisher)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    parent: SpanParent = "child"
+    assert_type(trace(manager, parent=parent, names={"send"}, tracer=get_tracer("app"), name="mails"), None)
+    trace(manager, parent="root")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

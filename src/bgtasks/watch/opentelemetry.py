@@ -1,10 +1,11 @@
-"""Figures of managers and publishers for OpenTelemetry: observable instruments, read when a reader collects.
+"""OpenTelemetry: figures of managers and publishers, read when a reader collects; and spans of tasks, where wanted.
 
 ::
 
-    from bgtasks.watch.opentelemetry import instrument
+    from bgtasks.watch.opentelemetry import instrument, trace
 
     instrument(manager, publishers=[publisher])
+    trace(manager)
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ except ModuleNotFoundError as error:
         raise
     raise missing_extra("otel", "opentelemetry-api", "export figures to OpenTelemetry") from error
 
+# Below the check for the extra, which it needs, too.
+from bgtasks.watch._spans import SpanParent, trace
+
 if TYPE_CHECKING:
     from bgtasks.info import LoopStats, ManagerStats
 
-__all__ = ["Counted", "Published", "instrument"]
+__all__ = ["Counted", "Published", "SpanParent", "instrument", "trace"]
 
 OUTCOMES: Final = ("completed", "failed", "cancelled", "timed_out", "abandoned")
 EVENT_COUNTERS: Final = ("accepted", "delivered", "retried")
