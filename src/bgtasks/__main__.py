@@ -22,6 +22,7 @@ COMMANDS: Final = (
     ("names", "bgtasks.watch._commands", "NAMES", "show counters and durations by name"),
     ("stack", "bgtasks.watch._commands", "STACK", "show where a task stands"),
     ("cancel", "bgtasks.watch._commands", "CANCEL", "cancel a task, or all tasks of a name"),
+    ("top", "bgtasks.watch._top", "TOP", "show tasks and figures of watched processes, until you leave"),
 )
 
 

@@ -144,9 +144,30 @@ def _names(request: Mapping[str, Any]) -> dict[str, Any]:
     for number, manager in numbered_managers():
         stats = manager.stats()
         loops = manager.loop_stats()
-        publishers = [each.stats() for each in list(manager._attached) if hasattr(each, "emit")]  # noqa: SLF001
-        managers.append({"manager": number, **stats, "loops": loops, "publishers": publishers})
+        answered = {"manager": number, **stats, "loops": loops, "publishers": _publishers(manager)}
+        managers.append({**answered, "executors": _executors(manager)})
     return {"managers": managers}
+
+
+def _publishers(manager: Any) -> list[dict[str, Any]]:
+    attached = [each.stats() for each in list(manager._attached) if hasattr(each, "emit")]  # noqa: SLF001
+    # A Fanout has a list, with the figures of each of its publishers.
+    return [stats for each in attached for stats in (each if isinstance(each, list) else [each])]
+
+
+def _executors(manager: Any) -> list[dict[str, Any]]:
+    """Return the functions in threads of each executor."""
+    return [
+        {"executor": records.label, "running": records.owned - records.queued, "queued": records.queued}
+        for records in manager._open_loops()  # noqa: SLF001  the interface of the cold half
+        if records.thread is None
+    ]
+
+
+def _histograms(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the durations and the waits of the tasks of a name, for each manager that has some."""
+    found = [(number, manager.histograms().get(request.get("name"))) for number, manager in numbered_managers()]
+    return {"histograms": [{"manager": number, **histograms} for number, histograms in found if histograms]}
 
 
 def _stack(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +212,7 @@ def _selected(request: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 METHODS: Final[dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "tasks": _tasks,
     "names": _names,
+    "histograms": _histograms,
     "stack": _stack,
     "cancel": _cancel,
 }
