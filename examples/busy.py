@@ -41,7 +41,7 @@ async def load_rows(rows: int) -> None:
 
 async def parse() -> None:
     """Block the loop."""
-    time.sleep(0.25)
+    time.sleep(0.25)  # noqa: ASYNC251  what is not to be done
 
 
 async def main(manager: bgtasks.BackgroundTaskManager) -> None:

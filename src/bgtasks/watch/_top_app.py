@@ -31,6 +31,8 @@ __all__ = ["Top"]
 WIDE: Final = 120
 # More rows would be drawn slowly, and nobody reads them.
 MOST_ROWS: Final = 300
+# Seconds.
+BETWEEN_DRAWS: Final = 0.2
 
 
 class Found(Message):
@@ -54,14 +56,14 @@ class Top(App[None]):
     CSS = """
         #summary { height: 1; background: $primary; color: $text; padding: 0 1; }
         #filter { display: none; height: 1; border: none; padding: 0 1; }
-        #filter.open { display: block; }
         TabbedContent { height: 1fr; }
         TabPane { padding: 0; }
         DataTable { height: 1fr; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit"),
-        Binding("slash", "filter", "Filter", key_display="/"),
+        # With priority: otherwise the next keys, if they come at once, would reach the table before the entry is open.
+        Binding("slash", "filter", "Filter", key_display="/", priority=True),
         Binding("s", "sort", "Sort"),
         Binding("p", "pause", "Pause"),
         Binding("C", "cancel", "CANCEL"),
@@ -81,6 +83,7 @@ class Top(App[None]):
         self._orders = {name: table.first for name, table in TABLES.items()}
         self._rows: dict[str, Row] = {}
         self._is_paused = False
+        self._is_stale = False
         # The columns that a table has now.
         self._shown: dict[str, list[str]] = {}
 
@@ -99,6 +102,7 @@ class Top(App[None]):
         self._table().focus()
         self._draw()
         self._poller.start()
+        self.set_interval(BETWEEN_DRAWS, self._draw_if_stale)
 
     def on_unmount(self) -> None:
         """Stop asking."""
@@ -121,8 +125,7 @@ class Top(App[None]):
             self._figures.remove(found.pid)
         else:
             self._figures.miss(found.pid, found.error)
-        if not self._is_paused:
-            self._draw()
+        self._is_stale = True
 
     def _ask(self, then: Callable[[list[dict[str, Any]]], object], pid: int | None, do: str, **request: Any) -> None:
         """Ask in a thread, and call ``then`` with the answers here."""
@@ -159,10 +162,14 @@ class Top(App[None]):
         columns = TABLES[self._current].columns
         return [(index, column) for index, column in enumerate(columns) if is_wide or not column.is_wide]
 
+    def _draw_if_stale(self) -> None:
+        """Draw what the processes answered since the last time, together."""
+        if self._is_stale and not self._is_paused:
+            self._draw()
+
     def _draw(self) -> None:
         """Draw the summary and the table that is shown; the cursor stays on its row."""
-        if not self.is_running or not self.screen_stack:
-            return
+        self._is_stale = False
         state = "".join((f" · filter: {clean(self._filter)}" * bool(self._filter), " · paused" * self._is_paused))
         summary = self.screen_stack[0].query_one("#summary", Static)
         summary.update(Text(self._figures.summary() + state, no_wrap=True, overflow="ellipsis"))
@@ -181,16 +188,16 @@ class Top(App[None]):
         self._fill(table, rows, [column for _, column in columns])
 
     def _fill(self, table: DataTable[Text], rows: list[Row], columns: list[Column]) -> None:
-        selected = self._selected_key()
-        top = table.scroll_y
+        selected, index, top = self._selected_key(), table.cursor_row, table.scroll_y
         table.clear()
         self._rows = {row["key"]: row for row in rows}
         for key, row in self._rows.items():
             cells = (Text(column.text(row), justify="right" if column.is_number else "left") for column in columns)
             table.add_row(*cells, key=key)
-        if selected in self._rows:
-            table.move_cursor(row=table.get_row_index(selected), scroll=False)
-            table.scroll_to(y=top, animate=False)
+        # Where the task has ended, the cursor stays in its place.
+        index = table.get_row_index(selected) if selected in self._rows else min(index, len(rows) - 1)
+        table.move_cursor(row=max(index, 0), scroll=False)
+        table.scroll_to(y=top, animate=False)
 
     def _selected_key(self) -> str:
         table = self._table()
@@ -203,8 +210,9 @@ class Top(App[None]):
         self._draw()
 
     def on_tabbed_content_tab_activated(self) -> None:
-        """Show the figures of another table."""
-        self._table().focus()
+        """Show the figures of another table; its keys are read, unless a filter is being typed."""
+        if not self.query_one("#filter", Input).display:
+            self.screen.set_focus(self._table())
         self._draw()
 
     # -- keys -----------------------------------------------------------------------------------------------------
@@ -227,10 +235,14 @@ class Top(App[None]):
         self._draw()
 
     def action_filter(self) -> None:
-        """Let the user enter a part of the name."""
+        """Let the user enter a part of the name; while it is entered, a slash is a part of it."""
         entry = self.query_one("#filter", Input)
-        entry.add_class("open")
-        entry.focus()
+        if entry.has_focus:
+            entry.insert_text_at_cursor("/")
+            return
+        entry.display = True
+        # Not entry.focus(), which takes effect later: the next keys may have been typed already.
+        self.screen.set_focus(entry)
 
     def action_clear(self) -> None:
         """Remove the filter."""
@@ -248,8 +260,8 @@ class Top(App[None]):
         self._close_filter()
 
     def _close_filter(self) -> None:
-        self.query_one("#filter", Input).remove_class("open")
-        self._table().focus()
+        self.query_one("#filter", Input).display = False
+        self.screen.set_focus(self._table())
 
     def _ask_for_tasks(self) -> None:
         """Have the processes filter and sort: they have more tasks than they send."""
@@ -276,7 +288,7 @@ class Top(App[None]):
         self.push_screen(screens.Details(title, [clean(line) for line in answers[0]["stack"]]))
 
     def _show_histogram(self, row: Row, answers: list[dict[str, Any]]) -> None:
-        width = max(self.size.width - 36, 10)
+        width = min(max(self.size.width - 36, 10), 100)
         lines = []
         for histograms in answers[0]["histograms"]:
             for kind, title in (("duration", "from start to end"), ("wait", "from creation to the first step")):

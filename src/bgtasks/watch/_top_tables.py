@@ -149,6 +149,11 @@ def _progress(row: Row) -> str:
     return clean(f"{progress['done']:g}{total} {progress['text'] or ''}".strip())
 
 
+def _age(row: Row) -> tuple[float, str]:
+    # Ages are read one after another: without rounding, tasks that began together would change places all the time.
+    return -round(row["age_seconds"], 1), row["key"]
+
+
 def _left(row: Row) -> float:
     left: float | None = row["time_left_seconds"]
     return math.inf if left is None else left
@@ -164,7 +169,7 @@ TABLES: Final[dict[str, Table]] = {
         (
             _text("ID", "id"),
             _name("STATE", "state", sort="state"),
-            _seconds("AGE", "age_seconds", sort="age"),
+            Column("AGE", lambda row: seconds(row["age_seconds"]), _age, is_number=True, sort="age"),
             Column("LEFT", lambda row: seconds(row["time_left_seconds"]), _left, is_number=True, sort="time_left"),
             _name("NAME", "name", sort="name"),
             Column("PROGRESS", _progress),
