@@ -77,6 +77,8 @@ class Top(App[None]):
 
     def __init__(self, pid: int | None, interval: float) -> None:
         super().__init__()
+        # Over ssh, a line that slides is many writes.
+        self.animation_level = "none"
         self._poller = Poller(pid, interval, self._deliver)
         self._figures = Figures()
         self._filter = ""
@@ -249,11 +251,9 @@ class Top(App[None]):
         self.query_one("#filter", Input).value = ""
         self._close_filter()
 
-    def on_input_changed(self, event: Input.Changed) -> None:
+    def on_input_changed(self) -> None:
         """Filter while the user types."""
-        self._filter = event.value
-        self._ask_for_tasks()
-        self._draw()
+        self._use_filter()
 
     def on_input_submitted(self) -> None:
         """Keep the filter."""
@@ -262,6 +262,15 @@ class Top(App[None]):
     def _close_filter(self) -> None:
         self.query_one("#filter", Input).display = False
         self.screen.set_focus(self._table())
+        # The keys before this one may not have been reported yet.
+        self._use_filter()
+
+    def _use_filter(self) -> None:
+        text = self.query_one("#filter", Input).value
+        if text != self._filter:
+            self._filter = text
+            self._ask_for_tasks()
+            self._is_stale = True
 
     def _ask_for_tasks(self) -> None:
         """Have the processes filter and sort: they have more tasks than they send."""

@@ -16,6 +16,8 @@ __all__ = ["MOST_TASKS", "Deliver", "Look", "Lost", "Poller", "Question"]
 
 # How many tasks each process sends: more than anybody reads.
 MOST_TASKS: Final = 200
+# Seconds between two questions to a process, also when the question changes.
+SHORTEST_PAUSE: Final = 0.2
 
 
 class Question(NamedTuple):
@@ -114,7 +116,9 @@ class _Process(threading.Thread):
             poller.deliver(found)
             if found == Lost(self._pid, None):
                 return
-            self.ask_now.wait(poller.interval)
+            # A filter that is being typed changes the question with each key.
+            poller.is_stopped.wait(min(SHORTEST_PAUSE, poller.interval))
+            self.ask_now.wait(max(poller.interval - SHORTEST_PAUSE, 0))
 
     def _look(self) -> Look | Lost:
         question = self._poller.question
