@@ -83,11 +83,12 @@ def draw_all(folder: Path) -> None:
     top.shows("Cancel ", "Y (capital)")
     draw("top_cancel", top, 80)
     top.close()
-    wide = Terminal(folder, command, 160, 30)
+    wide = Terminal(folder, command, 200, 30)
+    wide.shows("2 processes")
     wide.type("2")
     wide.shows("WAIT P99")
     time.sleep(LOAD)
-    draw("top_names", wide, 160)
+    draw("top_names", wide, 200)
     wide.close()
 
 

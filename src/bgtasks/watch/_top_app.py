@@ -29,6 +29,8 @@ __all__ = ["Top"]
 
 # From this width on, in characters, all columns are shown.
 WIDE: Final = 120
+# And from this width on, all rates that are kept.
+WIDEST: Final = 180
 # More rows would be drawn slowly, and nobody reads them.
 MOST_ROWS: Final = 300
 # Seconds.
@@ -185,7 +187,7 @@ class Top(App[None]):
             for (_, column), title in zip(columns, titles, strict=True):
                 table.add_column(Text(title, justify="right" if column.is_number else "left"))
             self._shown[name] = titles
-        sparks = KEPT if self.size.width >= WIDE else SPARKS
+        sparks = KEPT if self.size.width >= WIDEST else SPARKS
         rows = self._figures.rows(name, self._filter, order, sparks)[:MOST_ROWS]
         self._fill(table, rows, [column for _, column in columns])
 

@@ -55,7 +55,7 @@ class Question(ModalScreen[bool]):
         with Vertical() as box:
             box.border_title = Text("Cancel")
             yield Static(Text(self._question))
-            yield Static(Text("Y (capital): yes   any of n, Esc: no"), classes="keys")
+            yield Static(Text("Y (capital): yes   n or Esc: no"), classes="keys")
 
     def action_yes(self) -> None:
         """Do it."""
