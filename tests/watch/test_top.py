@@ -131,6 +131,14 @@ def test_names_cannot_write_into_the_terminal(start, open_top):
     top = open_top()
     top.type("/", "evil")
     top.shows("evil\\x1b[31m[b]bold[/b]")
+    top.type("Enter")
+    top.shows("q Quit")
+    top.type("Enter")
+    top.shows("evil\\x1b[31m[b]bold[/b]: the outermost frame first")
+    top.type("Escape")
+    top.shows("filter: evil", without=("outermost",))
+    top.type("C")
+    top.wait(lambda screen: re.search(r"Cancel task \S+ evil\\x1b\[31m\[b\]bold\[/b\]\?", screen), "the question")
 
 
 def test_a_wide_terminal_shows_more(start, open_top):
@@ -171,8 +179,12 @@ def test_the_histogram_of_a_name(start, open_top):
     top.shows("filter: tick", without=("many",))
     top.type("Enter")
     top.shows("from start to end", "from creation to the first step", "<  16.4ms", "█", "in all, mean")
+    # What does not fit is scrolled to.
+    top.resize(80, 14)
+    top.type("End")
+    top.wait(lambda screen: re.search(r"in all, mean.*\n.*Esc: back", screen), "the end of the text")
     top.type("Escape")
-    top.shows("RATE/s", without=("from start to end",))
+    top.shows("RATE/s", without=("in all, mean",))
 
 
 def test_the_stack_of_a_task(start, open_top):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Final
+from typing import ClassVar, Final, cast
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -15,7 +15,7 @@ __all__ = ["Details", "Question"]
 
 STYLE: Final = """
     align: center middle;
-    & > Vertical { border: round $primary; background: $surface; padding: 0 1; height: auto; max-height: 90%; }
+    & > * { border: round $primary; background: $surface; padding: 0 1; height: auto; max-height: 90%; }
     .keys { color: $text-muted; }
 """
 
@@ -23,7 +23,7 @@ STYLE: Final = """
 class Details(ModalScreen[None]):
     """A text to read: the stack of a task, the histogram of a name."""
 
-    DEFAULT_CSS = f"Details {{ {STYLE} & > Vertical {{ width: 96%; }} VerticalScroll {{ height: auto; }} }}"
+    DEFAULT_CSS = f"Details {{ {STYLE} & > VerticalScroll {{ width: 96%; }} }}"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss", "Close")]
 
     def __init__(self, title: str, lines: list[str]) -> None:
@@ -33,11 +33,11 @@ class Details(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         """Make the widgets."""
-        with Vertical() as box:
-            box.border_title = Text(self._title)
-            with VerticalScroll():
-                yield Static(Text("\n".join(self._lines)), id="details")
-            yield Static(Text("Esc: back"), classes="keys")
+        with VerticalScroll() as box:
+            # A Text, because a string would be markup; the types of Textual do not say that it may be one.
+            box.border_title = cast("str", Text(self._title))
+            box.border_subtitle = "Esc: back"
+            yield Static(Text("\n".join(self._lines)))
 
 
 class Question(ModalScreen[bool]):
@@ -53,7 +53,7 @@ class Question(ModalScreen[bool]):
     def compose(self) -> ComposeResult:
         """Make the widgets."""
         with Vertical() as box:
-            box.border_title = Text("Cancel")
+            box.border_title = "Cancel"
             yield Static(Text(self._question))
             yield Static(Text("Y (capital): yes   n or Esc: no"), classes="keys")
 
