@@ -14,13 +14,13 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
 from bgtasks._observers import all_managers
-from bgtasks.errors import WatchError
+from bgtasks.errors import WatchError, describe
 
-__all__ = ["SORTS", "STATES", "VERSION", "answer", "encoded"]
+__all__ = ["SORTS", "STATES", "VERSION", "answer", "encoded", "number_of"]
 
 VERSION: Final = 1
 STATES: Final = ("queued", "running")
@@ -47,8 +47,17 @@ def numbered_managers() -> list[tuple[int, Any]]:
     return sorted(found, key=lambda each: each[0])
 
 
-def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+def number_of(manager: Any) -> int:
+    """Return the number of a manager of this process."""
+    return next(number for number, each in numbered_managers() if each is manager)
+
+
+def answer(request: Mapping[str, Any], show_context: Collection[str] = ()) -> dict[str, Any]:
     """Answer a request.
+
+    Args:
+        request: the version, the method and its arguments; with ``manager`` only of the manager with that number.
+        show_context: the keys of task contexts whose values are in the answer.
 
     Raises:
         WatchError: the request is not understood.
@@ -59,7 +68,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     method = METHODS.get(str(request.get("do")))
     if method is None:
         raise WatchError(f"unknown request {request.get('do')!r}; there are: {', '.join(METHODS)}")
-    return {"version": VERSION, "pid": os.getpid(), "command": " ".join(sys.argv)[:200], **method(request)}
+    # A request cannot ask for values itself.
+    answered = method({**request, "show_context": show_context})
+    return {"version": VERSION, "pid": os.getpid(), "command": " ".join(sys.argv)[:200], **answered}
 
 
 def encoded(answered: Mapping[str, Any]) -> bytes:
@@ -81,12 +92,18 @@ def _tasks(request: Mapping[str, Any]) -> dict[str, Any]:
     # Not sorted(): sorting 200,000 rows would hold the GIL for too long.
     first = heapq.nsmallest(limit, _matching(request, counts), key=lambda each: key(each[1]))
     # A record that ended meanwhile has lost its figures.
-    rows = [_described(number, record) for number, record in _slowly(first) if record.outcome == "running"]
+    shown = request["show_context"]
+    rows = [_described(number, record, shown) for number, record in _slowly(first) if record.outcome == "running"]
     return {"tasks": rows, **counts}
 
 
+def _managers_of(request: Mapping[str, Any]) -> list[tuple[int, Any]]:
+    only = request.get("manager")
+    return [(number, manager) for number, manager in numbered_managers() if only in (None, number)]
+
+
 def _matching(request: Mapping[str, Any], counts: dict[str, int]) -> Iterator[tuple[int, Any]]:
-    for number, manager in numbered_managers():
+    for number, manager in _managers_of(request):
         for record in _records(manager):
             counts["total"] += 1
             if _matches(record, request):
@@ -119,11 +136,14 @@ def _matches(record: Any, request: Mapping[str, Any]) -> bool:
     )
 
 
-def _described(number: int, record: Any) -> dict[str, Any]:
+def _described(number: int, record: Any, shown: Collection[str]) -> dict[str, Any]:
     info = record.info()
+    context = info["context"]
     row = {key: value for key, value in info.items() if key not in ("task_id", "context", "done", "cancelled")}
     # The values may be secrets, and need not be plain.
-    return {"id": f"{os.getpid()}.{number}.{info['task_id']}", **row, "context_keys": sorted(map(str, info["context"]))}
+    values = {key: describe(context[key]) for key in shown if key in context}
+    row["context_keys"] = sorted(map(str, context))
+    return {"id": f"{os.getpid()}.{number}.{info['task_id']}", **row, **({"context": values} if values else {})}
 
 
 def _key_of(sort: str) -> Callable[[Any], Any]:
@@ -141,7 +161,7 @@ def _key_of(sort: str) -> Callable[[Any], Any]:
 
 def _names(request: Mapping[str, Any]) -> dict[str, Any]:
     managers = []
-    for number, manager in numbered_managers():
+    for number, manager in _managers_of(request):
         stats = manager.stats()
         loops = manager.loop_stats()
         answered = {"manager": number, **stats, "loops": loops, "publishers": _publishers(manager)}
@@ -201,7 +221,7 @@ def _selected(request: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """Return the tasks that a request names by an id or by a name, each with its manager."""
     name, task = request.get("name"), request.get("id")
     found = []
-    for number, manager in numbered_managers():
+    for number, manager in _managers_of(request):
         for record in _records(manager):
             is_named = record.name == name if task is None else task == f"{os.getpid()}.{number}.{record.task_id}"
             if is_named and record.outcome == "running":

@@ -1,0 +1,123 @@
+"""What the page shows: a manager of this process, or all watched processes of the user."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeAlias
+
+from bgtasks.errors import WatchError
+from bgtasks.watch._answers import VERSION, answer, number_of
+from bgtasks.watch._folder import sockets
+from bgtasks.watch._viewer import ask, pid_of
+
+__all__ = ["Answers", "ManagerSource", "ProcessesSource", "Source"]
+
+# The answers of processes, and a text for each process that did not answer.
+Answers: TypeAlias = tuple[list[dict[str, Any]], list[str]]
+
+# Seconds until a frame is made without the processes that have not answered.
+PATIENCE: Final = 2.0
+
+
+class Source(Protocol):
+    """Answers the requests of the page; called in a thread of the page."""
+
+    def ask(self, do: str, **request: Any) -> Answers:
+        """Return the answers.
+
+        Raises:
+            WatchError: the request is refused.
+
+        """
+
+    def has_ended(self) -> bool:
+        """Return whether there will be nothing more to show."""
+
+
+class ManagerSource:
+    """One manager of this process.
+
+    Args:
+        manager: the manager.
+        show_context: the keys of task contexts whose values are shown.
+
+    """
+
+    def __init__(self, manager: Any, show_context: Collection[str]) -> None:
+        self._manager = manager
+        self._number = number_of(manager)
+        self._show_context = show_context
+
+    def ask(self, do: str, **request: Any) -> Answers:
+        """Return the answer of the manager."""
+        wanted = {"version": VERSION, "do": do, "manager": self._number, **request}
+        return [answer(wanted, self._show_context)], []
+
+    def has_ended(self) -> bool:
+        """Return whether the manager shuts down: a server may wait for the streams of the page before it ends."""
+        return bool(self._manager._phase != "open")  # noqa: SLF001  the interface of the cold half
+
+
+class ProcessesSource:
+    """The watched processes of the user; each has a thread of its own while it is asked.
+
+    Args:
+        pid: only this process; None for all.
+
+    """
+
+    def __init__(self, pid: int | None) -> None:
+        self._pid = pid
+        # The requests that are not answered yet; a process that hangs is not asked again.
+        self._open: dict[int, Future[dict[str, Any]]] = {}
+
+    def ask(self, do: str, **request: Any) -> Answers:
+        """Return the answers of all processes that answer in time."""
+        pid = pid_of(request["id"]) if "id" in request else self._pid
+        paths = {number: path for number, path in sockets().items() if pid in (None, number)}
+        if not paths:
+            which = "no process of yours" if pid is None else f"process {pid}"
+            return [], [f"{which} is watched: start one with BGTASKS_WATCH=1, or pass watch=True"]
+        answers, errors = [], []
+        futures = {}
+        for number, path in paths.items():
+            if number in self._open and not self._open[number].done():
+                errors.append(f"process {number} does not answer")
+            else:
+                futures[number] = self._open[number] = _in_thread(path, do, request)
+        wait_for(futures.values(), PATIENCE)
+        for number, future in futures.items():
+            if not future.done():
+                errors.append(f"process {number} has not answered for {PATIENCE:g} s")
+                continue
+            del self._open[number]
+            error = future.exception()
+            if error is None:
+                answers.append(future.result())
+            else:
+                errors.append(str(error))
+        return answers, errors
+
+    def has_ended(self) -> bool:
+        """Return False: further processes may start."""
+        return False
+
+
+def _in_thread(path: Path, do: str, request: dict[str, Any]) -> Future[dict[str, Any]]:
+    future: Future[dict[str, Any]] = Future()
+    asking: Callable[[], None] = lambda: _fill(future, path, do, request)  # noqa: E731
+    threading.Thread(target=asking, name="bgtasks-page-ask", daemon=True).start()
+    return future
+
+
+def _fill(future: Future[dict[str, Any]], path: Path, do: str, request: dict[str, Any]) -> None:
+    try:
+        future.set_result(ask(path, do, **request))
+    except WatchError as error:
+        future.set_exception(error)
+    except Exception as error:
+        future.set_exception(WatchError(f"process {path.stem}: {type(error).__name__}: {error}"))
