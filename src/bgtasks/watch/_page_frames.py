@@ -203,9 +203,9 @@ def _publishers(figures: list[dict[str, Any]]) -> list[list[Any]]:
             _short(each["last_error"] or "", 100),
         ]
         for label, manager in _managers(figures)
-        for each in manager["publishers"]
-        # A fanout has no queue of its own; its publishers are attached themselves.
-        if "queue_events" in each
+        for found in manager["publishers"]
+        # A fanout has a list: its publishers.
+        for each in (found if isinstance(found, list) else [found])
     ]
 
 
