@@ -23,6 +23,7 @@ COMMANDS: Final = (
     ("stack", "bgtasks.watch._commands", "STACK", "show where a task stands"),
     ("cancel", "bgtasks.watch._commands", "CANCEL", "cancel a task, or all tasks of a name"),
     ("top", "bgtasks.watch._top", "TOP", "show tasks and figures of watched processes, until you leave"),
+    ("web", "bgtasks.watch._web", "WEB", "show all of it in a browser"),
 )
 
 

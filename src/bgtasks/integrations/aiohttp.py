@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Final, Unpack
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from bgtasks import errors
 from bgtasks._options import ManagerOptions
@@ -22,7 +22,12 @@ from bgtasks.program._draining import check_program_options, running
 with extra("aiohttp", "aiohttp"):
     from aiohttp import web
 
-__all__ = ["TASK_MANAGER", "cleanup_context", "task_manager"]
+    from bgtasks.integrations._asgi_in_aiohttp import as_handler
+
+if TYPE_CHECKING:
+    from bgtasks.watch import Page
+
+__all__ = ["TASK_MANAGER", "add_page", "cleanup_context", "task_manager"]
 
 TASK_MANAGER: Final = web.AppKey("task_manager", BackgroundTaskManager)
 
@@ -69,3 +74,35 @@ def task_manager(request: web.Request) -> BackgroundTaskManager:
             "this application has no task manager: app.cleanup_ctx.append(cleanup_context()) before it starts"
         )
     return manager
+
+
+def add_page(app: web.Application, path: str, page: Page) -> None:
+    """Show a page that ``bgtasks.watch.app`` made under a path of an application.
+
+    Made without a manager, it shows that of ``cleanup_context()``. Its streams end when the application shuts down.
+
+    Args:
+        app: the application, before it starts.
+        path: the path, such as ``"/tasks"``.
+        page: the page.
+
+    Raises:
+        InvalidOptionError: ``path`` does not begin with a slash, or has nothing behind it.
+
+    """
+    root = path.rstrip("/") if isinstance(path, str) else ""
+    if not root.startswith("/") or "{" in root:
+        raise errors.InvalidOptionError(
+            f"path must begin with a slash, and be more than that, such as '/tasks'; got {errors.describe(path)}"
+        )
+
+    def state_of(request: web.Request) -> dict[str, Any]:
+        return {"task_manager": request.config_dict.get(TASK_MANAGER)}
+
+    async def close_page(app: web.Application) -> None:
+        page.close()
+
+    handler = as_handler(page, root, state_of)
+    app.router.add_route("*", root, handler)
+    app.router.add_route("*", root + "/{tail:.*}", handler)
+    app.on_shutdown.append(close_page)

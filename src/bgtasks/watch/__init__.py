@@ -2,5 +2,6 @@
 
 from bgtasks.watch._listener import listen, stop
 from bgtasks.watch._page import Page, app
+from bgtasks.watch._page_access import Auth
 
-__all__ = ["Page", "app", "listen", "stop"]
+__all__ = ["Auth", "Page", "app", "listen", "stop"]

@@ -9,19 +9,20 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from functools import partial
 from importlib.resources import files
 from typing import Any, Final, TypeAlias
 
 from bgtasks._checks import check_flag
 from bgtasks.errors import InvalidOptionError, NoManagerError, WatchError, describe
-from bgtasks.watch._page_access import Access, Auth, Headers, Refusal
+from bgtasks.watch._page_access import Access, Auth, Headers, RefusedError, Scope
 from bgtasks.watch._page_frames import Query, make_frame
 from bgtasks.watch._page_source import ManagerSource, Source
 from bgtasks.watch._page_worker import Worker, server_is_ending
 
-__all__ = ["LOOPBACK", "Page", "app"]
+__all__ = ["LOOPBACK", "Page", "SourcePage", "app"]
 
 logger: Final = logging.getLogger("bgtasks.watch")
 
@@ -60,11 +61,12 @@ def _policy(html: str) -> str:
 class Request:
     """One request, and the answer to it."""
 
-    def __init__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self.receive = receive
         self._send = send
         self.method: str = scope["method"]
+        self.is_started = False
         self.is_secure = scope.get("scheme") == "https"
         self.headers: Headers = {}
         for name, value in scope["headers"]:
@@ -85,11 +87,11 @@ class Request:
         """Return the JSON object in the body.
 
         Raises:
-            Refusal: there is none, or it is too long.
+            RefusedError: there is none, or it is too long.
 
         """
         if self.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise Refusal(415, "the body must be application/json")
+            raise RefusedError(415, "the body must be application/json")
         body = b""
         more = True
         while more:
@@ -97,17 +99,18 @@ class Request:
             body += message.get("body", b"")
             more = message["type"] == "http.request" and message.get("more_body", False)
             if len(body) > LONGEST_BODY:
-                raise Refusal(413, f"the body must have at most {LONGEST_BODY} bytes")
+                raise RefusedError(413, f"the body must have at most {LONGEST_BODY} bytes")
         try:
             given = json.loads(body)
         except ValueError:
             given = None
         if not isinstance(given, dict):
-            raise Refusal(400, "the body must be a JSON object")
+            raise RefusedError(400, "the body must be a JSON object")
         return given
 
     async def start(self, status: int, kind: str, *headers: tuple[str, str]) -> None:
         """Send the status and the headers."""
+        self.is_started = True
         fixed = (
             ("content-type", kind),
             ("cache-control", "no-store"),
@@ -129,24 +132,52 @@ class Request:
         await self.start(status, kind, ("content-length", str(len(body))), *headers)
         await self.send(b"" if self.method == "HEAD" else body)
 
+    async def answer_text(self, status: int, text: str) -> None:
+        """Send a text."""
+        await self.answer(status, "text/plain; charset=utf-8", text.encode("utf-8", "replace"))
+
     async def answer_json(self, value: object, *headers: tuple[str, str]) -> None:
         """Send a JSON object."""
         await self.answer(200, "application/json", json.dumps(value).encode(), *headers)
 
 
-class Page:
+class Page(ABC):
     """An ASGI application that shows the tasks of a manager in a browser; ``app`` makes it.
 
     It runs nothing until somebody looks. Its streams end when the manager shuts down, when the server was asked to end
     by a signal, and by ``close()``.
     """
 
-    def __init__(
+    @abstractmethod
+    def close(self) -> None:
+        """End all streams; the page answers no further requests."""
+
+    @abstractmethod
+    async def __call__(
         self,
-        find_source: Callable[[MutableMapping[str, Any]], Source],
-        access: Access,
-        allow_cancel: bool,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
     ) -> None:
+        """Answer a request.
+
+        Raises:
+            NoManagerError: the page was made without a manager, and the application has none.
+
+        """
+
+
+class SourcePage(Page):
+    """The page of a source.
+
+    Args:
+        find_source: returns the source for a request.
+        access: decides about requests.
+        allow_cancel: whether viewers may cancel tasks.
+
+    """
+
+    def __init__(self, find_source: Callable[[Scope], Source], access: Access, allow_cancel: bool) -> None:
         self._find_source = find_source
         self._access = access
         self._allow_cancel = allow_cancel
@@ -159,16 +190,11 @@ class Page:
         self._posts: dict[str, Handler] = {"login": self._log_in, "logout": self._log_out, "cancel": self._cancel}
 
     def close(self) -> None:
-        """End all streams; the page answers no further requests."""
+        """End all streams."""
         self._is_closed = True
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer a request.
-
-        Raises:
-            NoManagerError: the page was made without a manager, and the application has none.
-
-        """
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
         match scope["type"]:
             case "http":
                 await self._answer(Request(scope, receive, send))
@@ -187,8 +213,8 @@ class Page:
 
     async def _answer(self, request: Request) -> None:
         try:
-            handler = self._handler_of(request)
             self._access.check_host(request.headers)
+            handler = self._handler_of(request)
             if request.path:
                 self._access.check_origin(request.headers, changes=request.method == "POST")
             await self._access.check_auth(request.scope)
@@ -196,25 +222,30 @@ class Page:
             if request.path not in ("", "login"):
                 self._access.check_session(request.headers)
             await handler(request)
-        except Refusal as refusal:
-            await request.answer(refusal.status, "text/plain; charset=utf-8", str(refusal).encode("utf-8", "replace"))
+        except RefusedError as refusal:
+            await request.answer_text(refusal.status, str(refusal))
         except WatchError as error:
-            await request.answer(400, "text/plain; charset=utf-8", str(error).encode("utf-8", "replace"))
+            if request.is_started:
+                logger.warning("A stream of the page ended: %s", error)
+                await request.send(b"")
+            else:
+                await request.answer_text(400, str(error))
 
     def _handler_of(self, request: Request) -> Handler:
         path, method = request.path, request.method
         if self._is_closed:
-            raise Refusal(503, "the page is closed")
-        handler = (self._posts if method == "POST" else self._gets).get(path)
-        if handler is not None and method in ("GET", "POST", "HEAD"):
-            return handler
+            raise RefusedError(503, "the page is closed")
+        if method in ("GET", "POST") or (method == "HEAD" and path == ""):
+            handler = (self._posts if method == "POST" else self._gets).get(path)
+            if handler is not None:
+                return handler
         if path in self._gets or path in self._posts:
-            raise Refusal(405, f"{method[:20]} is not for this address; nothing changes by GET, only by POST")
-        raise Refusal(404, "there is nothing here")
+            raise RefusedError(405, f"{method[:20]} is not for this address; nothing changes by GET, only by POST")
+        raise RefusedError(404, "there is nothing here")
 
     async def _page(self, request: Request) -> None:
-        if b"token" in request.scope.get("query_string", b""):
-            raise Refusal(400, "a token in a URL ends in logs: open the page without it, and log in there")
+        if b"token=" in request.scope.get("query_string", b""):
+            raise RefusedError(400, "a token in a URL ends in logs: open the page without it, and log in there")
         headers = ("content-security-policy", self._policy)
         await request.answer(200, "text/html; charset=utf-8", self._html.encode(), headers)
 
@@ -229,7 +260,7 @@ class Page:
         query = request.scope.get("query_string", b"").decode("latin-1")
         match = re.fullmatch(r"id=([0-9]{1,20}\.[0-9]{1,20}\.[0-9]{1,20})", query)
         if match is None:
-            raise Refusal(400, "id must be the id of a task, of the form PID.MANAGER.TASK")
+            raise RefusedError(400, "id must be the id of a task, of the form PID.MANAGER.TASK")
         source = self._find_source(request.scope)
         async with self._worker as worker:
             answers, errors = await worker.run(partial(source.ask, "stack", id=match[1]))
@@ -239,11 +270,11 @@ class Page:
 
     async def _cancel(self, request: Request) -> None:
         if not self._allow_cancel:
-            raise Refusal(403, "this page is read-only: pass allow_cancel=True to cancel tasks from it")
+            raise RefusedError(403, "this page is read-only: pass allow_cancel=True to cancel tasks from it")
         given = await request.body()
         chosen = {key: given[key] for key in ("id", "name") if key in given}
         if len(chosen) != 1 or not all(isinstance(value, str) for value in chosen.values()):
-            raise Refusal(400, "either id or name says what to cancel, as a text")
+            raise RefusedError(400, "either id or name says what to cancel, as a text")
         is_confirmed = given.get("confirmed") is True
         source = self._find_source(request.scope)
         async with self._worker as worker:
@@ -260,17 +291,22 @@ class Page:
         query = Query.parse(request.scope.get("query_string", b""))
         source = self._find_source(request.scope)
         if self._streams >= MOST_STREAMS:
-            raise Refusal(503, f"{MOST_STREAMS} viewers look already")
+            raise RefusedError(503, f"{MOST_STREAMS} viewers look already")
         self._streams += 1
         gone = asyncio.ensure_future(_wait_until_gone(request.receive))
         try:
             async with self._worker as worker:
-                await self._send_frames(request, source, partial(worker.run, partial(make_frame, source, query)), gone)
+                make = partial(worker.run, partial(make_frame, source, query))
+                # Servers raise it when the viewer is gone.
+                with contextlib.suppress(OSError):
+                    await self._send_frames(request, source, make, gone)
         finally:
             self._streams -= 1
             gone.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await gone
+            await asyncio.wait([gone])
+            if not gone.cancelled():
+                # Whatever it raises, the viewer is gone.
+                gone.exception()
 
     async def _send_frames(
         self, request: Request, source: Source, make: Callable[[], Awaitable[bytes]], gone: asyncio.Future[None]
@@ -279,7 +315,7 @@ class Page:
         last = loop.time() + LONGEST_STREAM
         frame = await make()
         await request.start(200, "text/event-stream", ("x-accel-buffering", "no"))
-        options = json.dumps({"allow_cancel": self._allow_cancel}).encode()
+        options = json.dumps({"allow_cancel": self._allow_cancel, "has_token": self._access.has_token}).encode()
         await request.send(b"retry: %d\nevent: options\ndata: %s\n\n" % (RETRY, options), more=True)
         sent = b""
         while True:
@@ -345,16 +381,16 @@ def app(
         )
     keys = tuple(show_context)
 
-    def find_source(scope: MutableMapping[str, Any]) -> Source:
+    def find_source(scope: Scope) -> Source:
         return ManagerSource(_manager_of(scope) if manager is None else manager, keys)
 
-    return Page(find_source, Access(auth, token, hosts), allow_cancel)
+    return SourcePage(find_source, Access(auth, token, hosts), allow_cancel)
 
 
-def _manager_of(scope: MutableMapping[str, Any]) -> Any:
+def _manager_of(scope: Scope) -> Any:
     """Return the manager of the application that serves a request."""
     for state in (scope.get("state"), getattr(scope.get("app"), "state", None)):
-        found = state.get("task_manager") if hasattr(state, "get") else getattr(state, "task_manager", None)
+        found = state.get("task_manager") if isinstance(state, Mapping) else getattr(state, "task_manager", None)
         if found is not None:
             return found
     raise NoManagerError(

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from bgtasks._checks import check_callable
 from bgtasks.errors import InvalidOptionError, describe
 
-__all__ = ["Access", "Auth", "Headers", "Refusal"]
+__all__ = ["Access", "Auth", "Headers", "RefusedError", "Scope"]
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Auth: TypeAlias = Callable[[Scope], bool | Awaitable[bool]]
@@ -30,7 +30,7 @@ SHORTEST_TOKEN: Final = 16
 SESSION: Final = 12 * 3600
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request is refused, with a status of HTTP and a text that says why."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -70,6 +70,7 @@ class Access:
                 f"hosts must be a list of names and addresses without ports, such as ['app.example']; "
                 f"got {describe(hosts)}"
             )
+        self.has_token = token is not None
         self._auth = auth
         self._token = None if token is None else token.encode("utf-8", "surrogatepass")
         self._key = hashlib.sha256(b"bgtasks page\0" + (self._token or b"")).digest()
@@ -80,12 +81,12 @@ class Access:
         """Check under which name the server was reached.
 
         Raises:
-            Refusal: under one that is not in ``hosts``.
+            RefusedError: under one that is not in ``hosts``.
 
         """
         host = headers.get("host", "")
         if _name_of(host) not in self._hosts:
-            raise Refusal(
+            raise RefusedError(
                 403, f"this page is not for requests to the host {host[:100]!r}: name its hosts with hosts=[...]"
             )
 
@@ -97,20 +98,20 @@ class Access:
             changes: whether the request changes something; then it must say where it comes from.
 
         Raises:
-            Refusal: it comes from elsewhere.
+            RefusedError: it comes from elsewhere.
 
         """
         site = headers.get("sec-fetch-site")
         if site is not None:
             if site != "same-origin" and (changes or site != "none"):
-                raise Refusal(403, f"requests of other sites are refused: Sec-Fetch-Site is {site[:20]!r}")
+                raise RefusedError(403, f"requests of other sites are refused: Sec-Fetch-Site is {site[:20]!r}")
             return
         origin = headers.get("origin")
         if origin is not None:
             if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
-                raise Refusal(403, f"requests of other sites are refused: Origin is {origin[:100]!r}")
+                raise RefusedError(403, f"requests of other sites are refused: Origin is {origin[:100]!r}")
         elif changes and not self._has_bearer(headers):
-            raise Refusal(
+            raise RefusedError(
                 403, "a change needs the header Sec-Fetch-Site or Origin of a browser, or Authorization: Bearer TOKEN"
             )
 
@@ -118,7 +119,7 @@ class Access:
         """Ask the function of the user.
 
         Raises:
-            Refusal: it did not return True.
+            RefusedError: it did not return True.
 
         """
         if self._auth is None:
@@ -127,17 +128,17 @@ class Access:
         if inspect.isawaitable(allowed):
             allowed = await allowed
         if allowed is not True:
-            raise Refusal(403, "auth refuses this request")
+            raise RefusedError(403, "auth refuses this request")
 
     def check_session(self, headers: Headers) -> None:
         """Check the token of a request, or the cookie that was given for it.
 
         Raises:
-            Refusal: it has neither.
+            RefusedError: it has neither.
 
         """
         if self._token is not None and not self._has_bearer(headers) and not self._has_cookie(headers):
-            raise Refusal(401, "log in with the token of this page")
+            raise RefusedError(401, "log in with the token of this page")
 
     def _has_bearer(self, headers: Headers) -> bool:
         kind, _, given = headers.get("authorization", "").partition(" ")
@@ -164,11 +165,11 @@ class Access:
         """Return the cookie of a session, for the header ``Set-Cookie``.
 
         Raises:
-            Refusal: the token is not right.
+            RefusedError: the token is not right.
 
         """
         if self._token is None or not isinstance(given, str) or not self._is_token(given):
-            raise Refusal(401, "this is not the token of this page")
+            raise RefusedError(401, "this is not the token of this page")
         expires = str(int(time.time()) + SESSION)
         return self._set_cookie(f"{expires}.{self._proof(expires).decode()}", SESSION, is_secure)
 

@@ -131,7 +131,8 @@ def _merged(rows: list[dict[str, Any]], sort: str) -> list[dict[str, Any]]:
     """Sort the rows of several processes."""
     match sort:
         case "age":
-            rows.sort(key=lambda row: -row["age_seconds"])
+            # Tasks that began together keep their order from frame to frame.
+            rows.sort(key=lambda row: (-round(row["age_seconds"], 1), _parts(row["id"])))
         case "name":
             rows.sort(key=lambda row: row["name"])
         case "state":
@@ -139,6 +140,10 @@ def _merged(rows: list[dict[str, Any]], sort: str) -> list[dict[str, Any]]:
         case "time_left":
             rows.sort(key=lambda row: math.inf if row["time_left_seconds"] is None else row["time_left_seconds"])
     return rows
+
+
+def _parts(task: str) -> list[int]:
+    return [int(part) for part in task.split(".")]
 
 
 def _task(row: Mapping[str, Any]) -> list[Any]:
@@ -157,9 +162,7 @@ def _task(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _managers(figures: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        (f"{answer['pid']}.{manager['manager']}", manager) for answer in figures for manager in answer["managers"]
-    ]
+    return [(f"{answer['pid']}.{manager['manager']}", manager) for answer in figures for manager in answer["managers"]]
 
 
 def _names(figures: list[dict[str, Any]], query: Query) -> list[list[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from pathlib import Path
@@ -21,6 +21,7 @@ Answers: TypeAlias = tuple[list[dict[str, Any]], list[str]]
 
 # Seconds until a frame is made without the processes that have not answered.
 PATIENCE: Final = 2.0
+NOTHING: Final = "no process of yours is watched: start one with BGTASKS_WATCH=1, or pass watch=True"
 
 
 class Source(Protocol):
@@ -77,30 +78,28 @@ class ProcessesSource:
 
     def ask(self, do: str, **request: Any) -> Answers:
         """Return the answers of all processes that answer in time."""
-        pid = pid_of(request["id"]) if "id" in request else self._pid
-        paths = {number: path for number, path in sockets().items() if pid in (None, number)}
-        if not paths:
-            which = "no process of yours" if pid is None else f"process {pid}"
-            return [], [f"{which} is watched: start one with BGTASKS_WATCH=1, or pass watch=True"]
-        answers, errors = [], []
-        futures = {}
-        for number, path in paths.items():
-            if number in self._open and not self._open[number].done():
-                errors.append(f"process {number} does not answer")
-            else:
-                futures[number] = self._open[number] = _in_thread(path, do, request)
-        wait_for(futures.values(), PATIENCE)
-        for number, future in futures.items():
-            if not future.done():
-                errors.append(f"process {number} has not answered for {PATIENCE:g} s")
-                continue
-            del self._open[number]
-            error = future.exception()
-            if error is None:
-                answers.append(future.result())
-            else:
-                errors.append(str(error))
-        return answers, errors
+        paths = self._paths(request.get("id"))
+        self._open = {number: future for number, future in self._open.items() if not future.done()}
+        asked = {number: _in_thread(path, do, request) for number, path in paths.items() if number not in self._open}
+        self._open.update(asked)
+        wait_for(asked.values(), PATIENCE)
+        errors = [f"process {number} does not answer" for number, future in self._open.items() if not future.done()]
+        answers = []
+        for future in asked.values():
+            if future.done():
+                error = future.exception()
+                if error is None:
+                    answers.append(future.result())
+                else:
+                    errors.append(str(error))
+        return answers, errors if paths else [NOTHING if self._pid is None else f"process {self._pid} is not watched"]
+
+    def _paths(self, task: str | None) -> dict[int, Path]:
+        """Return the sockets of the processes to ask: all, or that of a task."""
+        pid = self._pid if task is None else pid_of(task)
+        if self._pid not in (None, pid):
+            raise WatchError(f"task {task} is not one of process {self._pid}")
+        return {number: path for number, path in sockets().items() if pid in (None, number)}
 
     def has_ended(self) -> bool:
         """Return False: further processes may start."""
@@ -109,8 +108,8 @@ class ProcessesSource:
 
 def _in_thread(path: Path, do: str, request: dict[str, Any]) -> Future[dict[str, Any]]:
     future: Future[dict[str, Any]] = Future()
-    asking: Callable[[], None] = lambda: _fill(future, path, do, request)  # noqa: E731
-    threading.Thread(target=asking, name="bgtasks-page-ask", daemon=True).start()
+    arguments = (future, path, do, request)
+    threading.Thread(target=_fill, args=arguments, name="bgtasks-page-ask", daemon=True).start()
     return future
 
 
