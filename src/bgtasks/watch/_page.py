@@ -322,11 +322,14 @@ class SourcePage(Page):
             due = loop.time() + INTERVAL
             is_new, sent = frame != sent, frame
             await request.send(b"data: %s\n\n" % frame if is_new else b"event: same\ndata:\n\n", more=True)
-            while loop.time() < due:
-                if self._must_end(source) or gone.done() or loop.time() > last:
-                    await request.send(b"")
-                    return
-                await asyncio.wait([gone], timeout=min(GLANCE, max(due - loop.time(), 0)))
+            # Looked at after each frame, however long it took to make.
+            while not (self._must_end(source) or gone.done() or loop.time() > last):
+                if loop.time() >= due:
+                    break
+                await asyncio.wait([gone], timeout=min(GLANCE, due - loop.time()))
+            else:
+                await request.send(b"")
+                return
             frame = await make()
 
     def _must_end(self, source: Source) -> bool:

@@ -34,14 +34,16 @@ async def _serve(given: argparse.Namespace) -> None:
     token = secrets.token_urlsafe()
     source = ProcessesSource(given.pid)
     page = SourcePage(lambda scope: source, Access(None, token, LOOPBACK), given.allow_cancel)
-    async with await serve(page, given.port) as server:
-        port = server.sockets[0].getsockname()[1]
-        # What stands behind # is not sent to the server.
-        print(f"http://{ADDRESS}:{port}/#token={token}", flush=True)
-        try:
-            await server.serve_forever()
-        finally:
-            page.close()
+    server = await serve(page, given.port)
+    port = server.sockets[0].getsockname()[1]
+    # What stands behind # is not sent to the server.
+    print(f"http://{ADDRESS}:{port}/#token={token}", flush=True)
+    try:
+        await asyncio.get_running_loop().create_future()
+    finally:
+        # Not serve_forever(), which would wait for the streams first.
+        page.close()
+        server.close()
 
 
 WEB: Final = Command(_add_web, _web)
