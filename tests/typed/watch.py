@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import assert_type
+from typing import Any, assert_type
 
+from aiohttp import web
 from opentelemetry.metrics import get_meter
 from opentelemetry.trace import get_tracer
 from prometheus_client import REGISTRY
@@ -11,7 +12,8 @@ from prometheus_client import REGISTRY
 import bgtasks
 from bgtasks import WatchError
 from bgtasks.events import Publisher
-from bgtasks.watch import listen, opentelemetry, stop
+from bgtasks.integrations.aiohttp import add_page
+from bgtasks.watch import Auth, Page, app, listen, opentelemetry, stop
 from bgtasks.watch.opentelemetry import Counted, SpanParent, instrument, trace
 from bgtasks.watch.prometheus import OCTAVES, Collector, Managed, Published
 
@@ -44,3 +46,18 @@ def exporting(manager: bgtasks.BackgroundTaskManager, publisher: Publisher) -> N
     parent: SpanParent = "child"
     assert_type(trace(manager, parent=parent, names={"send"}, tracer=get_tracer("app"), name="mails"), None)
     trace(manager, parent="root")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def showing(manager: bgtasks.BackgroundTaskManager, scope: dict[str, Any]) -> None:
+    """A page is an ASGI application; ``auth`` may be a function or a coroutine function."""
+
+    async def decide(scope: object) -> bool:
+        return bool(scope)
+
+    auth: Auth = decide
+    page = app(manager, auth=auth, token="a secret of some length", allow_cancel=True, show_context=["order"])
+    assert_type(page, Page)
+    app(auth=lambda scope: scope["client"] == "::1", hosts=("app.example",))
+    app(token=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(add_page(web.Application(), "/tasks", page), None)
+    assert_type(page.close(), None)

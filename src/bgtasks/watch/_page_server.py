@@ -37,6 +37,9 @@ async def serve(page: Page, port: int) -> asyncio.Server:
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, TimeoutError):
             # The client is gone, too slow, or speaks something else.
             pass
+        except asyncio.CancelledError:
+            # At the end of the command, for which asyncio would log the cancellation of each connection.
+            pass
         except Exception:
             logger.exception("A request of the page failed")
         finally:
