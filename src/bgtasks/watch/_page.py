@@ -369,10 +369,8 @@ def app(
         InvalidOptionError: there is neither ``auth`` nor ``token``, or an argument has an invalid value.
 
     Example:
-        >>> async def main():
-        ...     async with BackgroundTaskManager() as manager:
-        ...         return bgtasks.watch.app(manager, token=secrets.token_urlsafe(), hosts=["app.example"])
-        >>> page = asyncio.run(main())
+        >>> page = app(token="a secret of some length", hosts=["app.example"])
+        >>> page.close()
 
     """
     if manager is not None and not hasattr(manager, "_live_records"):
