@@ -28,7 +28,6 @@ from opentelemetry.trace import (
 
 from bgtasks._checks import check_choice
 from bgtasks.errors import InvalidOptionError, describe, text_of
-from bgtasks.info import DEFAULT_NAME
 from bgtasks.registry import Record
 
 __all__ = ["SpanParent", "trace"]
@@ -107,10 +106,15 @@ def _start_span(tracer: Tracer, parent: SpanParent, manager: str, name: str, cor
     attributes = {
         "bgtasks.manager": manager,
         "bgtasks.task.name": name,
-        "bgtasks.task.coroutine": getattr(coro, "__qualname__", None) or type(coro).__qualname__,
+        "bgtasks.task.coroutine": _coroutine_name(coro),
     }
     links = [Link(caller)] if is_root and caller.is_valid else []
     return tracer.start_span(name, context, attributes=attributes, links=links)
+
+
+def _coroutine_name(coro: Any) -> str:
+    name: str = getattr(coro, "__qualname__", None) or type(coro).__qualname__
+    return name
 
 
 class _TaskContext(dict[str, Any]):
@@ -127,7 +131,7 @@ class _Tracing:
     def __init__(self, manager: Any, start: Callable[[str, Any], Span], names: Container[str] | None) -> None:
         self._original_create_task: Callable[..., asyncio.Task[Any]] = manager.create_task
         self._original_fire: Callable[..., bool] = manager.fire
-        self._original_report: Callable[[Record, BaseException | None], None] = manager._report
+        self._original_report: Callable[[Record, BaseException | None], BaseException | None] = manager._report
         self._original_on_abandoned: Callable[[dict[str, int]], None] = manager._on_abandoned
         self._start = start
         self._names = names
@@ -138,14 +142,15 @@ class _Tracing:
         self,
         coro: Coroutine[Any, Any, Result],
         *,
-        name: str = DEFAULT_NAME,
+        name: str | None = None,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
         eager_start: bool = False,
         contextvars_context: Context | None = None,
+        service: bool = False,
     ) -> asyncio.Task[Result]:
         """Start a task in a span; see ``BackgroundTaskManager.create_task``."""
-        options: dict[str, Any] = {"name": name, "timeout": timeout, "eager_start": eager_start}
+        options: dict[str, Any] = {"name": name, "timeout": timeout, "eager_start": eager_start, "service": service}
         begun = self._begin(coro, name, context, contextvars_context)
         if begun is None:
             return self._original_create_task(coro, **options, context=context, contextvars_context=contextvars_context)
@@ -160,7 +165,7 @@ class _Tracing:
         self,
         coro: Coroutine[Any, Any, Any],
         *,
-        name: str = DEFAULT_NAME,
+        name: str | None = None,
         timeout: float | None = None,
         context: Mapping[str, Any] | None = None,
     ) -> bool:
@@ -180,7 +185,7 @@ class _Tracing:
 
     def _begin(self, coro: Any, name: Any, context: Any, variables: Any) -> tuple[_TaskContext, Context] | None:
         """Start a span; return the contexts of the task, None if it is not traced, or cannot start."""
-        name = str(name)
+        name = _coroutine_name(coro) if name is None else str(name)
         has_valid_arguments = isinstance(context, (Mapping, type(None))) and isinstance(
             variables, (Context, type(None))
         )
@@ -201,11 +206,11 @@ class _Tracing:
         self._open[span] = loop
         return carrier, variables
 
-    def _report(self, record: Record, error: BaseException | None) -> None:
+    def _report(self, record: Record, error: BaseException | None) -> BaseException | None:
         context = record.context
         if isinstance(context, _TaskContext):
             self._end(context.span, record.outcome, error, record.task_id)
-        self._original_report(record, error)
+        return self._original_report(record, error)
 
     def _on_abandoned(self, names: dict[str, int]) -> None:
         for span, loop in list(self._open.items()):
