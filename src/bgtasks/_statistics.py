@@ -83,11 +83,11 @@ class Distribution:
     def count(self, seconds: float, times: int = 1) -> None:
         """Count a length of time."""
         bucket = bucket_of(seconds)
-        # What can fail comes first.
+        # What can fail comes first; the maximum before its bucket, as another thread may read in between.
         total = self._sum + seconds * times
+        self._maximum = max(self._maximum, seconds)
         self._buckets[bucket] = self._buckets.get(bucket, 0) + times
         self._sum = total
-        self._maximum = max(self._maximum, seconds)
 
     def as_dict(self) -> Histogram:
         """Return the counts for users. Safe from any thread."""
@@ -137,9 +137,10 @@ class Totals:
         durations, _, duration_max = self.durations
         waits, _, wait_max = self.waits
         stats: Any = _counters(self.started, self.counts)
-        stats["p50_seconds"], stats["p90_seconds"], stats["p99_seconds"] = _percentiles(durations, (0.50, 0.90, 0.99))
+        p50, p90, p99 = _percentiles(self.durations, (0.50, 0.90, 0.99))
+        stats["p50_seconds"], stats["p90_seconds"], stats["p99_seconds"] = p50, p90, p99
         stats["max_seconds"] = duration_max if durations else None
-        stats["wait_p50_seconds"], stats["wait_p99_seconds"] = _percentiles(waits, (0.50, 0.99))
+        stats["wait_p50_seconds"], stats["wait_p99_seconds"] = _percentiles(self.waits, (0.50, 0.99))
         stats["wait_max_seconds"] = wait_max if waits else None
         stats["last_error"] = self.last_error
         result: NameStats = stats
@@ -182,8 +183,9 @@ def _counters(started: int, counts: Sequence[int]) -> dict[str, int]:
     }
 
 
-def _percentiles(buckets: dict[int, int], shares: tuple[float, ...]) -> list[float | None]:
+def _percentiles(measured: Measured, shares: tuple[float, ...]) -> list[float | None]:
     """Return percentiles by nearest rank, in one pass. None without a value."""
+    buckets, _, maximum = measured
     if not buckets:
         return [None] * len(shares)
     total = sum(buckets.values())
@@ -192,7 +194,8 @@ def _percentiles(buckets: dict[int, int], shares: tuple[float, ...]) -> list[flo
     for bucket in sorted(buckets):
         seen += buckets[bucket]
         while len(found) < len(shares) and seen >= shares[len(found)] * total:
-            found.append(_middle_of(bucket))
+            # The middle of the last bucket in use may lie above all values in it.
+            found.append(min(_middle_of(bucket), maximum))
     return found
 
 

@@ -48,6 +48,22 @@ def test_edges_are_those_of_the_buckets(make_manager):
     json.dumps(histograms)
 
 
+def test_no_percentile_is_above_the_maximum(make_manager):
+    """One second is in the lower half of its bucket, whose middle is above it."""
+    manager = make_manager(max_concurrency=1)
+
+    async def main():
+        for _ in range(2):
+            manager.create_task(asyncio.sleep(1), name="a")
+        await manager.wait_for_all()
+
+    run_virtually(main())
+    stats = manager.stats()["names"]["a"]
+    for figure in ("p50", "p90", "p99"):
+        assert stats[f"{figure}_seconds"] == stats["max_seconds"] == pytest.approx(1, abs=0.002)
+    assert stats["wait_p99_seconds"] == stats["wait_max_seconds"] == pytest.approx(1, abs=0.002)
+
+
 def test_powers_of_two_are_edges():
     """Exporters can choose exact powers of two of a microsecond."""
     assert len(BUCKET_EDGES) == 329

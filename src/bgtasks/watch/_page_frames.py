@@ -206,9 +206,7 @@ def _publishers(figures: list[dict[str, Any]]) -> list[list[Any]]:
             _short(each["last_error"] or "", 100),
         ]
         for label, manager in _managers(figures)
-        for found in manager["publishers"]
-        # A fanout has a list: its publishers.
-        for each in (found if isinstance(found, list) else [found])
+        for each in manager["publishers"]
     ]
 
 
@@ -240,12 +238,12 @@ def _loops(figures: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 def _percentile(histogram: Mapping[str, Any], share: float) -> float | None:
-    """Return the upper edge of the bucket of a percentile, in seconds."""
+    """Return an upper bound of a percentile, in seconds."""
     seen = 0
     for bucket, count in histogram["buckets"]:
         seen += count
         if seen >= share * histogram["count"]:
-            return _number(BUCKET_EDGES[bucket])
+            return _number(min(BUCKET_EDGES[bucket], histogram["max_seconds"]))
     return None
 
 
