@@ -23,8 +23,10 @@ PACKAGES = {
     "RedisSink": "redis",
     "bgtasks.injection": "injectq",
     "bgtasks.integrations.langgraph": "langgraph.pregel",
+    "bgtasks.watch._collector": "prometheus_client",
+    "bgtasks.watch._metrics_page": "prometheus_client",
+    "bgtasks.watch._spans": "opentelemetry.metrics",
     "bgtasks.watch.opentelemetry": "opentelemetry.metrics",
-    "bgtasks.watch.prometheus": "prometheus_client",
 }
 
 

@@ -7,15 +7,15 @@ from typing import Any, assert_type
 from aiohttp import web
 from opentelemetry.metrics import get_meter
 from opentelemetry.trace import get_tracer
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 
 import bgtasks
 from bgtasks import WatchError
-from bgtasks.events import Publisher
+from bgtasks.events import Fanout, Publisher
 from bgtasks.integrations.aiohttp import add_page
 from bgtasks.watch import Auth, Page, app, listen, opentelemetry, stop
 from bgtasks.watch.opentelemetry import Counted, SpanParent, instrument, trace
-from bgtasks.watch.prometheus import OCTAVES, Collector, Managed, Published
+from bgtasks.watch.prometheus import OCTAVES, Collector, Managed, Published, metrics_app, render
 
 
 def watching() -> None:
@@ -30,18 +30,20 @@ def watching() -> None:
     bgtasks.BackgroundTaskManager(watch="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
-def exporting(manager: bgtasks.BackgroundTaskManager, publisher: Publisher) -> None:
+def exporting(manager: bgtasks.BackgroundTaskManager, publisher: Publisher, fanout: Fanout) -> None:
     """A collector takes managers and publishers, and is one for prometheus_client."""
     managed: Managed = manager
     published: Published = publisher
     assert_type(OCTAVES, tuple[float, ...])
-    collector = Collector(managed, manager="mails", publishers=[published], buckets=OCTAVES[:3])
-    assert_type(collector.render(), bytes)
+    collector = Collector(managed, manager="mails", publishers=[published, fanout], buckets=OCTAVES[:3])
+    assert_type(render(collector, registry=CollectorRegistry()), bytes)
+    metrics_app(collector, registry=None)
+    metrics_app(manager)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     REGISTRY.register(collector)
     Collector(publisher)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     counted: Counted = manager
     sent: opentelemetry.Published = publisher
-    assert_type(instrument(counted, publishers=[sent], meter=get_meter("app"), name="mails"), None)
+    assert_type(instrument(counted, publishers=[sent, fanout], meter=get_meter("app"), name="mails"), None)
     instrument(publisher)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     parent: SpanParent = "child"
     assert_type(trace(manager, parent=parent, names={"send"}, tracer=get_tracer("app"), name="mails"), None)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from requirements import need
-from watched import run_everything
+from watched import Swallow, run_everything
 from work import forever
+
+from bgtasks.events import Fanout, Publisher
 
 need("opentelemetry.sdk")
 from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402
@@ -45,3 +47,19 @@ async def test_a_reader_collects_the_figures(make_manager):
     assert collected(reader)["bgtasks.task.active", "mails", "live"] == 1
     provider.shutdown()
     await manager.shutdown()
+
+
+async def test_a_fanout_has_figures_for_each_of_its_publishers(make_manager):
+    """Two of one name are told apart."""
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader], shutdown_on_exit=False)
+    async with Fanout([Publisher(Swallow(), name="orders"), Publisher(Swallow(), name="orders")]) as fanout:
+        instrument(make_manager(), publishers=[fanout], meter=provider.get_meter("test"))
+        fanout.emit({"number": 1})
+        await fanout.flush()
+    fanout.emit({"number": 2})
+    found = collected(reader)
+    for name in ("orders", "orders (2)"):
+        assert found["bgtasks.event.delivered", name] == 1
+        assert found["bgtasks.event.refused", "closed", name] == 1
+    provider.shutdown()

@@ -8,23 +8,28 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
 
 import pytest
+from asgi import Client
 from loops import VirtualLoop
 from paths import ROOT
 from requirements import need
-from watched import run_everything
+from watched import Swallow, run_everything
 from work import forever, value
 
 from bgtasks import BUCKET_EDGES, InvalidOptionError
+from bgtasks.events import Fanout, Publisher
 
 need("prometheus_client")
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server  # noqa: E402
+from prometheus_client import CollectorRegistry, Counter, generate_latest, start_http_server  # noqa: E402
 
-from bgtasks.watch.prometheus import OCTAVES, Collector  # noqa: E402
+from bgtasks.watch.prometheus import OCTAVES, Collector, metrics_app, render  # noqa: E402
+
+NAMES = ("orders", "orders (2)", "mails")
 
 
 def exported(*collectors):
@@ -122,7 +127,7 @@ async def test_rendered_text_is_that_of_a_registry(make_manager, buckets):
         await manager.create_task(value(), name=name)
     live = manager.create_task(forever(), name='a"b')
     collector = Collector(manager, manager='x"%d\n\\', publishers=[publisher], buckets=buckets)
-    rendered, expected = collector.render().decode(), exported(collector)
+    rendered, expected = render(collector, registry=None).decode(), exported(collector)
     found, samples_expected = samples(rendered), samples(expected)
     ages = [sample for sample in found if "age_seconds" in sample]
     assert len(ages) >= 2
@@ -139,6 +144,90 @@ async def test_rendered_text_is_that_of_a_registry(make_manager, buckets):
     await manager.shutdown()
 
 
+async def test_a_page_has_the_registry_and_several_collectors(make_manager):
+    """Each metric has its comments once; the label says whose figures they are."""
+    managers = [make_manager(), make_manager()]
+    for manager in managers:
+        await manager.create_task(value(), name="a")
+    registry = CollectorRegistry()
+    Counter("requests", "Requests.", registry=registry).inc()
+    collectors = [Collector(each, manager=name) for name, each in zip("xy", managers, strict=True)]
+    text = render(*collectors, registry=registry).decode()
+    found = samples(text)
+    assert found["requests_total"] == 1
+    for name in "xy":
+        assert found[f'bgtasks_tasks_started_total{{manager="{name}",name="a"}}'] == 1
+        assert found[f'bgtasks_tasks_running{{manager="{name}"}}'] == 0
+    comments = [line for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(comments) == len(set(comments)) > 8
+    assert found.keys() - samples(exported(*collectors)).keys() == {"requests_total", "requests_created"}
+    assert "python_info" in render().decode(), "the default is prometheus_client's own registry"
+
+
+async def test_a_page_refuses_figures_that_would_be_there_twice(make_manager):
+    """A collector that is registered, too, and two with one label."""
+    registry = CollectorRegistry()
+    collector = Collector(make_manager())
+    registry.register(collector)
+    with pytest.raises(InvalidOptionError, match="already: either register it there, or pass it"):
+        render(Collector(make_manager(), manager="other"), registry=registry)
+    for make in (render, metrics_app):
+        with pytest.raises(InvalidOptionError, match="two collectors have manager='default'"):
+            make(collector, Collector(make_manager()))
+        with pytest.raises(InvalidOptionError, match="must be Collectors of bgtasks; got <Background"):
+            make(make_manager())
+
+
+async def test_the_application_answers_from_a_thread(make_manager):
+    """It has the text and its type, for GET and HEAD alone; the loop goes on meanwhile."""
+    manager = make_manager()
+    await manager.create_task(value(), name="a")
+    threads = []
+
+    class Other:
+        def describe(self):
+            return []
+
+        def collect(self):
+            threads.append(threading.current_thread())
+            return []
+
+    registry = CollectorRegistry()
+    registry.register(Other())
+    client = Client(metrics_app(Collector(manager), registry=registry))
+    answers = await asyncio.gather(client.get("/metrics"), client.get("/"))
+    for answer in answers:
+        assert answer.status == 200
+        assert samples(answer.text)['bgtasks_tasks_started_total{manager="default",name="a"}'] == 1
+        assert answer.header("content-type") == "text/plain; version=0.0.4; charset=utf-8"
+        assert int(answer.header("content-length")) == len(answer.body)
+    head = await client.request("HEAD", "/")
+    assert (head.status, head.body) == (200, b"")
+    assert int(head.header("content-length")) == len(answers[0].body)
+    post = await client.post("/")
+    assert (post.status, post.header("allow")) == (405, "GET, HEAD")
+    with pytest.raises(InvalidOptionError, match="metrics are read by HTTP; got lifespan"):
+        await client.get("/", scope={"type": "lifespan"})
+    assert len(threads) == 3
+    assert threading.current_thread() not in threads
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+async def test_a_fanout_has_a_series_for_each_of_its_publishers(make_manager):
+    """Two of one name are told apart."""
+    manager = make_manager()
+    publishers = [Publisher(Swallow(), name=name) for name in ("orders", "orders", "mails")]
+    async with Fanout(publishers[:2]) as fanout, publishers[2] as mails:
+        fanout.emit({"number": 1})
+        await fanout.flush()
+        text = render(Collector(manager, publishers=[fanout, mails]), registry=None).decode()
+    found = samples(text)
+    delivered = {name: found[f'bgtasks_events_delivered_total{{publisher="{name}"}}'] for name in NAMES}
+    assert delivered == {"orders": 1, "orders (2)": 1, "mails": 0}
+
+
 @pytest.mark.parametrize("buckets", [[0.1], [OCTAVES[1], OCTAVES[0]], [OCTAVES[0], OCTAVES[0]], ["1"]])
 def test_buckets_must_be_edges(make_manager, buckets):
     """Between the edges no exact count exists."""
@@ -152,7 +241,10 @@ async def test_promtool_finds_nothing_wrong(make_manager):
     manager = make_manager()
     publisher = await run_everything(manager)
     collector = Collector(manager, publishers=[publisher])
-    for text in (exported(collector), collector.render().decode()):
+    registry = CollectorRegistry()
+    other = Collector(make_manager(), manager="other")
+    Counter("requests", "Requests.", registry=registry).inc()
+    for text in (exported(collector), render(collector, registry=registry).decode(), render(collector, other).decode()):
         checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
     await manager.shutdown()

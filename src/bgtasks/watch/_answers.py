@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from bgtasks._observers import all_managers
 from bgtasks.errors import WatchError, describe
+from bgtasks.watch._published import figures_of
 
 __all__ = ["SORTS", "STATES", "VERSION", "answer", "encoded", "number_of"]
 
@@ -170,9 +171,7 @@ def _names(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _publishers(manager: Any) -> list[dict[str, Any]]:
-    attached = [each.stats() for each in list(manager._attached) if hasattr(each, "emit")]  # noqa: SLF001
-    # A Fanout has a list, with the figures of each of its publishers.
-    return [stats for each in attached for stats in (each if isinstance(each, list) else [each])]
+    return figures_of(each for each in list(manager._attached) if hasattr(each, "emit"))  # noqa: SLF001
 
 
 def _executors(manager: Any) -> list[dict[str, Any]]:

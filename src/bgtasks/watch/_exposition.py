@@ -103,8 +103,11 @@ class NamedText:
             for metric in (DURATION, WAIT)
         )
 
-    def parts(self, names: Iterable[tuple[str, Totals]], ages: Mapping[str, float]) -> list[str]:
-        """Return the parts of the text for some names, and for the ages of their oldest live tasks in seconds."""
+    def families(self, names: Iterable[tuple[str, Totals]], ages: Mapping[str, float]) -> dict[str, list[str]]:
+        """Return the lines of some names, and of the ages of their oldest live tasks in seconds.
+
+        They stand under the comments of their metric, each after a line feed.
+        """
         started, ended, durations, waits = [], [], [], []
         for name, totals in names:
             label = _escaped(name)
@@ -120,10 +123,9 @@ class NamedText:
             (WAIT, WAIT, "histogram", waits),
             (AGE, AGE, "gauge", oldest),
         )
-        parts: list[str] = []
-        for shown, metric, kind, lines in families:
-            parts += (f"# HELP {shown} {HELP[metric]}\n# TYPE {shown} {kind}", *lines, "\n")
-        return parts
+        return {
+            f"# HELP {shown} {HELP[metric]}\n# TYPE {shown} {kind}": lines for shown, metric, kind, lines in families
+        }
 
     def _histogram(self, template: _Template, label: str, measured: Measured) -> str:
         buckets, seconds, _ = measured

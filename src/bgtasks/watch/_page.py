@@ -181,7 +181,7 @@ class SourcePage(Page):
         self._find_source = find_source
         self._access = access
         self._allow_cancel = allow_cancel
-        self._worker = Worker()
+        self._worker = Worker("bgtasks-page")
         self._streams = 0
         self._is_closed = False
         self._html = files("bgtasks.watch").joinpath("_page.html").read_text("utf-8")

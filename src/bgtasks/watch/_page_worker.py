@@ -20,7 +20,8 @@ class Worker:
     Not in the loop's own threads, which the program may have filled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._threads: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
         self.viewers = 0
@@ -30,7 +31,7 @@ class Worker:
             # The thread of the parent of a fork does not run here.
             self._pid, self._threads, self.viewers = os.getpid(), None, 0
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(1, thread_name_prefix="bgtasks-page")
+            self._threads = ThreadPoolExecutor(1, thread_name_prefix=self._name)
         self.viewers += 1
         return self
 

@@ -22,6 +22,8 @@ except ModuleNotFoundError as error:
         raise
     raise missing_extra("otel", "opentelemetry-api", "export figures to OpenTelemetry") from error
 
+from bgtasks.watch._published import Published, figures_of
+
 # Below the check for the extra, which it needs, too.
 from bgtasks.watch._spans import SpanParent, trace
 
@@ -47,13 +49,6 @@ class Counted(Protocol):
         """Return the figures of watched loops."""
 
 
-class Published(Protocol):
-    """What the instruments ask of a publisher."""
-
-    def stats(self) -> Mapping[str, Any]:
-        """Return the counters."""
-
-
 def instrument(
     manager: Counted, *, publishers: Iterable[Published] = (), meter: Meter | None = None, name: str = "default"
 ) -> None:
@@ -65,7 +60,8 @@ def instrument(
 
     Args:
         manager: the manager; kept alive by the meter.
-        publishers: publishers whose figures to export, by their names.
+        publishers: publishers whose figures to export, by their names; of a ``Fanout``, each of its publishers. A
+            second one of the same name is called ``name (2)``.
         meter: where to make the instruments; one of the global provider by default.
         name: the attribute ``bgtasks.manager`` of all figures of this manager.
 
@@ -125,16 +121,14 @@ def _make_tasks(meter: Meter, manager: Counted, mine: Mapping[str, str]) -> None
 def _make_events(meter: Meter, publishers: tuple[Published, ...]) -> None:
     def of(key: str) -> Observe:
         def observe() -> Iterator[Observation]:
-            for publisher in publishers:
-                stats = publisher.stats()
+            for stats in figures_of(publishers):
                 yield Observation(stats[key], {"bgtasks.publisher": stats["name"]})
 
         return observe
 
     def by_reason(key: str) -> Observe:
         def observe() -> Iterator[Observation]:
-            for publisher in publishers:
-                stats = publisher.stats()
+            for stats in figures_of(publishers):
                 for reason, count in stats[key].items():
                     yield Observation(count, {"bgtasks.publisher": stats["name"], "bgtasks.event.reason": reason})
 
