@@ -108,7 +108,8 @@ class NameStats(TypedDict):
 
     Durations are counted in buckets, eight for each doubling from a microsecond on. A percentile is the middle of a
     bucket: at most 6.25 % off, rounded to three digits. A wait is the time from the creation of a task to its first
-    step: in the queue of the loop, and for a concurrency slot. ``last_error`` is the type of the last failure.
+    step: in the queue of the loop, and for a concurrency slot; in a burst of tasks, the compiled registry may count 3 %
+    less. ``last_error`` is the type of the last failure.
     """
 
     started: int

@@ -108,6 +108,25 @@ async def test_a_wait_for_the_loop_is_measured(make_manager, method):
     assert manager.stats()["names"]["b"]["wait_max_seconds"] >= 0
 
 
+@pytest.mark.loops("asyncio", "uvloop")
+async def test_a_first_step_that_blocks_is_in_the_waits_behind_it(make_manager):
+    """In a burst of tasks that suspend, each wait has all first steps before it, however long the one before was."""
+    manager = make_manager()
+
+    async def work(seconds):
+        time.sleep(seconds)
+        await asyncio.sleep(0.05)
+
+    for number, seconds in enumerate((0, 0, 0.02, 0, 0.03, 0, 0)):
+        manager.create_task(work(seconds), name=str(number))
+    # Longer than what may be read as the time of a neighbour.
+    time.sleep(0.01)
+    await manager.wait_for_all()
+    waits = [stats["wait_max_seconds"] for _, stats in sorted(manager.stats()["names"].items())]
+    for wait, least in zip(waits, (0.01, 0.01, 0.01, 0.03, 0.03, 0.06, 0.06), strict=True):
+        assert wait >= least * 0.97
+
+
 async def test_a_task_that_never_began_has_no_wait(make_manager):
     """A task that is cancelled before its first step has waited for nothing."""
     manager = make_manager(max_concurrency=1)

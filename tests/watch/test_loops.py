@@ -68,9 +68,9 @@ async def test_the_block_is_found_while_it_lasts(make_manager):
 
     thread = threading.Thread(target=wait_for_report)
     thread.start()
-    await manager.create_task(blocked_until_found())
+    await manager.create_task(blocked_until_found(), name="blocks")
     thread.join()
-    assert manager.loop_stats()[0]["last_block"]["task"] == "background_task"
+    assert manager.loop_stats()[0]["last_block"]["task"] == "blocks"
     await manager.shutdown()
 
 
