@@ -1,9 +1,10 @@
-"""Packages that some tests need: imported if they are installed, required if the environment says so."""
+"""What some tests need: packages and programs, used if they are installed, required if the environment says so."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from types import ModuleType
 
 import pytest
@@ -30,6 +31,23 @@ def need(name: str) -> ModuleType:
         package = name.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        if package in {entry.strip() for entry in os.environ.get("BGTASKS_REQUIRE", "").split(",")}:
+        if _is_required(package):
             raise
         pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+
+def need_program(*names: str) -> str:
+    """Return the path of the first of these programs that is installed; if none is, skip the calling test.
+
+    ``BGTASKS_REQUIRE`` makes that an error, by the first of the names.
+    """
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        if _is_required(names[0]):
+            pytest.fail(f"{names[0]} is not installed")
+        pytest.skip(f"{names[0]} is not installed")
+    return found
+
+
+def _is_required(name: str) -> bool:
+    return name in {entry.strip() for entry in os.environ.get("BGTASKS_REQUIRE", "").split(",")}

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["Terminal", "has_tmux"]
+__all__ = ["Terminal"]
 
 # Seconds that a screen may take to show something, on a busy machine.
 PATIENCE = 30.0
-
-
-def has_tmux() -> bool:
-    """Return whether tmux is installed."""
-    return shutil.which("tmux") is not None
 
 
 class Terminal:

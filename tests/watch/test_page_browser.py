@@ -11,7 +11,6 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from child import child
-from requirements import need
+from requirements import need, need_program
 
 sync_api = need("playwright.sync_api")
 need("fastapi")
@@ -141,11 +140,7 @@ CONTRASTS = """
 @pytest.fixture(scope="module")
 def browser():
     """Give a headless Chromium; to it, evil.example is this machine."""
-    path = os.environ.get("BGTASKS_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        if "chromium" in os.environ.get("BGTASKS_REQUIRE", "").split(","):
-            pytest.fail("there is no Chromium")
-        pytest.skip("there is no Chromium")
+    path = os.environ.get("BGTASKS_CHROMIUM") or need_program(*BROWSERS)
     rules = "MAP evil.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=[f"--host-resolver-rules={rules}"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -17,7 +15,8 @@ import pytest
 from asgi import Client
 from loops import VirtualLoop
 from paths import ROOT
-from requirements import need
+from requirements import need, need_program
+from servers import free_port
 from watched import Swallow, run_everything
 from work import forever, value
 
@@ -235,9 +234,9 @@ def test_buckets_must_be_edges(make_manager, buckets):
         Collector(make_manager(), buckets=buckets)
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 async def test_promtool_finds_nothing_wrong(make_manager):
     """Names, units, help texts and types follow the conventions."""
+    promtool = need_program("promtool")
     manager = make_manager()
     publisher = await run_everything(manager)
     collector = Collector(manager, publishers=[publisher])
@@ -245,47 +244,47 @@ async def test_promtool_finds_nothing_wrong(make_manager):
     other = Collector(make_manager(), manager="other")
     Counter("requests", "Requests.", registry=registry).inc()
     for text in (exported(collector), render(collector, registry=registry).decode(), render(collector, other).decode()):
-        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+        checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True)
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
     await manager.shutdown()
 
 
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
 @pytest.mark.loops("asyncio")
 async def test_a_prometheus_scrapes_it(make_manager, tmp_path):
-    """A real server answers a query for the rate and the quantile of a name."""
+    """A real server answers queries about a FastAPI application on uvicorn, and about a registry."""
+    prometheus = need_program("prometheus")
+    fastapi, uvicorn = need("fastapi"), need("uvicorn")
     manager = make_manager()
     publisher = await run_everything(manager)
     registry = CollectorRegistry()
     registry.register(Collector(manager, publishers=[publisher]))
     server, thread = start_http_server(0, "127.0.0.1", registry)
+    app = fastapi.FastAPI()
+    app.mount("/metrics", metrics_app(Collector(manager, publishers=[publisher])))
+    web = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="warning", lifespan="off"))
+    serving = asyncio.ensure_future(web.serve())
+    targets = {"registry": server.server_port, "app": web.config.port}
+    jobs = [f"{{job_name: {job}, static_configs: [{{targets: ['127.0.0.1:{at}']}}]}}" for job, at in targets.items()]
     config = tmp_path / "prometheus.yml"
-    target = f"127.0.0.1:{server.server_port}"
-    config.write_text(
-        "scrape_configs: [{job_name: app, scrape_interval: 1s, scrape_timeout: 1s, static_configs: "
-        f"[{{targets: ['{target}']}}]}}]"
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    config.write_text(f"global: {{scrape_interval: 1s, scrape_timeout: 1s}}\nscrape_configs: [{', '.join(jobs)}]")
+    port = free_port()
+    options = (f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}")
     process = subprocess.Popen(
-        [
-            "prometheus",
-            f"--config.file={config}",
-            f"--storage.tsdb.path={tmp_path / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-        ],
-        stderr=subprocess.DEVNULL,
+        [prometheus, *options, f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL
     )
     try:
-        query = 'histogram_quantile(0.5, bgtasks_task_duration_seconds_bucket{name="ok"})'
-        result = await asyncio.to_thread(ask, port, query)
-        assert float(result[0]["value"][1]) <= OCTAVES[-1]
-        started = await asyncio.to_thread(ask, port, 'bgtasks_tasks_started_total{name="bad"}')
-        assert started[0]["value"][1] == "1"
+        for job in targets:
+            name = f'name="ok",job="{job}"'
+            query = f"histogram_quantile(0.5, bgtasks_task_duration_seconds_bucket{{{name}}})"
+            result = await asyncio.to_thread(ask, port, query)
+            assert float(result[0]["value"][1]) <= OCTAVES[-1]
+            started = await asyncio.to_thread(ask, port, f"bgtasks_tasks_started_total{{{name}}}")
+            assert started[0]["value"][1] == "1"
     finally:
         process.terminate()
         process.wait()
+        web.should_exit = True
+        await serving
         server.shutdown()
         server.server_close()
         thread.join()

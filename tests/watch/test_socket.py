@@ -280,7 +280,6 @@ def test_requests_that_are_not_understood_are_refused(runtime, request_, text):
         (["stack", "12"], 1, "ids of the form PID.MANAGER.TASK"),
         (["cancel"], 2, "required"),
         (["fly"], 2, "invalid choice: 'fly'"),
-        ([], 2, "required"),
     ],
 )
 def test_wrong_arguments_are_named(runtime, arguments, status, text):

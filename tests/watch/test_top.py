@@ -11,8 +11,8 @@ import textwrap
 import time
 
 import pytest
-from requirements import need
-from terminal import Terminal, has_tmux
+from requirements import need, need_program
+from terminal import Terminal
 
 from bgtasks._statistics import Distribution
 from bgtasks.errors import MissingExtraError
@@ -65,8 +65,7 @@ def start(tmp_path, monkeypatch):
     """Give a function that starts a watched program."""
     need("textual")
     need("msgspec")
-    if not has_tmux():
-        pytest.skip("tmux is not installed")
+    need_program("tmux")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     started = []
 

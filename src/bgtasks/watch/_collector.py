@@ -107,7 +107,7 @@ class Collector:
         yield from self._named(totals)
         yield from self._unnamed(totals, queued)
 
-    def texts(self) -> tuple[dict[str, list[str]], Iterator[Metric]]:
+    def texts(self) -> tuple[dict[bytes, list[bytes]], Iterator[Metric]]:
         """Return the figures by name as text, for each metric; and the other figures."""
         totals, queued = self._managed._merged()  # noqa: SLF001  as above
         return self._text.families(totals.items(), self._ages()), self._unnamed(totals, queued)

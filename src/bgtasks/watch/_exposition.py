@@ -58,7 +58,7 @@ class Edges:
 
 
 class _Template:
-    """Lines of text that differ by a name and their values.
+    """Lines of text, in UTF-8, that differ by a name and their values.
 
     Args:
         lines: what stands before and after the name of each line; its value follows.
@@ -66,15 +66,15 @@ class _Template:
     """
 
     def __init__(self, lines: Iterable[tuple[str, str]]) -> None:
-        self._parts = [part for before, after in lines for part in (f"\n{before}", "", after, "")]
+        self._parts = [part.encode() for before, after in lines for part in (f"\n{before}", "", after, "")]
         self._count = len(self._parts) // 4
 
-    def fill(self, name: str, values: Sequence[str]) -> str:
+    def fill(self, name: bytes, values: Sequence[bytes]) -> bytes:
         """Return the lines, each after a line feed."""
         parts = self._parts.copy()
         parts[1::4] = [name] * self._count
         parts[3::4] = values
-        return "".join(parts)
+        return b"".join(parts)
 
 
 class NamedText:
@@ -103,19 +103,19 @@ class NamedText:
             for metric in (DURATION, WAIT)
         )
 
-    def families(self, names: Iterable[tuple[str, Totals]], ages: Mapping[str, float]) -> dict[str, list[str]]:
+    def families(self, names: Iterable[tuple[str, Totals]], ages: Mapping[str, float]) -> dict[bytes, list[bytes]]:
         """Return the lines of some names, and of the ages of their oldest live tasks in seconds.
 
         They stand under the comments of their metric, each after a line feed.
         """
         started, ended, durations, waits = [], [], [], []
         for name, totals in names:
-            label = _escaped(name)
-            started.append(self._started.fill(label, (str(totals.started),)))
-            ended.append(self._ended.fill(label, [str(count) for count in totals.counts[1:]]))
+            label = _escaped(name).encode()
+            started.append(self._started.fill(label, (b"%d" % totals.started,)))
+            ended.append(self._ended.fill(label, [b"%d" % count for count in totals.counts[1:]]))
             durations.append(self._histogram(self._duration, label, totals.durations))
             waits.append(self._histogram(self._wait, label, totals.waits))
-        oldest = [self._age.fill(_escaped(name), (repr(age),)) for name, age in ages.items()]
+        oldest = [self._age.fill(_escaped(name).encode(), (repr(age).encode(),)) for name, age in ages.items()]
         families = (
             (f"{STARTED}_total", STARTED, "counter", started),
             (f"{ENDED}_total", ENDED, "counter", ended),
@@ -124,21 +124,22 @@ class NamedText:
             (AGE, AGE, "gauge", oldest),
         )
         return {
-            f"# HELP {shown} {HELP[metric]}\n# TYPE {shown} {kind}": lines for shown, metric, kind, lines in families
+            f"# HELP {shown} {HELP[metric]}\n# TYPE {shown} {kind}".encode(): lines
+            for shown, metric, kind, lines in families
         }
 
-    def _histogram(self, template: _Template, label: str, measured: Measured) -> str:
+    def _histogram(self, template: _Template, label: bytes, measured: Measured) -> bytes:
         buckets, seconds, _ = measured
-        values: list[str] = []
+        values: list[bytes] = []
         total = 0
-        value = "0"
+        value = b"0"
         for count in self._edges.counts(buckets.items()):
             # Most are 0: a text less to make.
             if count:
                 total += count
-                value = str(total)
+                value = b"%d" % total
             values.append(value)
-        values += (value, repr(seconds))
+        values += (value, repr(seconds).encode())
         return template.fill(label, values)
 
 

@@ -42,21 +42,21 @@ def render(*collectors: Collector, registry: CollectorRegistry | None = REGISTRY
     """
     _check_labels(collectors)
     page = b"" if registry is None else generate_latest(registry)
-    if f"# TYPE {STARTED}_total ".encode() in page:
+    if b"# TYPE %b_total " % STARTED.encode() in page:
         raise InvalidOptionError(
             "the registry has a Collector of bgtasks already: either register it there, or pass it to render() or "
             "metrics_app(), which is faster"
         )
-    families: dict[str, list[str]] = {}
+    families: dict[bytes, list[bytes]] = {}
     others: list[Iterator[Metric]] = []
     for collector in collectors:
         named, unnamed = collector.texts()
         for head, lines in named.items():
             families.setdefault(head, []).extend(lines)
         others.append(unnamed)
+    named_text = chain.from_iterable((head, *lines, b"\n") for head, lines in families.items())
     # Joined once: the text may have megabytes.
-    text = "".join(chain.from_iterable((head, *lines, "\n") for head, lines in families.items()))
-    return page + text.encode() + generate_latest(_Merged(others))
+    return b"".join([page, *named_text, generate_latest(_Merged(others))])
 
 
 def metrics_app(
