@@ -366,8 +366,8 @@ cdef class Record:
             self.count_wait(self.records)
 
     cdef inline int count_wait(self, LoopRecords records) except -1:
-        # Reading the clock takes 3 % of a task. As the loop starts tasks in the order of their creation, the neighbour's
-        # end is this one's start; and in a burst of tasks that suspend, another one started a moment ago.
+        # Reading the clock takes 3 % of a task. As the loop starts tasks in the order of their creation, the end of the
+        # neighbour is this one's start; and in a burst of tasks that suspend, another one started a moment ago.
         if records.last_ended == self.task_id - 1 and records.last_end >= self.created:
             self.name_stats.count_wait(records.last_end - self.created)
         elif records.has_own_clock:

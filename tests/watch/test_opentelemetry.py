@@ -41,6 +41,10 @@ async def test_a_reader_collects_the_figures(make_manager):
     assert found["bgtasks.task.finished", "mails", "bad", "completed"] == 0
     assert found["bgtasks.task.dropped", "mails"] == found["bgtasks.loop.blocks", "mails"] == 0
     assert found["bgtasks.event.delivered", "orders"] == 1
+    histograms = manager.histograms()["ok"]
+    assert found["bgtasks.task.duration.sum", "mails", "ok"] == histograms["duration"]["sum_seconds"]
+    assert found["bgtasks.task.wait.sum", "mails", "ok"] == histograms["wait"]["sum_seconds"]
+    assert found["bgtasks.event.lag.sum", "orders"] == publisher.stats()["lag"]["sum_seconds"]
     assert found["bgtasks.event.refused", "closed", "orders"] == 1
     manager.create_task(forever(), name="live")
     await asyncio.sleep(0)

@@ -199,6 +199,19 @@ def test_the_socket_of_a_killed_process_is_removed(start, runtime):
     assert list((runtime / "bgtasks").iterdir()) == []
 
 
+def test_the_socket_is_removed_although_another_process_has_the_number(start, runtime):
+    """A viewer that is refused removes it, and says so once."""
+    start()
+    left = runtime / "bgtasks" / f"{os.getpid()}.sock"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(left))
+    status, out, err = command("ps", "--json")
+    assert (status, err) == (1, f"bgtasks: process {os.getpid()} is not watched any more\n")
+    assert len(json.loads(out)["processes"]) == 1
+    assert not left.exists()
+    assert command("ps")[0] == 0
+
+
 def test_a_process_that_ends_leaves_no_socket(start, runtime):
     """The socket is removed at exit."""
     process = start()

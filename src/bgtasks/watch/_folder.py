@@ -43,12 +43,12 @@ def socket_of(pid: int) -> Path:
 def sockets() -> dict[int, Path]:
     """Return the sockets of all processes that run, by process id; remove those of processes that are gone."""
     found = {}
-    for path in sorted(folder().glob("*.sock")):
+    for path in sorted(folder().iterdir()):
         if path.stem.isdecimal():
-            if _runs(int(path.stem)):
-                found[int(path.stem)] = path
-            else:
+            if not _runs(int(path.stem)):
                 path.unlink(missing_ok=True)
+            elif path.suffix == ".sock":
+                found[int(path.stem)] = path
     return found
 
 

@@ -34,13 +34,15 @@ LONGEST_REQUEST: Final = 65536
 class _Listener:
     def __init__(self) -> None:
         self.path: Path = socket_of(os.getpid())
-        # A process with this number may have been killed.
-        self.path.unlink(missing_ok=True)
+        # Under another name until it listens: a socket that refuses viewers is one of a process that was killed.
+        early = self.path.with_suffix(".new")
+        early.unlink(missing_ok=True)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.socket.bind(str(self.path))
-            self.path.chmod(0o600)
+            self.socket.bind(str(early))
+            early.chmod(0o600)
             self.socket.listen(8)
+            early.replace(self.path)
         except OSError as error:
             self.socket.close()
             raise WatchError(f"cannot listen on {self.path}: {error}; set XDG_RUNTIME_DIR to a short path") from error

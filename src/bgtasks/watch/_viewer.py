@@ -31,6 +31,10 @@ def ask(path: Path, do: str, **request: Any) -> dict[str, Any]:
             connection.sendall(json.dumps({"version": VERSION, "do": do, **request}).encode() + b"\n")
             with connection.makefile("rb") as lines:
                 answer: dict[str, Any] = json.loads(lines.readline() or "{}")
+    except ConnectionRefusedError as error:
+        # The process was killed, and another one has its number now.
+        path.unlink(missing_ok=True)
+        raise WatchError(f"process {path.stem} is not watched any more") from error
     except (OSError, ValueError) as error:
         raise WatchError(f"process {path.stem} does not answer: {error}") from error
     if "error" in answer:

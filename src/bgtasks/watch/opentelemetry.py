@@ -28,7 +28,7 @@ from bgtasks.watch._published import Published, figures_of
 from bgtasks.watch._spans import SpanParent, trace
 
 if TYPE_CHECKING:
-    from bgtasks.info import LoopStats, ManagerStats
+    from bgtasks.info import LoopStats, ManagerStats, NameHistograms
 
 __all__ = ["Counted", "Published", "SpanParent", "instrument", "trace"]
 
@@ -45,6 +45,9 @@ class Counted(Protocol):
     def stats(self) -> ManagerStats:
         """Return the counters."""
 
+    def histograms(self) -> dict[str, NameHistograms]:
+        """Return the durations and waits by name."""
+
     def loop_stats(self) -> list[LoopStats]:
         """Return the figures of watched loops."""
 
@@ -55,8 +58,8 @@ def instrument(
     """Make observable counters and gauges of a manager and of publishers.
 
     They are read when a reader of the meter's provider collects; a task costs nothing more. OpenTelemetry has no
-    observable histogram, so durations and waits are not among them: have its collector scrape
-    ``bgtasks.watch.prometheus``.
+    observable histogram: of durations, waits and lags there are only the sums. Have its collector scrape
+    ``bgtasks.watch.prometheus`` for the histograms.
 
     Args:
         manager: the manager; kept alive by the meter.
@@ -91,6 +94,14 @@ def _make_tasks(meter: Meter, manager: Counted, mine: Mapping[str, str]) -> None
 
         return observe
 
+    def of_histograms(key: str) -> Observe:
+        def observe() -> Iterator[Observation]:
+            for task, histograms in manager.histograms().items():
+                figures: Mapping[str, Any] = histograms
+                yield Observation(figures[key]["sum_seconds"], {**mine, "bgtasks.task.name": task})
+
+        return observe
+
     def of_manager(key: str) -> Observe:
         def observe() -> Iterator[Observation]:
             figures: Mapping[str, Any] = manager.stats()
@@ -110,6 +121,8 @@ def _make_tasks(meter: Meter, manager: Counted, mine: Mapping[str, str]) -> None
     ended = of_names(*OUTCOMES, attribute="bgtasks.task.outcome")
     _counter(meter, "bgtasks.task.finished", "{task}", "Ended tasks.", ended)
     _counter(meter, "bgtasks.task.dropped", "{task}", "Coroutines dropped at the limit.", of_manager("dropped"))
+    _counter(meter, "bgtasks.task.duration.sum", "s", "Durations of ended tasks.", of_histograms("duration"))
+    _counter(meter, "bgtasks.task.wait.sum", "s", "Waits from creation to the first step.", of_histograms("wait"))
     _gauge(meter, "bgtasks.task.active", "{task}", "Live tasks.", of_names("in_flight"))
     _gauge(meter, "bgtasks.task.queued", "{task}", "Tasks that wait for a slot.", of_manager("queued"))
     _counter(meter, "bgtasks.loop.blocks", "{block}", "How often a loop was blocked.", of_loops("blocked"))
@@ -126,6 +139,10 @@ def _make_events(meter: Meter, publishers: tuple[Published, ...]) -> None:
 
         return observe
 
+    def observe_lags() -> Iterator[Observation]:
+        for stats in figures_of(publishers):
+            yield Observation(stats["lag"]["sum_seconds"], {"bgtasks.publisher": stats["name"]})
+
     def by_reason(key: str) -> Observe:
         def observe() -> Iterator[Observation]:
             for stats in figures_of(publishers):
@@ -136,6 +153,7 @@ def _make_events(meter: Meter, publishers: tuple[Published, ...]) -> None:
 
     for key in EVENT_COUNTERS:
         _counter(meter, f"bgtasks.event.{key}", "{event}", f"{key.capitalize()} events or batches.", of(key))
+    _counter(meter, "bgtasks.event.lag.sum", "s", "Times from emit to delivery.", observe_lags)
     for key, name in EVENT_GAUGES.items():
         _gauge(meter, f"bgtasks.event.{name}", "{event}", f"{name.capitalize()} events.", of(key))
     for key in ("dropped", "refused"):
