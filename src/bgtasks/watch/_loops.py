@@ -1,6 +1,6 @@
 """Finds out what blocks an event loop: a heartbeat on each watched loop, and one thread per process that looks at them.
 
-A task costs nothing. A loop is late when its last beat is older than the threshold. The thread tells three causes
+A task costs nothing. A loop is late when its last beat is older than the threshold. The thread tells four causes
 apart:
 
 * Something blocks the loop: its thread is inside a callback.
@@ -8,6 +8,8 @@ apart:
 * The whole process stood still, because the machine or the process was suspended or had no processor: the watching
   thread itself woke up late, and the process used little processor time meanwhile. The loops then get a new threshold.
   If it used much, a function in C held the GIL: that blocks the loop, too.
+* The thread of the loop had work, but too few processors were free for it. Linux counts how long a thread waits for
+  one; that time does not count as late.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ class Heart:
         self.threshold = threshold
         self.last_beat = time.monotonic()
         self.thread = threading.current_thread()
+        # The last beat that the watching thread saw, and how long the loop's thread had waited for a processor then.
+        self._seen_beat = 0.0
+        self._starved = 0.0
         self._label, _ = describe_loop(loop)
         self._describe = describe
         self._lag = Distribution()
@@ -111,11 +116,19 @@ class Heart:
             not_before: beats are not expected before this time, because the whole process stood still.
 
         """
-        late = now - max(self.last_beat, not_before)
-        if self._since is not None and self.last_beat > self._since:
-            self._end_block(self.last_beat - self._since)
-        elif self._since is None and late > self.threshold:
+        beat = self.last_beat
+        if beat != self._seen_beat:
+            self._starved = _waited_for_processor(self.thread)
+            self._seen_beat = beat
+        late = now - max(beat, not_before)
+        if self._since is not None and beat > self._since:
+            self._end_block(beat - self._since)
+        elif self._since is None and late > self.threshold and late - self._starved_since() > self.threshold:
             self._begin_block(now)
+
+    def _starved_since(self) -> float:
+        """Return how many seconds the loop's thread has waited for a processor since the last beat was seen."""
+        return _waited_for_processor(self.thread) - self._starved
 
     def _begin_block(self, now: float) -> None:
         frame = sys._current_frames().get(self.thread.ident or 0)  # noqa: SLF001  documented
@@ -157,6 +170,15 @@ class Heart:
             "last_block": self._block,
             "lag": self._lag.as_dict(),
         }
+
+
+def _waited_for_processor(thread: threading.Thread) -> float:
+    """Return how many seconds a thread has waited for a processor since its start; 0 where that is not known."""
+    try:
+        with open(f"/proc/self/task/{thread.native_id}/schedstat", "rb") as file:
+            return int(file.read().split()[1]) * 1e-9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _text_of(task_id: int | None, name: str | None, age: float | None) -> str:
