@@ -90,7 +90,7 @@ def environment(twin: str) -> dict[str, str]:
 
 @contextmanager
 def child(folder: Path, program: str, twin: str, *arguments: str) -> Iterator[Child]:
-    """Start a program, with warnings as errors and in development mode; kill it if it does not end."""
+    """Start a program, with warnings as errors and in development mode; kill it if the block raises."""
     file = folder / "program.py"
     file.write_text(PRELUDE + textwrap.dedent(program))
     process = subprocess.Popen(
@@ -101,8 +101,10 @@ def child(folder: Path, program: str, twin: str, *arguments: str) -> Iterator[Ch
         text=True,
         env=environment(twin),
     )
-    try:
-        with process:
+    # It waits for the end of the process.
+    with process:
+        try:
             yield Child(process)
-    finally:
-        process.kill()
+        except BaseException:
+            process.kill()
+            raise
