@@ -13,14 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from bgtasks.errors import missing_extra
+from bgtasks.watch._extra import extra
 
-try:
+with extra("otel", "opentelemetry", "opentelemetry-api", "export figures to OpenTelemetry"):
     from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter
-except ModuleNotFoundError as error:
-    if error.name is None or error.name.partition(".")[0] != "opentelemetry":
-        raise
-    raise missing_extra("otel", "opentelemetry-api", "export figures to OpenTelemetry") from error
 
 from bgtasks.watch._published import Published, figures_of
 

@@ -12,14 +12,10 @@ A registry makes every sample an object, which takes 20 times as long as to writ
 
 from __future__ import annotations
 
-from bgtasks.errors import missing_extra
+from bgtasks.watch._extra import extra
 
-try:
+with extra("prometheus", "prometheus_client", "prometheus_client", "export figures to Prometheus"):
     import prometheus_client  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name is None or error.name.partition(".")[0] != "prometheus_client":
-        raise
-    raise missing_extra("prometheus", "prometheus_client", "export figures to Prometheus") from error
 
 # Below the check for the extra, which they need.
 from bgtasks.watch._collector import OCTAVES, Collector, Managed
