@@ -60,7 +60,7 @@ class ManagerSource:
 
     def has_ended(self) -> bool:
         """Return whether the manager shuts down: a server may wait for the streams of the page before it ends."""
-        return bool(self._manager._phase != "open")  # noqa: SLF001  the interface of the cold half
+        return bool(self._manager._shutdown.phase != "open")  # noqa: SLF001  the interface of the cold half
 
 
 class ProcessesSource:
