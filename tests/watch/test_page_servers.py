@@ -269,7 +269,7 @@ def test_web_shows_all_processes_of_the_user(start):
     web.send_signal(signal.SIGINT)
     assert web.wait(timeout=30) == 0
     assert time.monotonic() - begun < 8
-    assert web.stdout.read() == f"A viewer of the page cancelled 1 tasks: {{'id': '{first}'}}\n"
+    assert web.stdout.read() == f"Cancelled by a viewer of the page: {{'id': '{first}'}}, tasks: 1\n"
 
 
 def test_web_is_read_only_and_says_what_is_wrong(start):

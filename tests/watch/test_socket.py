@@ -150,11 +150,11 @@ def test_cancel_says_how_many_and_asks_first(start):
     """Without a terminal and without --yes nothing is cancelled; the tasks that match are, and no others."""
     process = start()
     status, _, err = command("cancel", "--name", "load")
-    assert (status, "3 tasks in 1 processes match" in err, "pass --yes" in err) == (1, True, True)
+    assert (status, "3 tasks in 1 process match" in err, "pass --yes" in err) == (1, True, True)
     assert ask_json("ps", "--name", "load")["processes"][0]["matching"] == 3
     task = ask_json("ps", "--name", "load")["processes"][0]["tasks"][0]["id"]
     status, out, _ = command("cancel", task, "--yes")
-    assert (status, out) == (0, "1 tasks were asked to end\n")
+    assert (status, out) == (0, "1 task was asked to end\n")
     status, _, err = command("cancel", "--name", "nothing", "--yes")
     assert (status, err) == (1, "0 tasks in 0 processes match\n")
     out, _ = process.communicate("\n")

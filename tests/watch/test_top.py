@@ -213,7 +213,7 @@ def test_cancelling_needs_capitals_and_a_confirmation(start, open_top):
         top.type("C")
         top.shows("Cancel task")
     top.type("Y")
-    top.shows("1 tasks were asked to end")
+    top.shows("1 task was asked to end")
     screen = top.wait(lambda screen: screen.count("rows") == 5, "five tasks")
     assert int(task.split(".")[0]) in pids
     assert f" {task} " not in screen

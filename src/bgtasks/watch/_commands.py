@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from bgtasks.errors import WatchError
 from bgtasks.watch._answers import SORTS, STATES, VERSION
-from bgtasks.watch._viewer import ask_all, pid_of
+from bgtasks.watch._viewer import ask_all, asked_to_end, numbered_tasks, pid_of
 
 __all__ = ["CANCEL", "NAMES", "PS", "STACK", "Command"]
 
@@ -127,14 +127,15 @@ def _cancel(given: argparse.Namespace) -> int:
     answers, errors = ask_all(pid, "cancel", **chosen)
     count = sum(answer["matching"] for answer in answers)
     processes = sum(answer["matching"] > 0 for answer in answers)
-    print(f"{count} tasks in {processes} processes match", file=sys.stderr)
+    verb = "matches" if count == 1 else "match"
+    print(f"{numbered_tasks(count)} in {processes} process{'' if processes == 1 else 'es'} {verb}", file=sys.stderr)
     if not count:
         return 1
-    if not given.yes and not _confirms(f"Cancel {count} tasks? [y/N] "):
+    if not given.yes and not _confirms(f"Cancel {numbered_tasks(count)}? [y/N] "):
         return 1
     answers, errors = ask_all(pid, "cancel", **chosen, confirmed=True)
     if not _print_json(given, answers, errors):
-        print(f"{sum(answer['cancelled'] for answer in answers)} tasks were asked to end")
+        print(asked_to_end(answers))
     return _status(errors)
 
 

@@ -282,7 +282,7 @@ class SourcePage(Page):
         key = "cancelled" if is_confirmed else "matching"
         count = sum(answer[key] for answer in answers)
         if is_confirmed:
-            logger.warning("A viewer of the page cancelled %d tasks: %r", count, chosen)
+            logger.warning("Cancelled by a viewer of the page: %r, tasks: %d", chosen, count)
         await request.answer_json({key: count, "processes": sum(each[key] > 0 for each in answers), "errors": errors})
 
     # -- the stream -----------------------------------------------------------------------------------------------

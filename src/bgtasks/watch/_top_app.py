@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 from bgtasks.errors import WatchError, missing_extra
 from bgtasks.watch._top_poll import Look, Lost, Poller, Question
 from bgtasks.watch._top_tables import KEPT, SPARKS, TABLES, Column, Figures, Row, bars, clean
-from bgtasks.watch._viewer import ask_all
+from bgtasks.watch._viewer import ask_all, asked_to_end, numbered_tasks
 
 try:
     from rich.text import Text
@@ -326,7 +326,7 @@ class Top(App[None]):
             if not count:
                 self.notify(f"{what}: no live task", severity="warning", markup=False)
                 return
-            question = f"Cancel {what}?" if "id" in request else f"Cancel {count} tasks {what}?"
+            question = f"Cancel {what}?" if "id" in request else f"Cancel {numbered_tasks(count)} {what}?"
             self.push_screen(screens.Question(question), cancel)
 
         def cancel(is_confirmed: bool | None) -> None:
@@ -334,7 +334,6 @@ class Top(App[None]):
                 self._ask(tell, pid, "cancel", **request, confirmed=True)
 
         def tell(answers: list[dict[str, Any]]) -> None:
-            count = sum(answer["cancelled"] for answer in answers)
-            self.notify(f"{count} tasks were asked to end", markup=False)
+            self.notify(asked_to_end(answers), markup=False)
 
         self._ask(ask, pid, "cancel", **request)

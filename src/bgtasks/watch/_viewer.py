@@ -11,7 +11,7 @@ from bgtasks.errors import WatchError
 from bgtasks.watch._answers import VERSION
 from bgtasks.watch._folder import sockets
 
-__all__ = ["ask", "ask_all", "pid_of"]
+__all__ = ["ask", "ask_all", "asked_to_end", "numbered_tasks", "pid_of"]
 
 # Seconds until a process counts as hanging.
 PATIENCE: Final = 10.0
@@ -64,6 +64,17 @@ def ask_all(pid: int | None, do: str, **request: Any) -> tuple[list[dict[str, An
             except WatchError as error:
                 errors.append(str(error))
     return answers, errors
+
+
+def numbered_tasks(count: int) -> str:
+    """Return a number of tasks as text: "1 task", "2 tasks"."""
+    return f"{count} task{'' if count == 1 else 's'}"
+
+
+def asked_to_end(answers: list[dict[str, Any]]) -> str:
+    """Return what to say of the answers to a confirmed ``cancel``."""
+    count = sum(answer["cancelled"] for answer in answers)
+    return f"{numbered_tasks(count)} {'was' if count == 1 else 'were'} asked to end"
 
 
 def pid_of(task: str) -> int:
