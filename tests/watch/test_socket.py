@@ -274,9 +274,9 @@ def test_an_unsafe_folder_is_refused(runtime, kind):
         (b'{"version": 1, "do": "stack", "id": "1.1.1"}\n', "has ended, or there was none"),
     ],
 )
-def test_requests_that_are_not_understood_are_refused(runtime, request_, text):
+def test_requests_that_are_not_understood_are_refused(start, request_, text):
     """The answer says why."""
-    listen()
+    start()
     (path,) = sockets().values()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(10)
