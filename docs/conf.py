@@ -35,7 +35,7 @@ extensions = [
 nitpicky = True
 nitpick_ignore_regex = [
     # The frameworks' own: their inventories are not here.
-    ("py:.*", r"(aiohttp|dishka|fastapi|injectq|litestar|starlette)\..*"),
+    ("py:.*", r"(aiohttp|dishka|fastapi|injectq|litestar|opentelemetry|prometheus_client|starlette|web)\..*"),
     # Type variables.
     ("py:class", r"bgtasks\..*\.(App|Function|Result|Service)"),
 ]
