@@ -32,6 +32,7 @@ STANDS_FOR = {
     "injection": "injectq",
     "kafka": "confluent_kafka",
     "langgraph": "langgraph.pregel",
+    "prometheus": "prometheus_client",
     "otlp": "opentelemetry.exporter.otlp.proto.http",
     "rabbitmq": "aio_pika",
     "testclient": "httpx2",
@@ -51,6 +52,7 @@ def packages_of(program):
     for names in re.findall(r"\bbgtasks\.integrations(?:\.(\w+)| import (\w+))", program):
         imported.update(filter(None, names))
     imported.update(re.findall(r"\bbgtasks\.(injection)\b", program))
+    imported.update(re.findall(r"\bbgtasks\.watch\.(opentelemetry|prometheus)\b", program))
     imported.update(re.findall(r"^from \w+\.(testclient) ", program, re.MULTILINE))
     imported.update(re.findall(r"\bbgtasks\.events\.sinks\.(kafka|nats|otlp|rabbitmq|redis)\b", program))
     return sorted({STANDS_FOR.get(name, name) for name in imported} - sys.stdlib_module_names - {"bgtasks"})

@@ -100,7 +100,7 @@ def test_an_extension_that_does_not_load_is_an_error(copy_without_extension, cho
 MODULES = sorted(
     ".".join(("bgtasks", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")
 )
-NEED_EXTRAS = ("bgtasks.injection", "bgtasks.integrations.", "bgtasks.events.")
+NEED_EXTRAS = ("bgtasks.injection", "bgtasks.integrations.", "bgtasks.events.", "bgtasks.watch.")
 
 
 @pytest.mark.parametrize("name", [name.removesuffix(".__init__") for name in MODULES])
