@@ -83,7 +83,7 @@ FORKING = """
     for batch_id in ("b-0", "b-1"):
         spool.done(batch_id)
     spool.close()
-    assert waited < 10, waited  # the disk hangs for 15
+    assert waited < 1.0, waited
 """
 
 
@@ -124,7 +124,7 @@ async def test_close_keeps_to_its_timeout_on_a_hung_disk(disk, timeout):
         report = await publisher.close(timeout)
         taken = time.monotonic() - begun
         assert_counters_add_up(publisher.stats())
-    assert taken < timeout + 0.65
+    assert taken < timeout + 0.3
     assert report["status"] == "timeout"
     # The thread goes on when the disk does, and releases the file.
     await until(lambda: not publisher._store._spool._is_open)
