@@ -281,6 +281,22 @@ def test_the_file_of_a_dead_process_is_taken_up(make_spool, start_owner, stem):
     assert os.listdir(stem.parent) == []
 
 
+def test_a_log_without_its_file_is_deleted(make_spool, start_owner, stem):
+    """A process was killed between the two deletions; the log of a file in use or set aside stays."""
+    owner = start_owner(0)
+    kept = [*files_of(stem, "spool-wal"), stem.with_name("events.1-a.spool-wal"), stem.with_name("other.1-a.spool-wal")]
+    left = stem.with_name("events.1-b.spool-wal")
+    for path in (*kept[1:], stem.with_name("events.1-a.corrupt"), left):
+        path.write_bytes(b"log")
+    spool = make_spool()
+    fill(spool, numbered(1, 1))
+    assert drain(spool) == numbered(1, 1)
+    assert len(kept) == 3
+    assert all(path.exists() for path in kept)
+    assert not left.exists()
+    owner.communicate(b"\n")
+
+
 def test_all_orphans_are_taken_up(make_spool, start_owner, stem, caplog):
     """The oldest orphan comes first, then the next one; each keeps its order, and the log has a line on it."""
     caplog.set_level("INFO", "bgtasks.events")

@@ -443,9 +443,21 @@ def is_damage(error: sqlite3.Error) -> bool:
     return not is_mistake and (code & 0xFF not in CIRCUMSTANCES or code in UNREADABLE)
 
 
+def remove_left_log(log: Path) -> None:
+    """Delete a log if its file is gone: the process was killed while it deleted both."""
+    path = log.with_name(log.name.removesuffix("-wal"))
+    # In this order: a file that is set aside has one name or the other, and its log still the old one for a moment.
+    if not path.exists() and not _aside(path).exists():
+        log.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_suffix(".corrupt")
+
+
 def set_aside(path: Path) -> Path:
     """Rename a closed file and its log to names that no spool opens; return the name of the file."""
-    aside = path.with_suffix(".corrupt")
+    aside = _aside(path)
     for source, target in ((path, aside), (log_of(path), log_of(aside))):
         with contextlib.suppress(OSError):
             os.replace(source, target)

@@ -22,6 +22,7 @@ from bgtasks.events.spool._file import (
     SpoolFile,
     code_of,
     is_damage,
+    remove_left_log,
     set_aside,
 )
 from bgtasks.events.spool._row import Row
@@ -57,7 +58,7 @@ class SpoolFolder:
         self._sync: SpoolSync = sync
         self._max_bytes = max_bytes
         self._most_downtime = most_downtime
-        self._pattern = re.compile(re.escape(stem.name) + ENDING)
+        self._pattern = re.compile(re.escape(stem.name) + ENDING + "(-wal)?")
         self.renew()
 
     def renew(self) -> None:
@@ -139,14 +140,19 @@ class SpoolFolder:
         return list(taken.values())
 
     def _others(self) -> list[tuple[tuple[int, int, int, int], Path]]:
-        """Return the files of other spools, in the order in which they were made, by time, process and number."""
+        """Return the files of other spools, in the order in which they were made, by time, process and number.
+
+        Logs without a file are deleted.
+        """
         found = []
         with os.scandir(self.stem.parent) as entries:
             for entry in entries:
                 match = self._pattern.fullmatch(entry.name)
                 if match:
                     process, at = int(match[1]), int(match[2], 16)
-                    if (process, at) != (os.getpid(), self._time):
+                    if match[5]:
+                        remove_left_log(self.stem.with_name(entry.name))
+                    elif (process, at) != (os.getpid(), self._time):
                         key = (at, process, int(match[3] or 0), len(match[4]))
                         found.append((key, self.stem.with_name(entry.name)))
         return sorted(found)
