@@ -1,4 +1,4 @@
-"""Builds the compiled registry and event queue; everything else stands in pyproject.toml."""
+"""Builds the compiled registry, lock and event queue; everything else stands in pyproject.toml."""
 
 import os
 import sys
@@ -45,30 +45,27 @@ def extensions() -> list[Extension]:
     strips = TRACE == "0" and sys.platform.startswith("linux")
     options = {"extra_compile_args": ["-g0"], "extra_link_args": ["-Wl,-s"]} if strips else {}
     macros = [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if TRACE == "1" else []
-    registry = Extension(
-        "bgtasks._registry",
-        ["src/bgtasks/_registry.pyx"],
-        depends=[
-            "src/bgtasks/_clock.h",
-            "src/bgtasks/_coroutine.h",
-            "src/bgtasks/_tracked_task.h",
-            "src/bgtasks/_weak.h",
+
+    def extension(folder: str, name: str, *headers: str) -> Extension:
+        return Extension(
+            f"{folder.replace('/', '.')}.{name}",
+            [f"src/{folder}/{name}.pyx"],
+            depends=[f"src/{folder}/{header}" for header in headers],
+            include_dirs=[f"src/{folder}"],
+            define_macros=macros,
+            optional=BUILD == "auto",
+            **options,
+        )
+
+    return cythonize(
+        [
+            extension("bgtasks", "_registry", "_clock.h", "_coroutine.h", "_tracked_task.h", "_weak.h"),
+            extension("bgtasks", "_lock"),
+            extension("bgtasks/events", "_queue", "_footprint.h"),
         ],
-        include_dirs=["src/bgtasks"],
-        define_macros=macros,
-        optional=BUILD == "auto",
-        **options,
+        compiler_directives={"linetrace": TRACE == "1"},
+        annotate=TRACE == "1",
     )
-    queue = Extension(
-        "bgtasks.events._queue",
-        ["src/bgtasks/events/_queue.pyx"],
-        depends=["src/bgtasks/events/_footprint.h"],
-        include_dirs=["src/bgtasks/events"],
-        define_macros=macros,
-        optional=BUILD == "auto",
-        **options,
-    )
-    return cythonize([registry, queue], compiler_directives={"linetrace": TRACE == "1"}, annotate=TRACE == "1")
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildRegistry})

@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from typing import Any
 
 from bgtasks import errors
+from bgtasks._locks import Lock
 from bgtasks._notifier import Notifier
 from bgtasks.registry import Record, Registry
 
@@ -37,7 +37,7 @@ class CapacityWait:
 
     def after_fork(self) -> None:
         """Make a new lock."""
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     async def wait(self, coro: Any) -> None:
         """Wait until a task may start, unless the calling task waits for itself.

@@ -7,12 +7,12 @@ not exist there. Sockets, files and threads belong to the parent.
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from bgtasks._locks import Lock
 from bgtasks._weak_calls import WeakCalls
 
 __all__ = ["ForkLock", "at_fork", "follow_forks"]
@@ -46,36 +46,24 @@ def at_fork(
 
 
 class ForkLock:
-    """A re-entrant lock that a fork waits for, so that no child inherits a change that is half done.
+    """Has a ``lock`` that a fork waits for, so that no child inherits a change that is half done.
 
     The fork waits a quarter of a second. If a thread hangs with the lock, in a call of a dead disk, the child inherits
     what that thread uses; its owner must not touch that in ``after_fork``.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = Lock()
         with _locks_guard:
             _locks.add(self)
 
-    def __enter__(self) -> None:
-        """Acquire the lock."""
-        self._lock.acquire()
-
-    def acquire(self, timeout: float) -> bool:
-        """Acquire the lock within some seconds, or return False."""
-        return self._lock.acquire(timeout=timeout)
-
-    def __exit__(self, *_: object) -> None:
-        """Release the lock."""
-        self._lock.release()
-
     def renew(self) -> None:
         """Make a new lock, in the child of a fork."""
-        self._lock = threading.RLock()
+        self.lock = Lock()
 
 
 _locks: weakref.WeakSet[ForkLock] = weakref.WeakSet()
-_locks_guard = threading.Lock()
+_locks_guard = Lock()
 # The locks that the current fork holds.
 _held: list[ForkLock] = []
 
@@ -83,19 +71,19 @@ _held: list[ForkLock] = []
 def _before_fork() -> None:
     _locks_guard.acquire()
     end = time.monotonic() + LONGEST_WAIT
-    _held.extend(lock for lock in list(_locks) if lock.acquire(max(end - time.monotonic(), 0.0)))
+    _held.extend(lock for lock in list(_locks) if lock.lock.acquire(timeout=max(end - time.monotonic(), 0.0)))
 
 
 def _after_fork_in_parent() -> None:
     for lock in _held:
-        lock.__exit__()
+        lock.lock.release()
     _held.clear()
     _locks_guard.release()
 
 
 def _after_fork_in_child() -> None:
     global _locks_guard
-    _locks_guard = threading.Lock()
+    _locks_guard = Lock()
     for lock in list(_locks):
         lock.renew()
     _held.clear()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
+from bgtasks._locks import Lock
 from bgtasks._notifier import Notifier
 from bgtasks.registry import Record
 
@@ -43,7 +43,7 @@ class IdleWait:
 
     def after_fork(self) -> None:
         """Make a new lock."""
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     def notify(self) -> None:
         """Have the waits check again; called when a loop is down to its threshold."""

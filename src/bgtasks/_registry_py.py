@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-import threading
 from asyncio import AbstractEventLoop, BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
 from collections import OrderedDict
@@ -26,6 +25,7 @@ from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_
 from bgtasks._fork import at_fork
 from bgtasks._hooks import RegistryHooks
 from bgtasks._implementation import choose_wrapper
+from bgtasks._locks import Lock
 from bgtasks._origin import describe_loop, origin
 from bgtasks._statistics import MAX_NAMES, OUTCOMES, Measured, Snapshot, with_values
 from bgtasks._task import (
@@ -67,17 +67,17 @@ MAX_TICK: Final = 1 << 62
 _in_use: set[LoopRecords] = set()
 # Guards the records of functions, which several threads share; the compiled registry relies on the GIL there.
 # Re-entrant: the ``__str__`` of an error, called for the history, may submit a function.
-_calls_lock = threading.RLock()
+_calls_lock = Lock()
 
 
 # Guards concurrency slots, which tasks of several loops may share. Re-entrant for the same reason.
-_slots_lock = threading.RLock()
+_slots_lock = Lock()
 
 
 def _renew_locks() -> None:
     global _calls_lock, _slots_lock
-    _calls_lock = threading.RLock()
-    _slots_lock = threading.RLock()
+    _calls_lock = Lock()
+    _slots_lock = Lock()
 
 
 at_fork(in_child=_renew_locks)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Final, Literal, Protocol
 from bgtasks._capacity import CapacityWait
 from bgtasks._drain_log import DrainLog
 from bgtasks._idle import IdleWait
+from bgtasks._locks import Lock
 from bgtasks._notifier import Notifier
 from bgtasks._reporting import TaskLog, names_of
 from bgtasks.info import ShutdownStats
@@ -81,7 +81,7 @@ class Shutdown:
 
     def after_fork(self) -> None:
         """Make a new lock."""
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     async def run(self, timeout: float, drain: float) -> ShutdownStats:
         """Do the work of ``BackgroundTaskManager.shutdown``."""

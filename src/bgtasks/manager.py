@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextvars
 import logging
-import threading
 import time
 from asyncio.events import _get_running_loop
 from collections import Counter
@@ -22,6 +21,7 @@ from bgtasks._checks import check_choice, check_seconds
 from bgtasks._fork import follow_forks
 from bgtasks._handover import Handovers
 from bgtasks._idle import IdleWait
+from bgtasks._locks import Lock
 from bgtasks._observers import FailureCollector, Observers
 from bgtasks._options import check_options, is_watched
 from bgtasks._reporting import DROP_WARNING_INTERVAL, TaskLog, guarded, listed, names_of, numbered, runs
@@ -140,7 +140,7 @@ class BackgroundTaskManager(Registry):
         self._dropped = 0
         self._last_drop_warning = -DROP_WARNING_INTERVAL
         # Guards the drop counter, which several threads change.
-        self._policy_lock = threading.RLock()
+        self._policy_lock = Lock()
         self._idle = IdleWait(self._owned_by_loop, self._set_idle_threshold)
         # The names of the tasks that the owner of a loop cancels, by loop. Weak: it may close the loop at once.
         self._cancelled_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Counter[str]] = WeakKeyDictionary()
@@ -164,7 +164,7 @@ class BackgroundTaskManager(Registry):
     def _after_fork(self) -> None:
         """Make new locks in the child of a fork, where no thread is left to release the old ones."""
         super()._after_fork()
-        self._policy_lock = threading.RLock()
+        self._policy_lock = Lock()
         self._idle.after_fork()
         self._capacity.after_fork()
         self._shutdown.after_fork()

@@ -7,7 +7,6 @@ what the tasks of the compiled one step; the other has native coroutines alone.
 
 from __future__ import annotations
 
-import threading
 import time
 from asyncio import AbstractEventLoop, Task, current_task
 from asyncio.events import _get_running_loop
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bgtasks import errors
 from bgtasks._hooks import RegistryHooks
 from bgtasks._implementation import choose
+from bgtasks._locks import Lock
 from bgtasks._selection import check_selection, selected
 from bgtasks._statistics import OTHER_NAMES, NameTotals, Snapshot
 from bgtasks._task import record_of, starts_eagerly
@@ -62,7 +62,7 @@ class Registry(RegistryCore, RegistryHooks):
     ) -> None:
         super().__init__(cap or 0, max_running, history > 0, tracks_origin, muted, muted_level)
         # Guards the table of loops, the counters of closed loops and the ids, which several threads share.
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._history: deque[FinishedTask] = deque(maxlen=history)
         self._ids_taken = 0
         # The counters of closed loops.
@@ -71,7 +71,7 @@ class Registry(RegistryCore, RegistryHooks):
 
     def _after_fork(self) -> None:
         """Make a new lock in the child of a fork, where no thread is left to release the old one."""
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     # -- loops ----------------------------------------------------------------------------------------------------
 

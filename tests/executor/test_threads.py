@@ -25,6 +25,7 @@ from bgtasks import (
     ManagerClosedError,
     TaskRejectedError,
 )
+from bgtasks._locks import Signal
 
 variable = contextvars.ContextVar("variable", default="unset")
 
@@ -363,15 +364,16 @@ def test_functions_submitted_meanwhile_are_awaited(make):
     assert late[0].cancelled() or late[0].done()
 
 
-def test_an_interrupted_exit_waits_for_no_function(make, monkeypatch):
+def test_an_interrupted_exit_waits_for_no_function(make):
     """Queued functions are cancelled, running ones abandoned, and the interrupt propagates."""
     gate = Gate()
     executor = make(max_concurrency=1)
 
-    def interrupt():
-        raise KeyboardInterrupt
+    class Interrupted(Signal):
+        def wait(self, timeout=None):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(executor._idle, "wait", interrupt)
+    executor._idle = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         with executor as submit:
             running = submit(gate)

@@ -8,7 +8,7 @@ import inspect
 import logging
 
 import pytest
-from allocations import NEEDS_TESTCAPI, Sweep, call_failing, others_errors, step_failing
+from allocations import NEEDS_TESTCAPI, Sweep, call_failing, locked_elsewhere, others_errors, step_failing
 from event_tools import assert_counters_add_up
 from work import value
 
@@ -21,6 +21,13 @@ from bgtasks.executor import AsyncBackgroundExecutor, BackgroundExecutor
 pytestmark = [NEEDS_TESTCAPI, pytest.mark.loops("asyncio")]
 
 ENDS = ("completed", "failed", "cancelled", "timed_out", "abandoned")
+
+
+@pytest.fixture(autouse=True)
+def _no_lock_left():
+    """Fail the test if another thread finds a lock locked."""
+    yield
+    assert locked_elsewhere() == []
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any
 
 import pytest
+
+from bgtasks._locks import Lock
 
 try:
     import _testcapi
@@ -18,6 +21,10 @@ NEEDS_TESTCAPI = pytest.mark.skipif(
     not hasattr(_testcapi, "set_nomemory"), reason="this Python was built without _testcapi, which fails allocations"
 )
 
+# Where it was not compiled, CPython's own locks stay locked if there is no memory at the end of a ``with``.
+HAS_SAFE_LOCKS = Lock.__module__ == "bgtasks._lock"
+# The number of free tuples of one length that CPython keeps.
+KEPT_TUPLES = 2_000
 # A sweep is over when this number of calls in a row met no failed allocation.
 CALM = 10
 # What asyncio itself says of a task whose constructor failed; nobody else could keep it from that.
@@ -26,11 +33,34 @@ ASYNCIOS_OWN = ("Task was destroyed but it is pending!", "cannot reuse already a
 
 def call_failing(number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function whose allocation of this number fails."""
+    # With the three-tuples taken that CPython keeps for later, the end of a ``with`` allocates, too. They would have
+    # the garbage collector run in the call, and the callbacks of others fail.
+    gc.disable()
+    taken = [(number, number, n) for n in range(KEPT_TUPLES if HAS_SAFE_LOCKS else 0)]
     _testcapi.set_nomemory(number, number + 1)
     try:
         return function(*args, **kwargs)
     finally:
         _testcapi.remove_mem_hooks()
+        del taken
+        gc.enable()
+
+
+def locked_elsewhere() -> list[Any]:
+    """Return the locks of bgtasks that another thread cannot acquire at once."""
+    locked: list[Any] = []
+
+    def acquire() -> None:
+        for lock in [found for found in gc.get_objects() if type(found) is Lock]:
+            if lock.acquire(blocking=False):
+                lock.release()
+            else:
+                locked.append(lock)
+
+    thread = threading.Thread(target=acquire)
+    thread.start()
+    thread.join()
+    return locked
 
 
 @types.coroutine

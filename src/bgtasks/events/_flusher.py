@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from asyncio.events import _get_running_loop
 from collections.abc import Callable, Coroutine
@@ -13,6 +12,7 @@ from contextvars import Context
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar, Unpack
 
+from bgtasks._locks import Lock
 from bgtasks.events._batches import BatchLimits
 from bgtasks.events._delivery import Delivery
 from bgtasks.events._event_queue import EventQueue
@@ -108,7 +108,7 @@ class Flusher:
         """Forget the task: it does not exist in the child of a fork."""
         _waiting.discard(self)
         # Re-entrant: what is collected while a life begins may emit.
-        self._start_lock = threading.RLock()
+        self._start_lock = Lock()
         # Of the current run; None if there is none.
         self._linger: Linger | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

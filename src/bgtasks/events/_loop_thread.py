@@ -10,6 +10,7 @@ from contextvars import Context
 from typing import Any, TypeVar
 
 from bgtasks._fork import follow_forks
+from bgtasks._locks import Lock
 
 __all__ = ["LoopThread", "loop_thread"]
 
@@ -39,7 +40,7 @@ class LoopThread:
             # emptied at the interpreter's exit, so the reference is leaked.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
         # Re-entrant: what is collected meanwhile may emit.
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[None] | None = None
         self._users = 0

@@ -6,7 +6,6 @@ every change; the compiled queue changes its state only where no other Python co
 
 from __future__ import annotations
 
-import threading
 from asyncio.events import _get_running_loop
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from operator import itemgetter
 from random import Random
 from typing import Any, Final, TypedDict, final
 
+from bgtasks._locks import Lock
 from bgtasks.events._guard import at_work
 
 __all__ = ["EventQueue", "QueueStats"]
@@ -143,7 +143,7 @@ class EventQueue:
         """Forget all events and counters; also called in the child of a fork."""
         # New: another thread of the parent may have held the old one. Reentrant: the garbage collector may run code
         # that emits in the middle of a change.
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._events: deque[Any] = deque()
         # The number and the bytes of the queued events that are encoded.
         self._encoded = self._bytes = 0

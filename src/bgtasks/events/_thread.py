@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 from bgtasks._fork import follow_forks
+from bgtasks._locks import Lock
 
 __all__ = ["WorkerThread"]
 
@@ -35,7 +36,7 @@ class WorkerThread:
 
     def _after_fork(self) -> None:
         """Forget the thread: it does not exist in the child of a fork."""
-        self._start_lock = threading.Lock()
+        self._start_lock = Lock()
         self._calls: SimpleQueue[Callable[[], None] | None] | None = None
 
     def run(

@@ -13,6 +13,7 @@ from contextvars import Context
 from typing import Any, Final, Protocol, TypeVar
 
 from bgtasks._fork import at_fork
+from bgtasks._locks import Lock
 from bgtasks.registry import Record
 
 __all__ = ["BackgroundFuture", "Call", "Runner", "set_cancelled", "set_outcome"]
@@ -112,12 +113,12 @@ def _closed() -> None:
 _MADE_LATE: Final = {"_condition", "_done_callbacks", "_waiters"}
 _IS_KNOWN: Final = vars(concurrent.futures.Future()).keys() == _MADE_LATE | {"_state", "_result", "_exception"}
 # Re-entrant: a finaliser that runs while a field is made may use another future.
-_making = threading.RLock()
+_making = Lock()
 
 
 def _renew_lock() -> None:
     global _making
-    _making = threading.RLock()
+    _making = Lock()
 
 
 at_fork(in_child=_renew_lock)

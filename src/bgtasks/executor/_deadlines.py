@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from bgtasks._locks import Lock, Signal
 from bgtasks.executor._call import Call
 
 
@@ -16,7 +17,8 @@ class Deadlines:
 
     def __init__(self, expire: Callable[[Call], None]) -> None:
         self._expire = expire
-        self._changed = threading.Condition()
+        self._lock = Lock()
+        self._changed = Signal()
         self._heap: list[tuple[float, int, Call]] = []
         self._tickets = itertools.count()
         self._stale = 0
@@ -30,18 +32,18 @@ class Deadlines:
             RuntimeError: the thread could not be started.
 
         """
-        with self._changed:
+        with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._watch, name="bgtasks-deadlines", daemon=True)
                 thread.start()
                 self._thread = thread
             heapq.heappush(self._heap, (time.monotonic() + timeout, next(self._tickets), call))
             if self._heap[0][2] is call:
-                self._changed.notify()
+                self._changed.set()
 
     def discard(self) -> None:
         """Count a call that ended before its timeout; remove such calls when they are the majority."""
-        with self._changed:
+        with self._lock:
             self._stale += 1
             if self._stale > 64 and 2 * self._stale > len(self._heap):
                 self._heap = [item for item in self._heap if not item[2].is_closed]
@@ -50,24 +52,22 @@ class Deadlines:
 
     def stop(self) -> None:
         """End the thread."""
-        with self._changed:
+        with self._lock:
             self._is_stopped = True
-            self._changed.notify_all()
+            self._changed.set()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
     def _watch(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if self._is_stopped:
                     return
-                now = time.monotonic()
-                if not self._heap or self._heap[0][0] > now:
-                    # A lock cannot wait longer than this, which is centuries.
-                    wait = min(self._heap[0][0] - now, threading.TIMEOUT_MAX) if self._heap else None
-                    self._changed.wait(wait)
-                    continue
-                call = heapq.heappop(self._heap)[2]
-            self._expire(call)
+                wait = self._heap[0][0] - time.monotonic() if self._heap else None
+                call = heapq.heappop(self._heap)[2] if wait is not None and wait <= 0 else None
+            if call is None:
+                self._changed.wait(wait)
+            else:
+                self._expire(call)
             del call

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Final
 
 from bgtasks import errors
+from bgtasks._locks import Lock
 from bgtasks.executor._call import Call
 from bgtasks.executor._pickled import answer_to, payload_of, unpacked
 
@@ -31,7 +32,7 @@ class ProcessRunner:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._process: Any = None
         self._pipe: Connection | None = None
         self._is_interrupted = False

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from bgtasks import errors
 from bgtasks._checks import check_seconds
 from bgtasks._internals import ManagerInternals
+from bgtasks._locks import Lock, Signal
 from bgtasks._notifier import Notifier
 from bgtasks._reporting import log_extra
 from bgtasks.executor import _refusals
@@ -101,14 +102,14 @@ class BackgroundExecutor(ExecutorBase):
         # operation each, and read them afterwards: of two racing threads, at least one sees the other's change.
         self._live: dict[Call, None] = {}
         self._running: dict[Call, None] = {}
-        self._idle = threading.Event()
+        self._idle = Signal()
         # For coroutines that wait for the end of calls or of threads.
         self._notifier = Notifier()
         # Opened by open(): no block raises the failures.
         self._has_no_block = False
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         # Guards rare operations: starting and leaving threads, and failures. Re-entrant: a finaliser may submit.
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._threads: set[threading.Thread] = set()
         self._deadlines = Deadlines(self._expire)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import Counter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
+
+from bgtasks._locks import Lock
 
 if TYPE_CHECKING:
     from bgtasks.manager import BackgroundTaskManager
@@ -36,7 +37,7 @@ class Totals:
     def __init__(self, metrics: ModuleType) -> None:
         self._metrics = metrics
         # Re-entrant: a manager may be collected, and retire, while its thread reads.
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._managers: dict[int, weakref.ref[BackgroundTaskManager]] = {}
         self._retired: Counter[str] = Counter()
 

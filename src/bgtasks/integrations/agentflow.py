@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-import threading
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from types import ModuleType
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from bgtasks import errors
 from bgtasks._checks import check_seconds
+from bgtasks._locks import Lock
 from bgtasks.integrations._agentflow_graphs import hook_graphs
 from bgtasks.integrations._agentflow_manager import FrameworkManager
 from bgtasks.integrations._agentflow_metrics import Totals
@@ -43,7 +43,7 @@ class _Installation:
 
 
 _installed: dict[str, _Installation] = {}
-_lock = threading.RLock()
+_lock = Lock()
 
 
 def install(*frameworks: Framework, drain_timeout: float | None = None) -> None:

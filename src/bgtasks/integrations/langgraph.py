@@ -21,13 +21,13 @@ import concurrent.futures
 import functools
 import importlib
 import sys
-import threading
 from collections.abc import Callable, Container, Mapping
 from types import ModuleType
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias, TypeVar
 
 from bgtasks import errors, executor
 from bgtasks._internals import ManagerInternals
+from bgtasks._locks import Lock
 from bgtasks.executor._submit import typed_submit
 from bgtasks.manager import BackgroundTaskManager
 
@@ -69,7 +69,7 @@ def _load() -> _LangGraph:
 
 # The manager given to install(), and the lock for calls from several threads.
 _manager: BackgroundTaskManager | None = None
-_lock: Final = threading.Lock()
+_lock: Final = Lock()
 
 
 class _Rules:

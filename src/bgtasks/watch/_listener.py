@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bgtasks._fork import at_fork
+from bgtasks._locks import Lock
 from bgtasks.errors import WatchError
 from bgtasks.watch._answers import VERSION, answer, encoded
 from bgtasks.watch._folder import socket_of
@@ -103,7 +104,7 @@ def _answer(line: bytes) -> dict[str, Any]:
 
 
 _listener: _Listener | None = None
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def listen() -> None:
@@ -133,7 +134,7 @@ def stop() -> None:
 def _begin_anew() -> None:
     """Listen on a socket of its own in the child of a fork; that of the parent stays open there."""
     global _listener, _lock
-    _lock = threading.Lock()
+    _lock = Lock()
     if _listener is not None:
         _listener.socket.close()
         _listener = None

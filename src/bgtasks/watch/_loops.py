@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from bgtasks._fork import at_fork
+from bgtasks._locks import Lock, Signal
 from bgtasks._origin import describe_loop
 from bgtasks._statistics import Distribution
 from bgtasks.info import LoopBlock, LoopStats
@@ -207,10 +208,10 @@ class _Watchdog:
     """The thread that looks at the heartbeats; it runs while there are any."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._hearts: list[Heart] = []
         self._thread: threading.Thread | None = None
-        self._changed = threading.Event()
+        self._changed = Signal()
 
     def add(self, heart: Heart) -> None:
         with self._lock:
@@ -237,7 +238,6 @@ class _Watchdog:
             interval = min(heart.threshold for heart in hearts) / 4
             begun, used = time.monotonic(), time.process_time()
             self._changed.wait(interval)
-            self._changed.clear()
             now = time.monotonic()
             slept = now - begun
             if slept > 2 * interval and time.process_time() - used < slept / 2:

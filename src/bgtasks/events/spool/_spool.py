@@ -116,7 +116,7 @@ class Spool:
         # Has commits reach the disk, None if that is not wanted or each commit does it.
         self._syncer = Syncer() if sync == "interval" else None
         # Held during all calls of SQLite.
-        self._lock = ForkLock()
+        self._fork_lock = ForkLock()
         self._files: list[SpoolFile] = []
         self._reset()
         follow_forks(self, Spool._after_fork)
@@ -233,7 +233,7 @@ class Spool:
         self, verb: str, method: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
         """Call a method under the lock, translate errors of SQLite and the system, and update the statistics."""
-        with self._lock:
+        with self._fork_lock.lock:
             try:
                 return method(*args, **kwargs)
             except (sqlite3.Error, OSError) as error:

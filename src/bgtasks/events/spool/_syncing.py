@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from bgtasks._locks import Lock
+
 try:
     import fcntl
 except ImportError:
@@ -33,7 +35,7 @@ class Syncer:
 
     def renew(self) -> None:
         """Begin without a thread, in the child of a fork too."""
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._stopping = threading.Event()
         # The files with commits that are not on the disk yet.
         self._logs: set[Path] = set()
