@@ -90,6 +90,30 @@ async def test_tasks_of_no_manager_and_callbacks_are_named_as_such(make_manager,
     await manager.shutdown()
 
 
+def test_a_loop_that_does_not_run_raises_no_alarm(make_manager, caplog):
+    """What its thread does between two calls of run_until_complete does not block it; a block ends with the run."""
+    manager = make_manager()
+    loop = asyncio.new_event_loop()
+
+    async def watch():
+        manager.watch_loop(threshold=0.1)
+
+    async def stop_soon():
+        await asyncio.sleep(0.2)
+        block(0.3)
+
+    loop.run_until_complete(watch())
+    block(0.5)
+    assert manager.loop_stats()[0]["blocked"] == 0
+    loop.run_until_complete(stop_soon())
+    block(0.5)
+    (stats,) = manager.loop_stats()
+    assert stats["blocked"] == 1
+    assert 0.2 <= stats["blocked_seconds"] < 0.75
+    loop.run_until_complete(manager.shutdown())
+    loop.close()
+
+
 async def test_an_idle_loop_raises_no_alarm(make_manager, monkeypatch):
     """A loop that waits for events is not blocked, even if its heartbeat is late."""
     manager = make_manager()

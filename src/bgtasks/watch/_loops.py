@@ -1,9 +1,10 @@
 """Finds out what blocks an event loop: a heartbeat on each watched loop, and one thread per process that looks at them.
 
-A task costs nothing. A loop is late when its last beat is older than the threshold. The thread tells four causes
+A task costs nothing. A loop is late when its last beat is older than the threshold. The thread tells five causes
 apart:
 
 * Something blocks the loop: its thread is inside a callback.
+* The loop does not run: nobody calls ``run_forever`` at the moment.
 * The loop is idle and only its heartbeat is late, because the machine is busy: its thread waits for events.
 * The whole process stood still, because the machine or the process was suspended or had no processor: the watching
   thread itself woke up late, and the process used little processor time meanwhile. The loops then get a new threshold.
@@ -68,6 +69,8 @@ class Heart:
         self._blocked = 0
         self._blocked_seconds = 0.0
         self._block: LoopBlock | None = None
+        # When the loop was last seen not to run.
+        self._stopped = 0.0
         # The last beat before the current block, None if the loop is not blocked.
         self._since: float | None = None
         # The frame that runs a loop whose own code has no frames, while it is idle.
@@ -121,9 +124,11 @@ class Heart:
         if beat != self._seen_beat:
             self._starved = _waited_for_processor(self.thread)
             self._seen_beat = beat
-        late = now - max(beat, not_before)
-        if self._since is not None and beat > self._since:
-            self._end_block(beat - self._since)
+        if not self.loop.is_running():
+            self._stopped = now
+        late = now - max(beat, not_before, self._stopped)
+        if self._since is not None and max(beat, self._stopped) > self._since:
+            self._end_block(max(beat, self._stopped) - self._since)
         elif self._since is None and late > self.threshold and late - self._starved_since() > self.threshold:
             self._begin_block(now)
 
