@@ -780,6 +780,10 @@ cdef class Slots:
                 # A turn could not be granted when the slot became free.
                 stage.hand_on()
             if stage.used >= stage.limit or stage.first_waiting is not NULL:
+                if record.turn is None:
+                    # Before a thread can grant it. Another one may have freed a slot meanwhile: look again.
+                    record.records.queue(record)
+                    continue
                 _append(&stage.first_waiting, record)
                 return False
             stage.used += 1
@@ -1214,7 +1218,6 @@ cdef class LoopRecords:
                     # An executor decides which of its tasks start eagerly.
                     eager = eager or (factory is not None and factory is self.registry._eager_factory)
             else:
-                self.queue(record)
                 factory = self.task_factory()
                 # It runs up to its wait, cheaper than in a step of the loop; the user's coroutine is not entered.
                 eager = context is None
@@ -1242,7 +1245,16 @@ cdef class LoopRecords:
         if record.service:
             return True
         record.slots = self.registry._slots if record.task_set is None else record.task_set.slots
-        return record.slots is None or record.slots.acquire(record)
+        if record.slots is None:
+            return True
+        if not record.slots.acquire(record):
+            return False
+        if record.queued:
+            # A slot became free while its turn was made.
+            record.turn = None
+            record.queued = False
+            self.queued -= 1
+        return True
 
     cdef int queue(self, Record record) except -1:
         """Mark a record as waiting for its slots."""

@@ -529,6 +529,10 @@ class Slots:
                     # A turn could not be granted when the slot became free.
                     stage.hand_on()
                 if stage.used >= stage.limit or stage.waiting:
+                    if record.turn is None:
+                        # Before a thread can grant it. Another one may have freed a slot meanwhile: look again.
+                        record.records.queue(record)
+                        continue
                     stage.waiting[record] = None
                     return False
                 stage.used += 1
@@ -839,7 +843,6 @@ class LoopRecords:
                     # An executor decides which of its tasks start eagerly.
                     eager = eager or (factory is not None and factory is self.registry._eager_factory)
             else:
-                self.queue(record)
                 factory = self.task_factory()
                 # It runs up to its wait, cheaper than in a step of the loop; the user's coroutine is not entered.
                 eager = context is None
@@ -867,7 +870,16 @@ class LoopRecords:
         if record.service:
             return True
         slots = record.slots = self.registry._slots if record.task_set is None else record.task_set.slots
-        return slots is None or slots.acquire(record)
+        if slots is None:
+            return True
+        if not slots.acquire(record):
+            return False
+        if record.queued:
+            # A slot became free while its turn was made.
+            record.turn = None
+            record.queued = False
+            self.queued -= 1
+        return True
 
     def queue(self, record: Record) -> None:
         """Mark a record as waiting for its slots."""

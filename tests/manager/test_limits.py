@@ -355,3 +355,39 @@ async def test_a_spawn_on_another_loop_that_comes_while_capacity_is_passed_on_is
     release.set()
     await until(lambda: not threads[0].is_alive())
     assert spawned == [7]
+
+
+def test_a_slot_freed_while_a_task_is_queued_is_its_own(make_manager):
+    """A loop in another thread frees the only slot while the task that is to wait for it gets its turn."""
+    manager = make_manager(max_concurrency=1)
+    holds, frees, freed = threading.Event(), threading.Event(), threading.Event()
+
+    async def hold():
+        holds.set()
+        while not frees.is_set():
+            await asyncio.sleep(0.001)
+
+    async def hold_elsewhere():
+        await manager.create_task(hold())
+        freed.set()
+
+    class Loop(asyncio.SelectorEventLoop):
+        def create_future(self):
+            if holds.is_set() and not frees.is_set():
+                frees.set()
+                # The other thread may have to wait until this task is queued.
+                freed.wait(0.2)
+            return super().create_future()
+
+    async def queue():
+        async with asyncio.timeout(10):
+            return await manager.create_task(value(1))
+
+    thread = threading.Thread(target=asyncio.run, args=(hold_elsewhere(),))
+    thread.start()
+    assert holds.wait(10)
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        assert runner.run(queue()) == 1
+    thread.join()
+    stats = manager.stats()
+    assert (stats["completed"], stats["queued"], stats["in_flight"]) == (2, 0, 0)
