@@ -2,7 +2,7 @@
 
 Medians are printed beside the goals (``must``). Run it with nothing else on the machine::
 
-    python benchmarks/watching.py                    # everything, six minutes
+    python benchmarks/watching.py                    # everything, nine minutes
     python benchmarks/watching.py scrape frame       # some parts: cost, viewer, pause, scrape, frame, memory
     python benchmarks/watching.py cost --before DIR  # against the sources in DIR, instead of those before watching
 
@@ -341,7 +341,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--before", type=Path, help="a folder with the sources of before, built in place")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each part (5)")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of each part (8)")
     given = parser.parse_args()
     unknown = set(given.parts) - PARTS.keys()
     if unknown:
