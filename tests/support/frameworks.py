@@ -65,6 +65,9 @@ def installed_in(name: str, twin: str, **options: Any) -> Iterator[None]:
             yield
         finally:
             agentflow.uninstall(name)
+            # A collection after each test would go through all modules of the frameworks.
+            gc.collect()
+            gc.freeze()
 
 
 def graph_of(framework: Any, *nodes: Any, **options: Any) -> Any:
