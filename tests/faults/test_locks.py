@@ -8,6 +8,7 @@ import threading
 import pytest
 from allocations import HAS_SAFE_LOCKS, NEEDS_TESTCAPI, call_failing
 
+import bgtasks
 from bgtasks._locks import Lock, Signal
 
 
@@ -24,6 +25,12 @@ def acquired_elsewhere(lock):
     thread.start()
     thread.join()
     return outcome[0]
+
+
+@pytest.mark.skipif(bgtasks.IMPLEMENTATION == "python", reason="without extensions the lock is CPython's own")
+def test_the_compiled_lock_comes_with_the_compiled_registry():
+    """Nothing else takes its place silently."""
+    assert HAS_SAFE_LOCKS
 
 
 def test_a_lock_is_re_entrant_and_keeps_others_out():
