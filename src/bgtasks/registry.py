@@ -76,11 +76,14 @@ class Registry(RegistryCore, RegistryHooks):
     # -- loops ----------------------------------------------------------------------------------------------------
 
     def _add_loop(self, loop: AbstractEventLoop, make: Callable[..., LoopRecords] = LoopRecords) -> LoopRecords:
+        records = self._by_loop.get(id(loop))
+        if records is not None and records.loop is loop:
+            return records
+        # An earlier loop may have had the same id: it is gone.
+        self._release_closed_loops()
         with self._lock:
             records = self._by_loop.get(id(loop))
             if records is None or records.loop is not loop:
-                # An earlier loop may have had the same id: it is gone.
-                self._release_closed_loops()
                 records = self._by_loop[id(loop)] = make(self, loop)
         return records
 
@@ -93,23 +96,31 @@ class Registry(RegistryCore, RegistryHooks):
 
     def _release_closed_loops(self) -> None:
         """Abandon the tasks of closed loops, keep their counters and report the abandoned tasks by name."""
-        with self._lock:
-            for loop_id, records in list(self._by_loop.items()):
-                if not _is_gone(records):
-                    continue
-                live = records.snapshot()
-                names = Counter([record.name for record in live])
-                # Closing a coroutine may run code that comes here, too.
-                self._forget_loop(loop_id)
-                try:
-                    for record in live:
-                        record.abandon()
-                except BaseException:
-                    self._by_loop[loop_id] = records
-                    raise
-                self._retired.add(_snapshots(records))
-                if names:
-                    self._on_abandoned(names)
+        abandoned: list[Counter[str]] = []
+        try:
+            with self._lock:
+                for loop_id, records in list(self._by_loop.items()):
+                    if _is_gone(records):
+                        abandoned.append(self._abandon_all(loop_id, records))
+        finally:
+            # Without the lock: a handler of the log may wait for a thread that asks the manager.
+            for names in filter(None, abandoned):
+                self._on_abandoned(names)
+
+    def _abandon_all(self, loop_id: int, records: LoopRecords) -> Counter[str]:
+        """Abandon the tasks of a closed loop and keep its counters; return the names of the tasks."""
+        live = records.snapshot()
+        names = Counter([record.name for record in live])
+        # Closing a coroutine may run code that comes here, too.
+        self._forget_loop(loop_id)
+        try:
+            for record in live:
+                record.abandon()
+        except BaseException:
+            self._by_loop[loop_id] = records
+            raise
+        self._retired.add(_snapshots(records))
+        return names
 
     def _open_loops(self) -> list[LoopRecords]:
         """Return the records of every loop that is not closed."""

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from internals import release_closed_loops
-from work import failing, forever, until
+from work import failing, forever, until, value
 
 from bgtasks import BackgroundExecutor
 
@@ -57,6 +57,44 @@ def test_records_about_no_single_task_have_the_attributes_too(make_manager, form
         "None|None|{}|A closed event loop left 1 background task behind, abandoned: left (1)",
         "None|None|{}|of a publisher",
     ]
+
+
+def test_a_handler_may_wait_for_a_thread_that_asks_the_manager(make_manager, caplog):
+    """Tasks of a closed loop are reported while no lock of the manager is held."""
+    manager = make_manager()
+    answers = []
+
+    class Asking(logging.Handler):
+        def emit(self, record):
+            thread = threading.Thread(target=lambda: answers.append(manager.stats()["abandoned"]), daemon=True)
+            thread.start()
+            thread.join(10)
+
+    async def leave():
+        manager.create_task(forever(), name="left")
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    handler = Asking()
+    logging.getLogger("bgtasks").addHandler(handler)
+    try:
+        release_closed_loops(manager)
+        assert answers == [1]
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(leave())
+        loop.close()
+        # The next loop is added, and the one before released.
+        asyncio.run(manager.wait_for_all())
+        asyncio.run(value_of(manager))
+        assert answers == [1, 2]
+    finally:
+        logging.getLogger("bgtasks").removeHandler(handler)
+
+
+async def value_of(manager):
+    """Run a task."""
+    await manager.create_task(value(1))
 
 
 async def test_the_text_of_a_failure_names_the_context(make_manager, caplog):
