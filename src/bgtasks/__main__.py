@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -28,12 +29,15 @@ COMMANDS: Final = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, and return its exit status: 0, 1 after an error, 2 for wrong arguments.
+    """Run a command, and return its exit status: 0, 1 after an error, 130 after Ctrl-C.
 
     Without a command it shows what is installed, and which of the twins runs.
 
     Args:
         arguments: the arguments of the command line; those of the process by default.
+
+    Raises:
+        SystemExit: the arguments are wrong, status 2; or they ask for help or the version.
 
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -53,8 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         status: int = given.run(given)
+        # Here, where an error can be handled; the interpreter would write at its exit.
+        sys.stdout.flush()
     except BgtasksError as error:
         print(f"bgtasks: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader, such as head, wants no more, also not at the interpreter's exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
 

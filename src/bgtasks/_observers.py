@@ -6,11 +6,20 @@ Without observers it costs no task anything.
 from __future__ import annotations
 
 import weakref
+from itertools import count
 from typing import Any
 
 from bgtasks.registry import Record, Registry
 
-__all__ = ["FailureCollector", "Observer", "Observers", "all_managers", "observe_all", "stop_observing_all"]
+__all__ = [
+    "FailureCollector",
+    "Observer",
+    "Observers",
+    "all_managers",
+    "numbered_managers",
+    "observe_all",
+    "stop_observing_all",
+]
 
 
 class Observer:
@@ -29,15 +38,23 @@ class Observer:
         """Handle the tasks that a closed loop left behind: their names, each with the number of tasks."""
 
 
-# By id(): a subclass may compare by value. Weak: nothing is kept alive here.
+# By number: a subclass may compare by value. Weak: nothing is kept alive here.
 _managers: weakref.WeakValueDictionary[int, Registry] = weakref.WeakValueDictionary()
+_new_numbers = count(1)
 # Replaced as a whole, so that it can be read while another thread changes it.
 _of_all: tuple[Observer, ...] = ()
 
 
 def all_managers() -> list[Any]:
     """Return every live manager."""
-    return list(_managers.values())
+    return [manager for _, manager in numbered_managers()]
+
+
+def numbered_managers() -> list[tuple[int, Any]]:
+    """Return every live manager with its number in this process, in the order in which they were made."""
+    # Not items(), which fails if another thread makes a manager meanwhile.
+    found = [(reference.key, reference()) for reference in _managers.valuerefs()]
+    return sorted(((number, manager) for number, manager in found if manager is not None), key=lambda each: each[0])
 
 
 def observe_all(observer: Observer) -> None:
@@ -56,7 +73,7 @@ class Observers:
     """The observers of one manager, and those of all managers."""
 
     def __init__(self, manager: Registry) -> None:
-        _managers[id(manager)] = manager
+        _managers[next(_new_numbers)] = manager
         self._own: tuple[Observer, ...] = ()
 
     def add(self, observer: Observer) -> None:

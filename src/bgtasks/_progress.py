@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from asyncio.events import _get_running_loop
 
 from bgtasks._task import TrackedTask, foreign_record, record_of
@@ -25,7 +26,7 @@ def progress(done: float, total: float | None = None, text: str | None = None) -
         progress can also be called directly.
 
     Raises:
-        InvalidOptionError: ``done`` or ``total`` is not a number, or ``text`` not a string.
+        InvalidOptionError: ``done`` or ``total`` is not a finite number, or ``text`` not a string.
 
     Example:
         >>> async def index(files):
@@ -57,5 +58,10 @@ def _is_tracked(task: asyncio.Task[object]) -> bool:
 
 
 def _check_number(option: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidOptionError(f"{option} must be a number; got {describe(value)}")
+    try:
+        # An int may be too large for a float, and then for what shows it.
+        is_finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        is_finite = False
+    if not is_finite:
+        raise InvalidOptionError(f"{option} must be a finite number; got {describe(value)}")

@@ -145,12 +145,13 @@ class BackgroundTaskManager(Registry):
         # The names of the tasks that the owner of a loop cancels, by loop. Weak: it may close the loop at once.
         self._cancelled_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Counter[str]] = WeakKeyDictionary()
         self._capacity = CapacityWait(self, self._has_capacity, max_pending_tasks)
-        self._observers = Observers(self)
         self._handovers = Handovers(lambda future, task: None)
         # A dict, not a set, because it keeps the order in which they were attached.
         self._attached: dict[Attachable, None] = {}
         self._shutdown = Shutdown(self, self._log, self._idle, self._capacity, self._attached.keys())
         self._hearts: list[Any] = []
+        # Last: from here on, other threads find the manager.
+        self._observers = Observers(self)
         follow_forks(self, BackgroundTaskManager._after_fork)
         if self._is_watched:
             from bgtasks.watch import listen

@@ -233,10 +233,12 @@ def test_progress_without_a_loop_does_nothing():
     assert progress(1) is False
 
 
-@pytest.mark.parametrize("arguments", [("1",), (True,), (1, "2"), (1, 2, 3)])
+@pytest.mark.parametrize(
+    "arguments", [("1",), (True,), (1, "2"), (1, 2, 3), (float("nan"),), (1, float("inf")), (10**400,), (-(10**5000),)]
+)
 def test_progress_refuses_what_it_cannot_show(arguments):
-    """Wrong types are named."""
-    with pytest.raises(InvalidOptionError, match=r"must be a number|text must be a string"):
+    """Wrong types are named, and so are numbers that JSON and terminals have not."""
+    with pytest.raises(InvalidOptionError, match=r"must be a finite number|text must be a string"):
         progress(*arguments)
 
 

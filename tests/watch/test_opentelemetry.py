@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from requirements import need
 from watched import Swallow, run_everything
-from work import forever
+from work import forever, value
 
+from bgtasks import InvalidOptionError
 from bgtasks.events import Fanout, Publisher
 
 need("opentelemetry.sdk")
@@ -51,6 +53,29 @@ async def test_a_reader_collects_the_figures(make_manager):
     assert collected(reader)["bgtasks.task.active", "mails", "live"] == 1
     provider.shutdown()
     await manager.shutdown()
+
+
+async def test_any_name_can_be_sent(make_manager):
+    """A lone surrogate in one would keep the exporter from sending all figures."""
+    manager = make_manager()
+    manager.create_task(value(), name="file \udcff")
+    await manager.wait_for_all()
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader], shutdown_on_exit=False)
+    instrument(manager, meter=provider.get_meter("test"))
+    found = collected(reader)
+    for name in ("started", "duration.sum"):
+        assert (f"bgtasks.task.{name}", "default", r"file \udcff") in found
+    provider.shutdown()
+    await manager.shutdown()
+
+
+def test_arguments_are_checked(make_manager):
+    """Before an instrument is made."""
+    with pytest.raises(InvalidOptionError, match="manager must be a BackgroundTaskManager; got 5"):
+        instrument(5)
+    with pytest.raises(InvalidOptionError, match=r"publishers must be a list such as \[publisher\]"):
+        instrument(make_manager(), publishers=Publisher(Swallow()))
 
 
 async def test_a_fanout_has_figures_for_each_of_its_publishers(make_manager):

@@ -299,6 +299,18 @@ def test_a_task_is_cancelled_after_a_question(visit):
     assert visit.server()["naps"] == naps
 
 
+def test_a_process_that_does_not_answer_is_named_in_the_question(visit):
+    """Its tasks are not among those that will be asked to end."""
+    visit.log_in()
+    answer = {"matching": 1, "cancelled": 1, "processes": 1, "errors": ["process 7 does not answer"]}
+    visit.tab.route("**/cancel", lambda route: route.fulfill(json=answer))
+    visit.tab.locator("#names tbody tr", has_text="nap").get_by_role("button", name="Cancel all").click()
+    dialog = visit.tab.get_by_role("dialog")
+    sync_api.expect(dialog).to_contain_text("1 task in 1 process will be asked to end.\nprocess 7 does not answer")
+    dialog.get_by_role("button", name="Cancel 1 task").click()
+    sync_api.expect(dialog).to_contain_text("1 task was asked to end.\nprocess 7 does not answer")
+
+
 def test_frames_come_only_while_somebody_looks(visit):
     """A hidden tab, a pause and a closed tab end the stream."""
     visit.log_in()

@@ -227,6 +227,39 @@ async def test_a_fanout_has_a_series_for_each_of_its_publishers(make_manager):
     assert delivered == {"orders": 1, "orders (2)": 1, "mails": 0}
 
 
+async def test_any_name_can_be_exported(make_manager):
+    """One with a lone surrogate, as in names of files, does not keep the others from being scraped."""
+    manager = make_manager()
+    publisher = Publisher(Swallow(), name="p\udcff")
+    for name in ("ok", "file \udcff"):
+        manager.create_task(value(), name=name)
+    manager.create_task(forever(), name="live \udcff")
+    await asyncio.sleep(0)
+    collector = Collector(manager, manager="m\udcff", publishers=[publisher])
+    for text in (exported(collector), render(collector, registry=None).decode()):
+        found = samples(text)
+        assert found[r'bgtasks_tasks_started_total{manager="m\\udcff",name="file \\udcff"}'] == 1
+        assert found[r'bgtasks_task_oldest_age_seconds{manager="m\\udcff",name="live \\udcff"}'] > 0
+        assert found[r'bgtasks_events_queued{publisher="p\\udcff"}'] == 0
+    await publisher.close()
+    await manager.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("managed", "options", "text"),
+    [
+        (object(), {}, "manager must be a BackgroundTaskManager; got <object"),
+        (None, {"manager": 5}, "manager is the text of a label; got 5"),
+        (None, {"publishers": 5}, r"publishers must be a list such as \[publisher\]; got 5"),
+        (None, {"publishers": ["orders"]}, r"publishers must be a list such as \[publisher\]; got \['orders'\]"),
+    ],
+)
+def test_arguments_are_checked(make_manager, managed, options, text):
+    """When the collector is made, not when Prometheus scrapes."""
+    with pytest.raises(InvalidOptionError, match=text):
+        Collector(managed or make_manager(), **options)
+
+
 @pytest.mark.parametrize("buckets", [[0.1], [OCTAVES[1], OCTAVES[0]], [OCTAVES[0], OCTAVES[0]], ["1"]])
 def test_buckets_must_be_edges(make_manager, buckets):
     """Between the edges no exact count exists."""
@@ -266,7 +299,7 @@ async def test_a_prometheus_scrapes_it(make_manager, tmp_path):
     targets = {"registry": server.server_port, "app": web.config.port}
     jobs = [f"{{job_name: {job}, static_configs: [{{targets: ['127.0.0.1:{at}']}}]}}" for job, at in targets.items()]
     config = tmp_path / "prometheus.yml"
-    config.write_text(f"global: {{scrape_interval: 1s, scrape_timeout: 1s}}\nscrape_configs: [{', '.join(jobs)}]")
+    config.write_text(f"global: {{scrape_interval: 250ms, scrape_timeout: 250ms}}\nscrape_configs: [{', '.join(jobs)}]")
     port = free_port()
     options = (f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}")
     process = subprocess.Popen(
@@ -303,7 +336,7 @@ def ask(port, query):
             result = []
         if result:
             return result
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise AssertionError("no answer")
 
 

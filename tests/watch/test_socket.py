@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
+import pty
 import signal
 import socket
 import stat
@@ -17,8 +20,11 @@ from pathlib import Path
 import pytest
 
 from bgtasks import InvalidOptionError, WatchError
-from bgtasks.watch import _listener, listen, stop
+from bgtasks._observers import numbered_managers
+from bgtasks.watch import _listener, _viewer, listen, stop
+from bgtasks.watch._answers import answer
 from bgtasks.watch._folder import folder, sockets
+from bgtasks.watch._viewer import ask, ask_in_thread, progress_text
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs Unix sockets")
 
@@ -161,6 +167,215 @@ def test_cancel_says_how_many_and_asks_first(start):
     assert out == "1\n"
 
 
+def asking_process(start):
+    """Return a process that asks on a terminal whether to cancel tasks, and the other end of the terminal."""
+    start()
+    ours, its = pty.openpty()
+    options = {"stdin": its, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-m", "bgtasks", "cancel", "--name", "load"], **options)
+    os.close(its)
+    assert process.stderr.readline() == "3 tasks in 1 process match\n"
+    assert process.stdout.read(6) == "Cancel"
+    return process, ours
+
+
+@pytest.mark.parametrize(("key", "status"), [("ctrl-c", 130), ("ctrl-d", 1), ("no", 1), ("yes", 0)])
+def test_the_question_can_be_left(start, key, status):
+    """Only a yes cancels; no key has a traceback for an answer."""
+    process, terminal = asking_process(start)
+    with process:
+        if key == "ctrl-c":
+            # Python looks for signals when a system call is interrupted: one that comes just before it is too early.
+            while process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
+        else:
+            os.write(terminal, b"\x04" if key == "ctrl-d" else f"{key}\n".encode())
+        out, err = process.communicate(timeout=30)
+    os.close(terminal)
+    assert (process.returncode, err.strip()) == (status, "")
+    assert ("3 tasks were asked to end" in out) is (key == "yes")
+
+
+def test_a_reader_that_wants_no_more_is_no_error(start):
+    """As in ``bgtasks ps | head -1``."""
+    start()
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-m", "bgtasks", "ps"], **options)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=30)) == ("", 1)
+    process.stderr.close()
+
+
+def test_a_stack_shows_what_the_task_waits_for(start):
+    """The future, not an iterator of it; and no control characters."""
+    start(
+        """
+        import asyncio
+        import bgtasks
+
+        class Odd:
+            def __await__(self):
+                return self
+            def __iter__(self):
+                return self
+            def __next__(self):
+                return None
+            def __repr__(self):
+                return "red \\x1b[31m"
+
+        async def odd():
+            await Odd()
+
+        async def waits(task):
+            await asyncio.wait([task])
+
+        async def main(manager):
+            manager.create_task(odd(), name="odd")
+            manager.create_task(asyncio.sleep(60), name="nap")
+            await asyncio.sleep(0)
+            print("ready", flush=True)
+            await asyncio.sleep(60)
+
+        bgtasks.run(main)
+        """
+    )
+    tasks = {task["name"]: task["id"] for task in ask_json("ps")["processes"][0]["tasks"]}
+    assert command("stack", tasks["nap"])[1].splitlines()[-1].startswith("  waits for <Future pending")
+    assert command("stack", tasks["odd"])[1].splitlines()[-1] == "  waits for red \\x1b[31m"
+
+
+def test_viewers_wait_while_there_is_no_file_descriptor(start):
+    """The thread of the socket outlives it, and says so once."""
+    process = start(
+        """
+        import asyncio, os, resource, sys, threading
+        import bgtasks
+
+        async def main(manager):
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+            print("ready", flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            print("again", flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+
+        bgtasks.run(main)
+        """
+    )
+    (path,) = sockets().values()
+    # The process had a descriptor ready for the first viewer.
+    assert ask(path, "names")["pid"] == process.pid
+    asked = ask_in_thread(path, "names", {})
+    # Longer than a pause between two tries of the process.
+    time.sleep(2 * _listener.PAUSE)
+    assert not asked.done()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "again\n"
+    assert asked.result(timeout=30)["pid"] == process.pid
+
+
+async def test_an_answer_that_cannot_be_sent_is_an_error(make_manager, runtime, caplog):
+    """The next viewer gets an answer."""
+
+    class Bad:
+        def __repr__(self):
+            raise RuntimeError("no repr")
+
+    class Odd:
+        def stats(self):
+            return {"name": "odd", "bad": Bad()}
+
+        def emit(self, event):
+            """Do nothing."""
+
+        def attached(self, manager):
+            """Do nothing."""
+
+        async def flush(self, timeout):
+            """Do nothing."""
+
+        close = flush
+
+    async with make_manager(watch=True) as manager:
+        manager.attach(Odd())
+        (path,) = sockets().values()
+        for _ in range(2):
+            asked = ask_in_thread(path, "names", {})
+            with pytest.raises(WatchError, match="the watched process failed: RuntimeError: no repr"):
+                await asyncio.wrap_future(asked)
+        assert (await asyncio.wrap_future(ask_in_thread(path, "tasks", {})))["total"] == 0
+    assert [record.getMessage() for record in caplog.records] == ["The request of a viewer failed"] * 2
+    caplog.clear()
+
+
+def test_processes_are_asked_at_once(monkeypatch, runtime):
+    """One that hangs does not hold up the others."""
+    together = threading.Barrier(2)
+
+    def ask(path, do, **request):
+        together.wait(20)
+        return {"pid": int(path.stem)}
+
+    monkeypatch.setattr(_viewer, "ask", ask)
+    monkeypatch.setattr(_viewer, "sockets", lambda: {1: Path("1.sock"), 2: Path("2.sock")})
+    assert _viewer.ask_all(None, "names") == ([{"pid": 1}, {"pid": 2}], [])
+
+
+def test_errors_of_processes_are_said_although_nothing_matches(start):
+    """One that does not answer may have the task; it is said once."""
+    start()
+    left = folder() / f"{os.getpid()}.sock"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(left))
+    status, _, err = command("cancel", "--name", "nothing", "--yes")
+    gone = f"bgtasks: process {os.getpid()} is not watched any more\n"
+    assert (status, err) == (1, f"0 tasks in 0 processes match\n{gone}")
+
+
+def test_progress_is_written_with_all_its_digits():
+    """Fractions as far as they mean something."""
+    texts = [
+        progress_text({"done": done, "total": total, "text": text})
+        for done, total, text in ((1234567, 5_000_000, "rows"), (0.1 + 0.2, None, None), (1234567.5, 2e6, ""))
+    ]
+    assert texts == ["1234567/5000000 rows", "0.3", "1234567.5/2000000"]
+
+
+def test_a_viewer_looks_while_managers_are_made(make_manager):
+    """It sees none before it is whole; numbers stay."""
+    first = make_manager()
+    done = threading.Event()
+    errors = []
+
+    def look():
+        while not done.is_set():
+            try:
+                numbers = [number for number, manager in numbered_managers() if manager is first]
+                answer({"version": 1, "do": "names"})
+                answer({"version": 1, "do": "tasks"})
+                assert len(numbers) == 1
+            except Exception as error:
+                errors.append(error)
+                return
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(1000):
+            make_manager()
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert errors == []
+
+
 def test_it_answers_while_the_loop_is_blocked(start):
     """The thread of the socket does not need the loop."""
     process = start(BLOCK="print('blocks', flush=True); time.sleep(20)")
@@ -179,7 +394,7 @@ def test_a_fork_listens_on_its_own(start):
     process = start(FORK="pid = os.fork(); pid or time.sleep(60)")
     deadline = time.monotonic() + 20
     while len(found := sockets()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.02)
     assert process.pid in found
     (child,) = found.keys() - {process.pid}
     try:
@@ -292,6 +507,10 @@ def test_requests_that_are_not_understood_are_refused(start, request_, text):
         (["ps", "--pid", "1"], 1, "process 1 is not watched: start it with BGTASKS_WATCH=1"),
         (["stack", "12"], 1, "ids of the form PID.MANAGER.TASK"),
         (["cancel"], 2, "required"),
+        (["cancel", "", "--yes"], 1, "'' is not the id of a task"),
+        (["ps", "--older-than", "nan"], 2, "it must be a number of seconds, 0 or more; got 'nan'"),
+        (["ps", "--older-than", "soon"], 2, "it must be a number of seconds, 0 or more; got 'soon'"),
+        (["web", "--port", "99999"], 1, "cannot listen on port 99999: bind(): port must be 0-65535"),
         (["fly"], 2, "invalid choice: 'fly'"),
     ],
 )

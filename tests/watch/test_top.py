@@ -17,7 +17,8 @@ from terminal import Terminal
 from bgtasks._statistics import Distribution
 from bgtasks.errors import MissingExtraError
 from bgtasks.watch._top_poll import Look
-from bgtasks.watch._top_tables import Figures, bars, clean, count_of, quantile, seconds, sparkline
+from bgtasks.watch._top_tables import Figures, bars, count_of, quantile, seconds, sparkline
+from bgtasks.watch._viewer import clean
 
 PROGRAM = """
 import asyncio, sys, time
@@ -42,7 +43,7 @@ async def main(manager):
     for number in range(3):
         manager.create_task(load_rows(number), name="load", timeout=500, context={"password": "secret"})
     # These are the oldest, and so the first of the table.
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.2)
     for number in range(300):
         manager.create_task(asyncio.sleep(600), name=f"many {number:03}")
     manager.create_task(asyncio.sleep(600), name="evil\\x1b[31m[b]bold[/b]")
@@ -91,8 +92,10 @@ def open_top(start, tmp_path):
     """Give a function that opens ``bgtasks top`` in a terminal."""
     opened = []
 
-    def open_top(*arguments, width=80, height=24):
-        command = [sys.executable, "-m", "bgtasks", "top", "--interval", "0.2", *map(str, arguments)]
+    def open_top(*arguments, width=80, height=24, patience=10.0):
+        program = f"from bgtasks import __main__; from bgtasks.watch import _viewer; _viewer.PATIENCE = {patience}"
+        options = ["top", "--interval", "0.2", *map(str, arguments)]
+        command = [sys.executable, "-c", f"{program}; raise SystemExit(__main__.main())", *options]
         top = Terminal(tmp_path, command, width, height)
         opened.append(top)
         top.wait(lambda screen: "Quit" in screen or "exit status" in screen, "anything")
@@ -241,7 +244,7 @@ def test_names_are_cancelled_in_one_process(start, open_top):
 def test_processes_come_and_go(start, open_top):
     """One that is killed disappears, one that hangs holds up nothing, one that starts later appears."""
     first, second = start(), start()
-    top = open_top()
+    top = open_top(patience=2.0)
     top.type("/", "load", "Enter")
     top.shows("2 processes", f"{first.pid}.1.", f"{second.pid}.1.")
     first.kill()
@@ -328,7 +331,7 @@ def test_rates_are_differences_of_counters():
     assert row["rate"] == 0.0
     figures.add(look(8, 13.0, 5, tasks=1))
     assert figures.summary() == "2 processes · 3 tasks · 0/s started"
-    assert [row["rate"] for row in figures.rows("names", "SEND")] == [0.0, None]
+    assert [row["rate"] for row in figures.rows("names", "sen")] == [0.0, None]
     assert figures.rows("names", "other") == []
     figures.miss(8, "process 8 does not answer")
     assert figures.summary().endswith("8 does not answer")

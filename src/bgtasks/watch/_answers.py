@@ -7,17 +7,15 @@ loop waits long for the GIL.
 from __future__ import annotations
 
 import heapq
-import itertools
 import json
 import math
 import os
 import sys
 import time
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
-from bgtasks._observers import all_managers
+from bgtasks._observers import numbered_managers
 from bgtasks.errors import WatchError, describe
 from bgtasks.watch._published import figures_of
 
@@ -31,21 +29,6 @@ RECORDS_AT_ONCE: Final = 100
 
 # A viewer that asks for more rows would hold the GIL, and the memory, for too long.
 MOST_ROWS: Final = 10_000
-
-# By id(), with the manager itself: the id may be used again.
-_numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
-_new_numbers = itertools.count(1)
-
-
-def numbered_managers() -> list[tuple[int, Any]]:
-    """Return the managers of this process, each with a number that it keeps."""
-    found = []
-    for manager in all_managers():
-        known = _numbers.get(id(manager))
-        if known is None or known[0]() is not manager:
-            known = _numbers[id(manager)] = weakref.ref(manager), next(_new_numbers)
-        found.append((known[1], manager))
-    return sorted(found, key=lambda each: each[0])
 
 
 def number_of(manager: Any) -> int:
@@ -196,7 +179,9 @@ def _stack(request: Mapping[str, Any]) -> dict[str, Any]:
         while coro is not None:
             frame = _first(coro, "cr_frame", "gi_frame", "ag_frame")
             if frame is None:
-                lines.append(f"  waits for {coro!r:.200}")
+                # The iterators of futures do not say which future it is.
+                waiter = getattr(record.task, "_fut_waiter", None)
+                lines.append(f"  waits for {describe(coro if waiter is None else waiter)}")
                 break
             lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
             coro = _first(coro, "cr_await", "gi_yieldfrom", "ag_await")

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from bgtasks._statistics import BUCKET_EDGES, MAX_NAMES, OTHER_NAMES
 from bgtasks.errors import InvalidOptionError, describe
 from bgtasks.watch._exposition import AGE, DURATION, ENDED, HELP, OUTCOMES, STARTED, WAIT, Edges, NamedText
-from bgtasks.watch._published import Published, figures_of
+from bgtasks.watch._published import Published, checked_manager, checked_publishers, encodable, figures_of
 
 if TYPE_CHECKING:
     from bgtasks._statistics import NameTotals
@@ -73,7 +73,7 @@ class Collector:
             because only there are the counts exact. By default the powers of two from 256 microseconds to 9.5 hours.
 
     Raises:
-        InvalidOptionError: ``buckets`` has a value that is no edge, or they do not ascend.
+        InvalidOptionError: an argument has an invalid value; ``buckets`` one that is no edge, or they do not ascend.
         MissingExtraError: on import, if ``prometheus_client`` is not installed.
 
     Example:
@@ -91,9 +91,11 @@ class Collector:
         publishers: Iterable[Published] = (),
         buckets: Sequence[float] = OCTAVES,
     ) -> None:
-        self.manager = manager
-        self._managed = managed
-        self._publishers = tuple(publishers)
+        if not isinstance(manager, str):
+            raise InvalidOptionError(f"manager is the text of a label; got {describe(manager)}")
+        self.manager = encodable(manager)
+        self._managed = checked_manager(managed)
+        self._publishers = checked_publishers(publishers)
         self._edges = Edges(_checked(buckets))
         self._text = NamedText(manager, self._edges)
 
@@ -121,7 +123,7 @@ class Collector:
         waits = HistogramMetricFamily(WAIT, HELP[WAIT], labels=labels)
         oldest = GaugeMetricFamily(AGE, HELP[AGE], labels=labels)
         for name, figures in totals.items():
-            mine = [self.manager, name]
+            mine = [self.manager, encodable(name)]
             started.add_metric(mine, figures.started)
             for outcome, count in zip(OUTCOMES, figures.counts[1:], strict=True):
                 ended.add_metric([*mine, outcome], count)
@@ -129,7 +131,7 @@ class Collector:
             self._add(durations, mine, histograms["duration"])
             self._add(waits, mine, histograms["wait"])
         for name, age in self._ages().items():
-            oldest.add_metric([self.manager, name], age)
+            oldest.add_metric([self.manager, encodable(name)], age)
         yield from (started, ended, durations, waits, oldest)
 
     def _unnamed(self, totals: NameTotals, queued: int) -> Iterator[Metric]:

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+from bgtasks._checks import as_seconds
 from bgtasks.errors import WatchError
 from bgtasks.watch._answers import SORTS, STATES, VERSION
-from bgtasks.watch._viewer import ask_all, asked_to_end, numbered_tasks, pid_of
+from bgtasks.watch._viewer import ask_all, asked_to_end, clean, numbered_tasks, pid_of, progress_text
 
 __all__ = ["CANCEL", "NAMES", "PS", "STACK", "Command"]
 
@@ -27,11 +28,21 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, see the documentation")
 
 
+def _age(text: str) -> float:
+    try:
+        seconds = as_seconds(float(text))
+    except ValueError:
+        seconds = None
+    if seconds is None:
+        raise argparse.ArgumentTypeError(f"it must be a number of seconds, 0 or more; got {text!r}")
+    return seconds
+
+
 def _add_ps(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("--name", help="only tasks with this text in their name")
     parser.add_argument("--state", choices=STATES, help="only tasks in this state")
-    parser.add_argument("--older-than", type=float, metavar="SECONDS", help="only tasks of at least this age")
+    parser.add_argument("--older-than", type=_age, metavar="SECONDS", help="only tasks older than this")
     parser.add_argument(
         "--sort", choices=SORTS, default="age", help="the order; age, the default, has the oldest first"
     )
@@ -61,13 +72,8 @@ def _row_of(task: dict[str, Any]) -> tuple[str, ...]:
         _seconds(task["time_left_seconds"]),
         task["name"],
         task["coroutine"],
-        "" if progress is None else _progress(progress),
+        "" if progress is None else progress_text(progress),
     )
-
-
-def _progress(progress: dict[str, Any]) -> str:
-    total = "" if progress["total"] is None else f"/{progress['total']:g}"
-    return f"{progress['done']:g}{total} {progress['text'] or ''}".strip()
 
 
 def _names(given: argparse.Namespace) -> int:
@@ -109,7 +115,8 @@ def _stack(given: argparse.Namespace) -> int:
     answers, errors = ask_all(pid_of(given.id), "stack", id=given.id)
     if not _print_json(given, answers, errors):
         for answer in answers:
-            print(f"task {given.id} {answer['name']!r}, the outermost frame first:", *answer["stack"], sep="\n")
+            print(f"task {given.id} {answer['name']!r}, the outermost frame first:")
+            print(*map(clean, answer["stack"]), sep="\n")
     return _status(errors)
 
 
@@ -122,13 +129,14 @@ def _add_cancel(parser: argparse.ArgumentParser) -> None:
 
 
 def _cancel(given: argparse.Namespace) -> int:
-    chosen = {"id": given.id} if given.id else {"name": given.name}
-    pid = pid_of(given.id) if given.id else given.pid
-    answers, errors = ask_all(pid, "cancel", **chosen)
+    chosen = {"name": given.name} if given.id is None else {"id": given.id}
+    pid = given.pid if given.id is None else pid_of(given.id)
+    answers, missed = ask_all(pid, "cancel", **chosen)
     count = sum(answer["matching"] for answer in answers)
     processes = sum(answer["matching"] > 0 for answer in answers)
     verb = "matches" if count == 1 else "match"
     print(f"{numbered_tasks(count)} in {processes} process{'' if processes == 1 else 'es'} {verb}", file=sys.stderr)
+    _status(missed)
     if not count:
         return 1
     if not given.yes and not _confirms(f"Cancel {numbered_tasks(count)}? [y/N] "):
@@ -136,13 +144,18 @@ def _cancel(given: argparse.Namespace) -> int:
     answers, errors = ask_all(pid, "cancel", **chosen, confirmed=True)
     if not _print_json(given, answers, errors):
         print(asked_to_end(answers))
-    return _status(errors)
+    return max(_status([error for error in errors if error not in missed]), bool(errors))
 
 
 def _confirms(question: str) -> bool:
     if not sys.stdin.isatty():
         raise WatchError("no terminal to ask on: pass --yes")
-    return input(question).strip().lower() in ("y", "yes")
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        # Ctrl-D: the cursor stands behind the question.
+        print()
+        return False
 
 
 def _print_json(given: argparse.Namespace, answers: list[dict[str, Any]], errors: list[str]) -> bool:
@@ -153,7 +166,7 @@ def _print_json(given: argparse.Namespace, answers: list[dict[str, Any]], errors
 
 def _status(errors: list[str]) -> int:
     for error in errors:
-        print(f"bgtasks: {error}", file=sys.stderr)
+        print(f"bgtasks: {clean(error)}", file=sys.stderr)
     return 1 if errors else 0
 
 
@@ -166,10 +179,9 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; control characters in names are escaped, as they could change what a terminal shows."""
-    clean = [[cell if cell.isprintable() else ascii(cell)[1:-1] for cell in row] for row in [titles, *rows]]
-    widths = [max(len(row[column]) for row in clean) for column in range(len(titles))]
-    for row in clean:
+    shown = [[clean(cell) for cell in row] for row in [titles, *rows]]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(titles))]
+    for row in shown:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from bgtasks._statistics import BUCKET_EDGES, MAX_NAMES
+from bgtasks.watch._published import encodable
 
 if TYPE_CHECKING:
     from bgtasks._statistics import Measured, Totals
@@ -144,4 +145,4 @@ class NamedText:
 
 
 def _escaped(label: str) -> str:
-    return label.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+    return encodable(label).replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

@@ -41,9 +41,18 @@ def socket_of(pid: int) -> Path:
 
 
 def sockets() -> dict[int, Path]:
-    """Return the sockets of all processes that run, by process id; remove those of processes that are gone."""
+    """Return the sockets of all processes that run, by process id; remove those of processes that are gone.
+
+    Raises:
+        WatchError: their folder is not safe, or cannot be read.
+
+    """
     found = {}
-    for path in sorted(folder().iterdir()):
+    try:
+        paths = sorted(folder().iterdir())
+    except OSError as error:
+        raise WatchError(f"the folder of sockets cannot be read: {error}") from error
+    for path in paths:
         if path.stem.isdecimal():
             if not _runs(int(path.stem)):
                 path.unlink(missing_ok=True)

@@ -14,12 +14,13 @@ import socket
 import struct
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from bgtasks._fork import at_fork
 from bgtasks._locks import Lock
-from bgtasks.errors import WatchError
+from bgtasks.errors import WatchError, text_of
 from bgtasks.watch._answers import VERSION, answer, encoded
 from bgtasks.watch._folder import socket_of
 
@@ -30,6 +31,8 @@ logger: Final = logging.getLogger("bgtasks.watch")
 # Seconds that a peer may take for its request, and for reading the answer.
 PATIENCE: Final = 2.0
 LONGEST_REQUEST: Final = 65536
+# Seconds until the next try after a viewer could not be let in.
+PAUSE: Final = 0.2
 
 
 class _Listener:
@@ -62,11 +65,18 @@ class _Listener:
         self.thread.join(PATIENCE)
 
     def _serve(self) -> None:
+        is_reported = False
         while not self._is_closed:
             try:
                 connection, _ = self.socket.accept()
-            except OSError:
-                return
+            except OSError as error:
+                # The process has no file descriptor left, for example.
+                if not (self._is_closed or is_reported):
+                    logger.warning("Viewers have to wait until they can be let in: %s", error)
+                is_reported = True
+                time.sleep(PAUSE)
+                continue
+            is_reported = False
             # A peer that is gone, or too slow, does not end the thread.
             with connection, contextlib.suppress(OSError):
                 self._serve_one(connection)
@@ -78,7 +88,7 @@ class _Listener:
         with connection.makefile("rb") as lines:
             line = lines.readline(LONGEST_REQUEST)
         if line:
-            connection.sendall(encoded(_answer(line)))
+            connection.sendall(_answer(line))
 
 
 def _is_own(connection: socket.socket) -> bool:
@@ -90,17 +100,21 @@ def _is_own(connection: socket.socket) -> bool:
     return bool(uid == os.getuid())
 
 
-def _answer(line: bytes) -> dict[str, Any]:
+def _answer(line: bytes) -> bytes:
     try:
         request = json.loads(line)
         if not isinstance(request, dict):
             raise WatchError("a request is a JSON object in one line")
-        return answer(request)
+        return encoded(answer(request))
     except (WatchError, ValueError, TypeError) as error:
-        return {"version": VERSION, "error": str(error)}
+        return _refusal(str(error))
     except Exception as error:
         logger.exception("The request of a viewer failed")
-        return {"version": VERSION, "error": f"the watched process failed: {type(error).__name__}: {error}"}
+        return _refusal(f"the watched process failed: {text_of(error)}")
+
+
+def _refusal(text: str) -> bytes:
+    return encoded({"version": VERSION, "error": text})
 
 
 _listener: _Listener | None = None

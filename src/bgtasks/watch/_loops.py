@@ -16,6 +16,7 @@ apart:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import threading
@@ -76,11 +77,14 @@ class Heart:
         # The frame that runs a loop whose own code has no frames, while it is idle.
         self._base = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
         self._expected = self.last_beat
         self._beat()
         _watchdog.add(self)
 
     def _beat(self) -> None:
+        if self._is_closed:
+            return
         now = time.monotonic()
         self._lag.count(max(now - self._expected, 0.0))
         self.thread = threading.current_thread()
@@ -100,17 +104,18 @@ class Heart:
     async def close(self, timeout: float) -> None:
         """End the heartbeat; from the loop or from another one."""
         _watchdog.remove(self)
-        if self._timer is None or self.loop.is_closed():
-            return
-        timer, self._timer = self._timer, None
+        self._is_closed = True
         if self.loop is asyncio.get_running_loop():
-            timer.cancel()
+            self._cancel()
         else:
-            self.loop.call_soon_threadsafe(self._cancel)
+            # The loop may have been closed.
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def look(self, now: float, not_before: float) -> None:
         """Report a block that began or that is over; called by the watching thread.

@@ -296,7 +296,14 @@ class SourcePage(Page):
         gone = asyncio.ensure_future(_wait_until_gone(request.receive))
         try:
             async with self._worker as worker:
-                make = partial(worker.run, partial(make_frame, source, query))
+
+                async def make() -> bytes:
+                    try:
+                        return await worker.run(partial(make_frame, source, query))
+                    except OSError as error:
+                        # Not to be taken for the error of a server whose viewer is gone.
+                        raise WatchError(f"the frame cannot be made: {error}") from error
+
                 # Servers raise it when the viewer is gone.
                 with contextlib.suppress(OSError):
                     await self._send_frames(request, source, make, gone)

@@ -12,9 +12,7 @@ import hmac
 import inspect
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from http.cookies import CookieError, SimpleCookie
 from typing import Any, Final, TypeAlias
-from urllib.parse import urlsplit
 
 from bgtasks._checks import check_callable
 from bgtasks.errors import InvalidOptionError, describe
@@ -108,7 +106,8 @@ class Access:
             return
         origin = headers.get("origin")
         if origin is not None:
-            if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+            host = headers.get("host", "").lower()
+            if origin.lower() not in (f"http://{host}", f"https://{host}"):
                 raise RefusedError(403, f"requests of other sites are refused: Origin is {origin[:100]!r}")
         elif changes and not self._has_bearer(headers):
             raise RefusedError(
@@ -142,14 +141,15 @@ class Access:
 
     def _has_bearer(self, headers: Headers) -> bool:
         kind, _, given = headers.get("authorization", "").partition(" ")
-        return self._token is not None and kind.lower() == "bearer" and self._is_token(given.strip())
+        return self._token is not None and kind.lower() == "bearer" and self._is_token(given.strip(), "latin-1")
 
     def _has_cookie(self, headers: Headers) -> bool:
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(self._cookie)
-        except CookieError:
-            return False
-        expires, _, proof = (cookie.value if cookie is not None else "").partition(".")
+        # Not by http.cookies, which finds none beside a cookie of the application that it does not understand.
+        pairs = (each.strip().partition("=") for each in headers.get("cookie", "").split(";"))
+        return any(self._is_session(value) for name, _, value in pairs if name == self._cookie)
+
+    def _is_session(self, value: str) -> bool:
+        expires, _, proof = value.partition(".")
         if not hmac.compare_digest(self._proof(expires), proof.encode("utf-8", "replace")):
             return False
         return int(expires) > time.time()
@@ -157,9 +157,9 @@ class Access:
     def _proof(self, expires: str) -> bytes:
         return hmac.digest(self._key, expires.encode("utf-8", "replace"), "sha256").hex().encode()
 
-    def _is_token(self, given: str) -> bool:
+    def _is_token(self, given: str, encoding: str = "utf-8") -> bool:
         expected = self._token or b""
-        return hmac.compare_digest(expected, given.encode("utf-8", "surrogatepass"))
+        return hmac.compare_digest(expected, given.encode(encoding, "surrogatepass"))
 
     def log_in(self, given: object, is_secure: bool) -> str:
         """Return the cookie of a session, for the header ``Set-Cookie``.

@@ -49,10 +49,9 @@ async def serve(page: Page, port: int) -> asyncio.Server:
 
     try:
         return await asyncio.start_server(connected, ADDRESS, port, limit=LONGEST_HEAD)
-    except OSError as error:
-        raise WatchError(
-            f"cannot listen on port {port}: {error.strerror or error}; choose another with --port"
-        ) from error
+    except (OSError, OverflowError) as error:
+        text = getattr(error, "strerror", None) or error
+        raise WatchError(f"cannot listen on port {port}: {text}; choose another with --port") from error
 
 
 class _Connection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -12,7 +11,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from bgtasks.errors import WatchError
 from bgtasks.watch._answers import VERSION, answer, number_of
 from bgtasks.watch._folder import sockets
-from bgtasks.watch._viewer import ask, pid_of
+from bgtasks.watch._viewer import ask_in_thread, pid_of
 
 __all__ = ["Answers", "ManagerSource", "ProcessesSource", "Source"]
 
@@ -80,7 +79,7 @@ class ProcessesSource:
         """Return the answers of all processes that answer in time."""
         paths = self._paths(request.get("id"))
         self._open = {number: future for number, future in self._open.items() if not future.done()}
-        asked = {number: _in_thread(path, do, request) for number, path in paths.items() if number not in self._open}
+        asked = {number: ask_in_thread(path, do, request) for number, path in paths.items() if number not in self._open}
         self._open.update(asked)
         wait_for(asked.values(), PATIENCE)
         errors = [f"process {number} does not answer" for number, future in self._open.items() if not future.done()]
@@ -104,19 +103,3 @@ class ProcessesSource:
     def has_ended(self) -> bool:
         """Return False: further processes may start."""
         return False
-
-
-def _in_thread(path: Path, do: str, request: dict[str, Any]) -> Future[dict[str, Any]]:
-    future: Future[dict[str, Any]] = Future()
-    arguments = (future, path, do, request)
-    threading.Thread(target=_fill, args=arguments, name="bgtasks-page-ask", daemon=True).start()
-    return future
-
-
-def _fill(future: Future[dict[str, Any]], path: Path, do: str, request: dict[str, Any]) -> None:
-    try:
-        future.set_result(ask(path, do, **request))
-    except WatchError as error:
-        future.set_exception(error)
-    except Exception as error:
-        future.set_exception(WatchError(f"process {path.stem}: {type(error).__name__}: {error}"))

@@ -29,6 +29,7 @@ from opentelemetry.trace import (
 from bgtasks._checks import check_choice
 from bgtasks.errors import InvalidOptionError, describe, text_of
 from bgtasks.registry import Record
+from bgtasks.watch._published import checked_manager, encodable
 
 __all__ = ["SpanParent", "trace"]
 
@@ -82,9 +83,7 @@ def trace(
 
     """
     check_choice("parent", parent, get_args(SpanParent))
-    # Not by isinstance: the tests run a copy of the manager on each twin.
-    if not hasattr(manager, "_live_records"):
-        raise InvalidOptionError(f"manager must be a BackgroundTaskManager; got {describe(manager)}")
+    checked_manager(manager)
     if isinstance(names, str) or not (names is None or hasattr(names, "__contains__")):
         raise InvalidOptionError(f"names must be a set of names, or None; got {describe(names)}")
     if isinstance(getattr(manager.create_task, "__self__", None), _Tracing):
@@ -195,7 +194,7 @@ class _Tracing:
         if loop is None:
             return None
         try:
-            span = self._start(name, coro)
+            span = self._start(encodable(name), coro)
         except Exception:
             logger.exception("The tracer failed; task %r has no span", name)
             return None

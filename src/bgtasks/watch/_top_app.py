@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Final
 
 from bgtasks.errors import WatchError, missing_extra
 from bgtasks.watch._top_poll import Look, Lost, Poller, Question
-from bgtasks.watch._top_tables import KEPT, SPARKS, TABLES, Column, Figures, Row, bars, clean
-from bgtasks.watch._viewer import ask_all, asked_to_end, numbered_tasks
+from bgtasks.watch._top_tables import KEPT, SPARKS, TABLES, Column, Figures, Row, bars
+from bgtasks.watch._viewer import ask_all, asked_to_end, clean, numbered_tasks
 
 try:
     from rich.text import Text

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from bgtasks._statistics import BUCKET_EDGES
 from bgtasks.watch._top_poll import Look
+from bgtasks.watch._viewer import clean, progress_text
 
 __all__ = [
     "TABLES",
@@ -17,7 +18,6 @@ __all__ = [
     "Row",
     "Table",
     "bars",
-    "clean",
     "count_of",
     "seconds",
     "sparkline",
@@ -30,12 +30,6 @@ LEVELS: Final = "▁▂▃▄▅▆▇█"
 OCTAVE: Final = 8
 
 Row: TypeAlias = dict[str, Any]
-
-
-def clean(text: object) -> str:
-    """Return a text without control characters, which could change what a terminal shows."""
-    plain = str(text)
-    return plain if plain.isprintable() else ascii(plain)[1:-1]
 
 
 def seconds(length: float | None) -> str:
@@ -142,11 +136,7 @@ class Table(NamedTuple):
 
 
 def _progress(row: Row) -> str:
-    progress = row["progress"]
-    if progress is None:
-        return ""
-    total = "" if progress["total"] is None else f"/{progress['total']:g}"
-    return clean(f"{progress['done']:g}{total} {progress['text'] or ''}".strip())
+    return "" if row["progress"] is None else clean(progress_text(row["progress"]))
 
 
 def _age(row: Row) -> tuple[float, str]:
@@ -305,7 +295,7 @@ class Figures:
         """Return the rows of a table with ``text`` in their names, in the order of a column; each has a ``key``."""
         chosen = TABLES[table]
         found = [row for look in self.looks.values() for row in ROWS[table](look)]
-        rows = [row for row in found if text.lower() in str(row[chosen.filtered]).lower()] if text else found
+        rows = [row for row in found if text in str(row[chosen.filtered])] if text else found
         for row in rows:
             row["rates"] = self._rates.get(row["pid"], {}).get(row["key"], ())
             row["rate"] = row["rates"][-1] if row["rates"] else None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final
 
-from bgtasks.errors import WatchError
+from bgtasks.errors import WatchError, text_of
 from bgtasks.watch._answers import VERSION
 from bgtasks.watch._folder import sockets
 
-__all__ = ["ask", "ask_all", "asked_to_end", "numbered_tasks", "pid_of"]
+__all__ = ["ask", "ask_all", "ask_in_thread", "asked_to_end", "clean", "numbered_tasks", "pid_of", "progress_text"]
 
 # Seconds until a process counts as hanging.
 PATIENCE: Final = 10.0
@@ -57,13 +59,44 @@ def ask_all(pid: int | None, do: str, **request: Any) -> tuple[list[dict[str, An
     if not found:
         raise WatchError("no process of yours is watched: start one with BGTASKS_WATCH=1, or pass watch=True")
     answers, errors = [], []
-    for number, path in found.items():
-        if pid in (None, number):
-            try:
-                answers.append(ask(path, do, **request))
-            except WatchError as error:
-                errors.append(str(error))
+    # At once: several that hang would hold up the others for long.
+    for future in [ask_in_thread(path, do, request) for number, path in found.items() if pid in (None, number)]:
+        try:
+            answers.append(future.result())
+        except WatchError as error:
+            errors.append(str(error))
     return answers, errors
+
+
+def ask_in_thread(path: Path, do: str, request: dict[str, Any]) -> Future[dict[str, Any]]:
+    """Ask one process in a thread, which does not keep the program from its end; a failure is a WatchError."""
+    future: Future[dict[str, Any]] = Future()
+    arguments = (future, path, do, request)
+    threading.Thread(target=_fill, args=arguments, name="bgtasks-ask", daemon=True).start()
+    return future
+
+
+def _fill(future: Future[dict[str, Any]], path: Path, do: str, request: dict[str, Any]) -> None:
+    try:
+        future.set_result(ask(path, do, **request))
+    except WatchError as error:
+        future.set_exception(error)
+    except Exception as error:
+        future.set_exception(WatchError(f"process {path.stem}: {text_of(error)}"))
+
+
+def clean(text: object) -> str:
+    """Return a text without control characters, which could change what a terminal shows."""
+    plain = str(text)
+    return plain if plain.isprintable() else ascii(plain)[1:-1]
+
+
+def progress_text(progress: dict[str, Any]) -> str:
+    """Return how far a task has come as text: "3/10 files"."""
+    done, total = (
+        f"{number:.10g}" if isinstance(number, float) else number for number in (progress["done"], progress["total"])
+    )
+    return f"{done}{'' if total is None else f'/{total}'} {progress['text'] or ''}".strip()
 
 
 def numbered_tasks(count: int) -> str:

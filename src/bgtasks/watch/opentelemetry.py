@@ -18,7 +18,7 @@ from bgtasks.watch._extra import extra
 with extra("otel", "opentelemetry", "opentelemetry-api", "export figures to OpenTelemetry"):
     from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter
 
-from bgtasks.watch._published import Published, figures_of
+from bgtasks.watch._published import Published, checked_manager, checked_publishers, encodable, figures_of
 
 # Below the check for the extra, which it needs, too.
 from bgtasks.watch._spans import SpanParent, trace
@@ -29,8 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["Counted", "Published", "SpanParent", "instrument", "trace"]
 
 OUTCOMES: Final = ("completed", "failed", "cancelled", "timed_out", "abandoned")
-EVENT_COUNTERS: Final = ("accepted", "delivered", "retried")
-EVENT_GAUGES: Final = {"queue_events": "queued", "spooled": "spooled"}
+# The unit and the description of each.
+EVENT_COUNTERS: Final = {
+    "accepted": ("{event}", "Accepted events."),
+    "delivered": ("{event}", "Delivered events."),
+    "retried": ("{try}", "Further tries of batches."),
+}
+EVENT_GAUGES: Final = {
+    "queue_events": ("queued", "Events in the queue and in flight."),
+    "spooled": ("spooled", "Events in the spool."),
+}
 
 Observe = Callable[[], Iterator[Observation]]
 
@@ -65,6 +73,7 @@ def instrument(
         name: the attribute ``bgtasks.manager`` of all figures of this manager.
 
     Raises:
+        InvalidOptionError: ``manager`` is no manager, or ``publishers`` are none.
         MissingExtraError: on import, if ``opentelemetry-api`` is not installed.
 
     Example:
@@ -73,10 +82,10 @@ def instrument(
 
     """
     meter = get_meter("bgtasks") if meter is None else meter
-    _make_tasks(meter, manager, {"bgtasks.manager": name})
-    publishers = tuple(publishers)
-    if publishers:
-        _make_events(meter, publishers)
+    published = checked_publishers(publishers)
+    _make_tasks(meter, checked_manager(manager), {"bgtasks.manager": name})
+    if published:
+        _make_events(meter, published)
 
 
 def _make_tasks(meter: Meter, manager: Counted, mine: Mapping[str, str]) -> None:
@@ -86,7 +95,7 @@ def _make_tasks(meter: Meter, manager: Counted, mine: Mapping[str, str]) -> None
                 figures: Mapping[str, Any] = stats
                 for key in keys:
                     extra = {} if attribute is None else {attribute: key}
-                    yield Observation(figures[key], {**mine, "bgtasks.task.name": task, **extra})
+                    yield Observation(figures[key], {**mine, "bgtasks.task.name": encodable(task), **extra})
 
         return observe
 
@@ -94,7 +103,7 @@ def _make_tasks(meter: Meter, manager: Counted, mine: Mapping[str, str]) -> None
         def observe() -> Iterator[Observation]:
             for task, histograms in manager.histograms().items():
                 figures: Mapping[str, Any] = histograms
-                yield Observation(figures[key]["sum_seconds"], {**mine, "bgtasks.task.name": task})
+                yield Observation(figures[key]["sum_seconds"], {**mine, "bgtasks.task.name": encodable(task)})
 
         return observe
 
@@ -147,13 +156,13 @@ def _make_events(meter: Meter, publishers: tuple[Published, ...]) -> None:
 
         return observe
 
-    for key in EVENT_COUNTERS:
-        _counter(meter, f"bgtasks.event.{key}", "{event}", f"{key.capitalize()} events or batches.", of(key))
+    for key, (unit, text) in EVENT_COUNTERS.items():
+        _counter(meter, f"bgtasks.event.{key}", unit, text, of(key))
     _counter(meter, "bgtasks.event.lag.sum", "s", "Times from emit to delivery.", observe_lags)
-    for key, name in EVENT_GAUGES.items():
-        _gauge(meter, f"bgtasks.event.{name}", "{event}", f"{name.capitalize()} events.", of(key))
+    for key, (name, text) in EVENT_GAUGES.items():
+        _gauge(meter, f"bgtasks.event.{name}", "{event}", text, of(key))
     for key in ("dropped", "refused"):
-        _counter(meter, f"bgtasks.event.{key}", "{event}", f"{key.capitalize()} events.", by_reason(key))
+        _counter(meter, f"bgtasks.event.{key}", "{event}", f"{key.capitalize()} events by reason.", by_reason(key))
 
 
 def _counter(meter: Meter, name: str, unit: str, text: str, observe: Observe) -> None:
