@@ -255,7 +255,8 @@ def test_viewers_wait_while_there_is_no_file_descriptor(start):
 
         async def main(manager):
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+            # Not 0, with which poll() fails.
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
             print("ready", flush=True)
             await asyncio.to_thread(sys.stdin.readline)
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)

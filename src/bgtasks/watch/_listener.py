@@ -70,8 +70,10 @@ class _Listener:
             try:
                 connection, _ = self.socket.accept()
             except OSError as error:
+                if self._is_closed:
+                    return
                 # The process has no file descriptor left, for example.
-                if not (self._is_closed or is_reported):
+                if not is_reported:
                     logger.warning("Viewers have to wait until they can be let in: %s", error)
                 is_reported = True
                 time.sleep(PAUSE)
