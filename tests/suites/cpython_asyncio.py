@@ -51,7 +51,13 @@ from typing import Any, Final
 import bgtasks
 from bgtasks import BackgroundTaskManager
 
+if sys.platform != "win32":
+    import resource
+
 PACKAGE: Final = "test.test_asyncio"
+# Seconds and bytes; one run takes a minute and 150 MB, with as much address space again for each of its threads.
+LONGEST_RUN: Final = 900
+MOST_MEMORY: Final = 6 << 30
 MODULES: Final = (
     "test_base_events",
     "test_eager_task_factory",
@@ -341,6 +347,10 @@ def main() -> int:
         print("the compiled registry does not run here: build it, or unset BGTASKS_IMPLEMENTATION")
         return 2
     faulthandler.enable()
+    # A test that runs away fails with its traceback, before the machine has no memory left, or no patience.
+    faulthandler.dump_traceback_later(LONGEST_RUN, exit=True)
+    if sys.platform != "win32":
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     # Some tests leave loops with tasks on purpose, and the manager warns of each.
     logging.getLogger("bgtasks").setLevel(logging.ERROR)
     tests, left_out = load(arguments.modules)
