@@ -3,6 +3,7 @@
 from bgtasks._options import ManagerOptions
 from bgtasks._progress import progress
 from bgtasks._statistics import BUCKET_EDGES
+from bgtasks._submit import ManagerFire, ManagerSubmit, OnDuplicate, RetryPolicy
 from bgtasks.errors import (
     BgtasksError,
     ExecutorClosedError,
@@ -20,6 +21,7 @@ from bgtasks.errors import (
     NotPicklableError,
     RunningLoopError,
     TaskRejectedError,
+    UnknownTaskError,
     WatchError,
     WorkerDiedError,
 )
@@ -53,6 +55,11 @@ from bgtasks.info import (
     TimeoutPolicy,
 )
 from bgtasks.manager import Attachable, BackgroundTaskManager
+from bgtasks.policies._limits import Limit, Rate
+from bgtasks.policies._results import TaskResult
+from bgtasks.policies._retry import Retry, RetryOn, skip_retry_waits
+from bgtasks.policies._schedules import FirstRun, OnRunError, Overlap, RunOutcome, Schedule
+from bgtasks.policies._services import Restart, Service, started
 from bgtasks.program import drain_on_signals, run
 from bgtasks.registry import IMPLEMENTATION
 
@@ -69,19 +76,23 @@ __all__ = [
     "ExecutorClosedError",
     "ExecutorKind",
     "FinishedTask",
+    "FirstRun",
     "Histogram",
     "InvalidContextError",
     "InvalidFunctionError",
     "InvalidOptionError",
     "InvalidProgramError",
     "InvalidTimeoutError",
+    "Limit",
     "LiveState",
     "LoopBlock",
     "LoopStats",
     "ManagerClosedError",
+    "ManagerFire",
     "ManagerNotBoundError",
     "ManagerOptions",
     "ManagerStats",
+    "ManagerSubmit",
     "MissingExtraError",
     "NameHistograms",
     "NameStats",
@@ -89,10 +100,21 @@ __all__ = [
     "NoRunningLoopError",
     "NotACoroutineError",
     "NotPicklableError",
+    "OnDuplicate",
+    "OnRunError",
     "Outcome",
     "Overflow",
+    "Overlap",
     "Progress",
+    "Rate",
+    "Restart",
+    "Retry",
+    "RetryOn",
+    "RetryPolicy",
+    "RunOutcome",
     "RunningLoopError",
+    "Schedule",
+    "Service",
     "ShutdownStats",
     "Submit",
     "TaskFactoryOptions",
@@ -100,13 +122,17 @@ __all__ = [
     "TaskOrder",
     "TaskOverflow",
     "TaskRejectedError",
+    "TaskResult",
     "TaskState",
     "TimeoutAction",
     "TimeoutPolicy",
+    "UnknownTaskError",
     "WatchError",
     "WorkerDiedError",
     "drain_on_signals",
     "progress",
     "run",
+    "skip_retry_waits",
+    "started",
 ]
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from bgtasks import errors
 from bgtasks._checks import as_seconds
 
-__all__ = ["check_context", "check_timeout", "refuse_contextvars_context"]
+__all__ = ["check_context", "check_timeout", "refuse_contextvars_context", "refuse_retry"]
 
 
 def check_timeout(coro: Any, timeout: object) -> float:
@@ -47,3 +47,17 @@ def refuse_contextvars_context(coro: Any, context: object) -> NoReturn:
     """
     errors.close_refused(coro)
     raise errors.invalid_contextvars_context(context)
+
+
+def refuse_retry(coro: Any) -> NoReturn:
+    """Refuse to retry a coroutine object.
+
+    Raises:
+        InvalidOptionError: always.
+
+    """
+    errors.close_refused(coro)
+    raise errors.InvalidOptionError(
+        "create_task cannot retry: a coroutine object runs only once. Pass the function and its arguments, "
+        "submit(function, *args, retry=...)"
+    )

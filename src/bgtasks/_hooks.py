@@ -39,6 +39,36 @@ class RegistryHooks:
         """
         raise NotImplementedError
 
+    def _policy_of(self, retry: Any) -> Any:
+        """Return the policy that an option ``retry`` means, or raise an error."""
+        raise NotImplementedError
+
+    def _check_submission(self, key: Any, on_duplicate: Any, keep_result: Any) -> float | None:
+        """Check the options of ``submit`` that are seldom used; return the seconds to keep the result."""
+        raise NotImplementedError
+
+    def _submit_duplicate(
+        self, current: Any, coro: Any, submission: Any, on_duplicate: Any, options: tuple[Any, ...]
+    ) -> Any:
+        """Do what ``on_duplicate`` says with a submission whose key another one has; return the task of ``submit``."""
+        raise NotImplementedError
+
+    def _keep_result(self, submission: Any, seconds: float) -> None:
+        """Have the result of a submission kept that is about to start."""
+        raise NotImplementedError
+
+    def _follow_result(self, submission: Any) -> None:
+        """Have the state of a submission shown that has started."""
+        raise NotImplementedError
+
+    def _wait_after(self, record: Any, error: BaseException) -> float | None:
+        """Return the seconds to wait after a failed attempt, None if no other one follows."""
+        raise NotImplementedError
+
+    def _describe_submission(self, record: Any, info: Any) -> None:
+        """Add to the ``TaskInfo`` of a task that was submitted as a function."""
+        raise NotImplementedError
+
     def _report(self, record: Any, error: BaseException | None) -> BaseException | None:
         """Report the end of a task, after its bookkeeping and before its references are cut.
 

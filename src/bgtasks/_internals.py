@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from bgtasks.errors import InvalidOptionError, describe
 from bgtasks.manager import BackgroundTaskManager
-from bgtasks.registry import LoopRecords, Record, TaskSet
+from bgtasks.registry import LoopRecords, Record, Submission, TaskSet
 
 __all__ = ["ManagerInternals"]
 
@@ -84,6 +84,18 @@ class ManagerInternals:
 
         """
         return self._manager._make_task_set(_Owner(on_idle, accept_failure), max_running, context)
+
+    def make_submission(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], retry: Any
+    ) -> Submission | None:
+        """Return a submission that runs again as ``retry`` says; None if that is None.
+
+        Raises:
+            InvalidOptionError: ``retry`` is no policy.
+
+        """
+        policy = self._manager._policy_of(retry)
+        return None if policy is None else self._manager._make_submission(function, args, kwargs, policy, None)
 
     def add_loop(self, loop: Any) -> LoopRecords:
         """Return the records of the stand-in for a loop of an executor's threads."""

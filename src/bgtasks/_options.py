@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Final, TypedDict, get_args
 
 from bgtasks._checks import check_callable, check_choice, check_count, check_flag, check_limit, check_seconds
 from bgtasks.errors import InvalidOptionError
 from bgtasks.info import TaskInfo, TaskOverflow, TimeoutPolicy
+from bgtasks.policies._limits import Limit, Rate, check_limits, check_rate
 
 __all__ = ["ManagerOptions", "check_options", "is_watched"]
 
@@ -26,13 +27,8 @@ class ManagerOptions(TypedDict, total=False):
     timeouts: TimeoutPolicy
     track_origin: bool
     watch: bool | None
-
-
-# The values of an option, and advice for those who give another one.
-_CHOICES: Final = {
-    "overflow": (get_args(TaskOverflow), "to wait for capacity, await spawn()"),
-    "timeouts": (get_args(TimeoutPolicy), ""),
-}
+    rate: Rate | None
+    limits: Mapping[Hashable, Limit] | None
 
 
 def is_watched(watch: bool | None) -> bool:
@@ -57,19 +53,29 @@ def check_options(options: ManagerOptions) -> None:
 
     """
     for option, value in options.items():
-        match option:
-            case "default_shutdown_timeout" | "drain_timeout":
-                check_seconds(option, value)
-            case "max_pending_tasks" | "max_concurrency":
-                check_limit(option, value)
-            case "overflow" | "timeouts":
-                check_choice(option, value, *_CHOICES[option])
-            case "on_error":
-                check_callable(option, value)
-            case "history":
-                check_count(option, value)
-            case "track_origin" | "watch":
-                check_flag(option, value, optional=option == "watch")
-            case _:
-                known = ", ".join(ManagerOptions.__annotations__)
-                raise TypeError(f"BackgroundTaskManager has no option {option!r}; it has: {known}")
+        check = CHECKS.get(option)
+        if check is None:
+            known = ", ".join(ManagerOptions.__annotations__)
+            raise TypeError(f"BackgroundTaskManager has no option {option!r}; it has: {known}")
+        check(option, value)
+
+
+def _check_overflow(option: str, value: object) -> None:
+    check_choice(option, value, get_args(TaskOverflow), "to wait for capacity, await spawn()")
+
+
+# How each option is checked.
+CHECKS: Final[Mapping[str, Callable[[str, object], object]]] = {
+    "default_shutdown_timeout": check_seconds,
+    "max_pending_tasks": check_limit,
+    "overflow": _check_overflow,
+    "max_concurrency": check_limit,
+    "drain_timeout": check_seconds,
+    "on_error": check_callable,
+    "history": check_count,
+    "timeouts": lambda option, value: check_choice(option, value, get_args(TimeoutPolicy)),
+    "track_origin": check_flag,
+    "watch": lambda option, value: check_flag(option, value, optional=True),
+    "rate": lambda _, value: check_rate(value),
+    "limits": lambda _, value: check_limits(value),
+}

@@ -54,7 +54,7 @@ def progress(done: float, total: float | None = None, text: str | None = None) -
 
 def _is_tracked(task: asyncio.Task[object]) -> bool:
     # The compiled registry has a type of its own, with the methods of TrackedTask.
-    return type(task).__dict__.get("get_coro") is TrackedTask.__dict__["get_coro"]
+    return getattr(type(task), "get_coro", None) is TrackedTask.__dict__["get_coro"]
 
 
 def _check_number(option: str, value: object) -> None:

@@ -16,20 +16,22 @@ from libc.string cimport memcpy
 import asyncio
 from asyncio import AbstractEventLoop, BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
-from collections.abc import Coroutine, Generator, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterator, Mapping
 from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar, Unpack
 from weakref import ref
 
 from bgtasks import _task, errors
-from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
+from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context, refuse_retry
+from bgtasks._coroutines import coroutine_of, next_attempt, refuse_function
 from bgtasks._implementation import Wrapper, choose_wrapper
 from bgtasks._origin import describe_loop, origin
 from bgtasks._statistics import MAX_NAMES, OUTCOMES, Snapshot
+from bgtasks._submit import OnDuplicate, RetryPolicy
 from bgtasks._task import (
     close_quietly, dismiss, do_nothing, drive, finish_unentered, foreign_record, grant_turn, is_running, record_of,
-    retrieve_failure, run, run_queued, task_in_constructor,
+    retrieve_failure, run, run_queued, run_submitted, task_in_constructor,
 )
 from bgtasks.info import TaskFactoryOptions, TaskInfo
 
@@ -64,6 +66,10 @@ cdef extern from "_coroutine.h":
     void bgtasks_put_error(object error)
 
 
+cdef extern from *:
+    const Py_ssize_t PY_SSIZE_T_MAX
+
+
 cdef extern from "_weak.h":
     # What a weak reference refers to, None if that is gone.
     object bgtasks_referent(object reference)
@@ -81,9 +87,15 @@ TrackedTask = bgtasks_make_task_type(Task)
 for _name in ("__doc__", "_coro", "cancel", "get_coro", "set_name"):
     setattr(TrackedTask, _name, _task.TrackedTask.__dict__[_name])
 
+SharedTask = type("Task", (TrackedTask,), {
+    "__slots__": (),
+    **{_name: _task.SharedTask.__dict__[_name] for _name in ("__doc__", "__await__", "__iter__")},
+})
+
 # Constants and names of the hot path, as C variables: looking them up in the module's dict costs 4 % of a task.
 cdef int _MAX_NAMES = MAX_NAMES
 cdef object _TrackedTask = TrackedTask
+cdef object _SharedTask = SharedTask
 cdef object _run = run
 cdef object _running_loop = _get_running_loop
 cdef object _Context = Context
@@ -217,7 +229,10 @@ cdef class Record:
     cdef readonly object task
     # The set of its executor; None for a task of no executor, and after its end.
     cdef readonly TaskSet task_set
-    # The future of a queued task, resolved when it may run; of a task that fire() deferred, the Context to run in.
+    # The function of a submitted task, and what is to be done at its end; None for any other task.
+    cdef public Submission submission
+    # The future of a queued or waiting task, resolved when it may run; of a task that fire() deferred, the Context to
+    # run in.
     cdef readonly object turn
     # Where it needs its first concurrency slot; None if no limit applies to it.
     cdef Slots slots
@@ -237,10 +252,12 @@ cdef class Record:
     # Built by the task factory: counted and shown, not owned.
     cdef readonly unsigned char observed
     cdef readonly unsigned char queued
+    # Between two attempts; until the next one begins.
+    cdef readonly unsigned char waiting
     # Cancelled before its first step: suspended in ``_task.pause``, the user's coroutine not entered.
     cdef public unsigned char paused
     # Its timeout has expired.
-    cdef unsigned char expired
+    cdef readonly unsigned char expired
     # How many concurrency slots it holds.
     cdef unsigned char slots_held
     # A task that runs as long as the program: counted and shown, waited for only after its cancellation.
@@ -300,14 +317,16 @@ cdef class Record:
         return self.make_info()
 
     cdef dict make_info(self):
-        return {
+        cdef dict info = {
             "task_id": self.task_id,
             "name": self.given_name,
             "coroutine": _name_of(self.coro),
-            "state": "queued" if self.queued else OUTCOMES[self.state],
+            "state": "queued" if self.queued else "waiting" if self.waiting else OUTCOMES[self.state],
             "age_seconds": self.get_duration(),
             "timeout": self.seconds if self.seconds > 0 else None,
             "context": {} if self.given_context is None else self.given_context,
+            "attempt": 1,
+            "next_attempt_seconds": None,
             "done": self.state != RUNNING,
             "cancelled": self.state == CANCELLED or self.state == TIMED_OUT,
             "service": bool(self.service),
@@ -318,6 +337,9 @@ cdef class Record:
             "origin": self.noted_as("origin"),
             "progress": self.noted_as("progress"),
         }
+        if self.submission is not None:
+            self.records.registry._describe_submission(self, info)
+        return info
 
     def rename(self, name: str) -> None:
         """Give a task that the task factory built, and that has not ended, another name: loops may name it late."""
@@ -381,12 +403,14 @@ cdef class Record:
 
     def complete(self, result: Result) -> Result:
         """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
-        self.finish_completed()
+        self.finish_completed(result)
         return result
 
-    cdef int finish_completed(self) except -1:
+    cdef int finish_completed(self, object result) except -1:
         if self.state != RUNNING:
             return 0
+        if self.submission is not None:
+            self.submission.result = result
         try:
             self.records.finish(self, COMPLETED, None)
             self.report(None)
@@ -483,7 +507,7 @@ cdef class Record:
         """Raise an exception in the user's coroutine."""
         cdef LoopRecords records = self.records
         cdef PyObject* stepping
-        if self.queued:
+        if self.turn is not None:
             self.fail(error)
             raise error
         if records is None:
@@ -492,10 +516,14 @@ cdef class Record:
         records.stepping = <PyObject*>self
         try:
             yielded = self.coro.throw(error, *rest)
-        except StopIteration:
-            self.finish_completed()
+        except StopIteration as end:
+            self.finish_completed(end.value)
             raise
         except BaseException as raised:
+            if self.submission is not None and self.retry(raised):
+                # As a future's __await__ does before it yields the future to the task.
+                self.turn._asyncio_future_blocking = True
+                return self.turn
             replacement = self.fail(raised)
             if replacement is not None:
                 raise replacement from raised
@@ -538,6 +566,54 @@ cdef class Record:
     def __next__(self):
         return self.send(None)
 
+    # -- attempts of a submitted function -------------------------------------------------------------------------
+
+    def retry(self, error: BaseException) -> bool:
+        """Have another attempt follow the one that raised ``error``, if its policy says so; return whether it does."""
+        cdef LoopRecords records = self.records
+        cdef object task = self.task
+        if self.submission is None or self.submission.retry is None or self.state != RUNNING:
+            return False
+        if task is None:
+            # An eager task that has not left its constructor.
+            task = self.task = current_task(records.loop)
+        if task.cancelling() > self.expired:
+            return False
+        seconds = records.registry._wait_after(self, error)
+        if seconds is None or self.state != RUNNING:
+            return False
+        if self.expired:
+            self.expired = False
+            task.uncancel()
+        records.suspend(self, seconds)
+        return True
+
+    def proceed(self) -> None:
+        """Let a task run that was held or waited: at once, or when it has its concurrency slots."""
+        cdef LoopRecords records = self.records
+        records.disarm(self)
+        if records.acquire_slots(self):
+            grant_turn(records.loop, self.turn)
+        elif not self.queued:
+            self.queued = True
+            records.queued += 1
+
+    def begin_attempt(self) -> Any:
+        """Mark a waiting task as running, and return the coroutine of its next attempt."""
+        cdef LoopRecords records = self.records
+        self.waiting = False
+        self.turn = None
+        if self.queued:
+            self.queued = False
+            records.queued -= 1
+        self.submission.attempt += 1
+        self.submission.failures.last = None
+        self.coro = next_attempt(self.submission.function, self.submission.args, self.submission.kwargs or {})
+        if self.seconds > 0:
+            records.arm_after(self, records.now(), self.seconds)
+            records.want_timer(self)
+        return self.coro
+
     # -- queued tasks, and functions in threads -------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -551,7 +627,7 @@ cdef class Record:
         self.name_stats.count_wait(waited)
         self.entered = True
         self.queued = False
-        self.records.queued -= 1
+        self.records.queued -= not self.service
         self.turn = None
 
     def begin_call(self) -> bool:
@@ -605,6 +681,7 @@ cdef class Record:
         self.task = None
         self.given_context = None
         self.turn = None
+        self.submission = None
         self.task_set = None
         self.slots = None
         self.records = None
@@ -629,15 +706,14 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
         Py_INCREF(None)
         result[0] = <PyObject*>None
         return PYGEN_RETURN
-    if record.queued:
+    if record.turn is not None:
         if not record.turn.done():
-            # As a future's __await__ does before it yields the future to the task.
-            record.turn._asyncio_future_blocking = True
-            Py_INCREF(record.turn)
-            result[0] = <PyObject*>record.turn
-            return PYGEN_NEXT
+            return _yield_turn(record, result)
         try:
-            record.begin()
+            if record.waiting:
+                record.begin_attempt()
+            else:
+                record.begin()
         except BaseException as error:
             record.fail(error)
             raise
@@ -652,12 +728,14 @@ cdef PySendResult _step(PyObject* self, PyObject* sent, PyObject** result) excep
             _suspend(record, result)
         return PYGEN_NEXT
     if status == PYGEN_ERROR:
+        if record.submission is not None and _retry(record):
+            return _yield_turn(record, result)
         _fail(record)
         return PYGEN_ERROR
     # Held by a Cython variable, which releases it if the report raises.
     returned = _taken(result[0])
     result[0] = NULL
-    record.finish_completed()
+    record.finish_completed(returned)
     Py_INCREF(returned)
     result[0] = <PyObject*>returned
     return PYGEN_RETURN
@@ -674,6 +752,24 @@ cdef int _suspend(Record record, PyObject** result) except -1:
             _taken(result[0])
             result[0] = NULL
     return 0
+
+
+cdef inline PySendResult _yield_turn(Record record, PyObject** result) except PYGEN_ERROR:
+    """Have the task wait until its turn."""
+    # As a future's __await__ does before it yields the future to the task.
+    record.turn._asyncio_future_blocking = True
+    Py_INCREF(record.turn)
+    result[0] = <PyObject*>record.turn
+    return PYGEN_NEXT
+
+
+cdef bint _retry(Record record) except -1:
+    """Have another attempt follow; return False if none does: the error is then in the error indicator again."""
+    cdef object error = bgtasks_take_error()
+    if record.retry(error):
+        return True
+    bgtasks_put_error(error)
+    return False
 
 
 cdef int _fail(Record record) except -1:
@@ -700,7 +796,9 @@ bgtasks_set_am_send(Record, _step)
 
 cdef inline object _around(Record record):
     """Return the coroutine that the task of a record steps: the record itself or a native one."""
-    return _wrap(record, _run) if _native else record
+    if not _native:
+        return record
+    return _wrap(record, _run if record.submission is None else run_submitted)
 
 
 cdef inline object _wrap(Record record, object function):
@@ -753,12 +851,67 @@ cdef int _remove(PyObject** first, Record record) except -1:
 
 
 @cython.final
+# As records are: cut from its record at the end of the task.
+@cython.no_gc
+@cython.freelist(256)
+cdef class Submission:
+    """A submitted function with its arguments, which one task runs, once or several times.
+
+    Args:
+        function: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        retry: decides on further attempts; None for no further one.
+        listener: its ``_ended(record, error)`` is called when the task has ended; None for no call.
+    """
+
+    cdef readonly object function
+    cdef readonly tuple args
+    # None instead of an empty dict, to save memory.
+    cdef readonly dict kwargs
+    cdef public object retry
+    cdef public object listener
+    # The number of the attempt that runs, or ran last, from 1.
+    cdef public Py_ssize_t attempt
+    # At most one task of a key runs on each loop, and at most one is held until its end.
+    cdef readonly object key
+    cdef public Submission following
+    # What the policies keep: about failed attempts, and for how long the result.
+    cdef public object failures
+    cdef public object keep
+    # Several coroutines may await its task, and the cancellation of one is not to cancel it.
+    cdef public bint shared
+    # Until it is released; None before the start.
+    cdef readonly Record record
+    # What the function returned, set just before the listener is called.
+    cdef public object result
+
+    def __init__(self, function, tuple args, dict kwargs, retry, listener):
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs or None
+        self.retry = retry
+        self.listener = listener
+        self.attempt = 1
+
+    def task(self) -> Any:
+        """Return its task; an eager one that has not left its constructor is the running one."""
+        return current_task(self.record.loop) if self.record.task is None else self.record.task
+
+
+@cython.final
 cdef class Slots:
     """Concurrency slots: ``limit`` tasks run at once, the others wait in order.
 
+    They may be handed out at a rate: the generic cell rate algorithm in its form of virtual scheduling (ITU-T I.371,
+    annex A). ``next_start`` is when the next slot is due if all of them come evenly; one may come ``tolerance``
+    earlier.
+
     Args:
-        limit: the number of slots.
+        limit: the number of slots; None for no limit.
         next_stage: where a task needs its next slot, None if nowhere. A task that waits here holds no slot there.
+        interval: seconds between two slots; 0 for no rate.
+        tolerance: seconds that a slot may come early, for bursts.
     """
 
     cdef Py_ssize_t limit
@@ -766,10 +919,76 @@ cdef class Slots:
     cdef Slots next_stage
     # The first of the waiting records.
     cdef PyObject* first_waiting
+    cdef double interval
+    cdef double tolerance
+    cdef double next_start
+    # Calls ``wake`` when the next slot is due, on the loop of a task that waits.
+    cdef object timer
+    cdef object timer_loop
 
-    def __init__(self, Py_ssize_t limit, Slots next_stage):
-        self.limit = limit
+    def __init__(self, limit, Slots next_stage, double interval=0.0, double tolerance=0.0):
+        self.limit = PY_SSIZE_T_MAX if limit is None else limit
         self.next_stage = next_stage
+        self.interval = interval
+        self.tolerance = tolerance
+        self.next_start = -INFINITY
+
+    cdef bint has_slot(self, Record record) except -1:
+        """Return whether a slot is free, and due at the time of a record's loop."""
+        if self.used >= self.limit:
+            return False
+        return self.interval == 0 or record.records.now() >= self.next_start - self.tolerance
+
+    cdef int take(self, Record record) except -1:
+        """Give a slot to a record."""
+        cdef double now
+        if self.interval > 0:
+            now = record.records.now()
+            self.next_start = (now if now > self.next_start else self.next_start) + self.interval
+        self.used += 1
+        record.slots_held += 1
+        return 0
+
+    cdef int see_to_timer(self) except -1:
+        """Have ``wake`` called when the next slot is due, if a task waits for that."""
+        cdef Record record
+        cdef object loop
+        cdef double wait
+        if self.interval == 0 or self.used >= self.limit:
+            return 0
+        if self.first_waiting is NULL:
+            self.drop_timer()
+            return 0
+        record = <Record>self.first_waiting
+        # Not on that of another task: its loop may end before.
+        loop = record.records.held_loop
+        if self.timer is not None and self.timer_loop is loop:
+            return 0
+        self.drop_timer()
+        if loop is not _running_loop():
+            try:
+                loop.call_soon_threadsafe(self.wake)
+            except RuntimeError:
+                # Its loop is closed: the release of its slots sees to the timer of the next one.
+                pass
+            return 0
+        wait = self.next_start - self.tolerance - record.records.now()
+        self.timer = loop.call_later(wait if wait > SHORTEST_WAIT else SHORTEST_WAIT, self.wake)
+        self.timer_loop = loop
+        return 0
+
+    cdef int drop_timer(self) except -1:
+        """Forget the timer; one of another thread's loop fires, and finds nothing to do."""
+        if self.timer is not None and self.timer_loop is _running_loop():
+            self.timer.cancel()
+        self.timer = None
+        self.timer_loop = None
+        return 0
+
+    def wake(self):
+        """Pass on the slots that are due."""
+        self.drop_timer()
+        self.hand_on()
 
     cdef bint acquire(self, Record record) except -1:
         """Acquire a slot of this and of every later stage; return False if the task has to wait for one."""
@@ -779,15 +998,15 @@ cdef class Slots:
             if stage.first_waiting is not NULL and stage.used < stage.limit:
                 # A turn could not be granted when the slot became free.
                 stage.hand_on()
-            if stage.used >= stage.limit or stage.first_waiting is not NULL:
+            if stage.first_waiting is not NULL or not stage.has_slot(record):
                 if record.turn is None:
                     # Before a thread can grant it. Another one may have freed a slot meanwhile: look again.
                     record.records.queue(record)
                     continue
                 _append(&stage.first_waiting, record)
+                stage.see_to_timer()
                 return False
-            stage.used += 1
-            record.slots_held += 1
+            stage.take(record)
             stage = stage.next_stage
         return True
 
@@ -803,17 +1022,17 @@ cdef class Slots:
             stage = stage.next_stage
         if stage is not None and record.previous_timer is not NULL:
             _remove(&stage.first_waiting, record)
+            stage.see_to_timer()
         return 0
 
     cdef int hand_on(self) except -1:
         """Pass free slots on to the tasks that wait for them."""
         cdef Record record
         cdef bint is_asked, is_granted
-        while self.first_waiting is not NULL and self.used < self.limit:
+        while self.first_waiting is not NULL and self.has_slot(<Record>self.first_waiting):
             record = <Record>self.first_waiting
             _remove(&self.first_waiting, record)
-            self.used += 1
-            record.slots_held += 1
+            self.take(record)
             if self.next_stage is not None and not self.next_stage.acquire(record):
                 continue
             is_asked = False
@@ -829,6 +1048,7 @@ cdef class Slots:
                 continue
             # Its loop is closed, and it will never run: what it just acquired is free again.
             record.slots.give_up(record)
+        self.see_to_timer()
         return 0
 
     cdef int give_up(self, Record record) except -1:
@@ -1037,6 +1257,8 @@ cdef class LoopRecords:
     # When the clock was last read for the start of a task, and the processor's counter then.
     cdef double last_start
     cdef uint64_t start_ticks
+    # The current submission of each key; None before the first key.
+    cdef dict keys
 
     def __init__(self, RegistryCore registry, loop):
         self.registry = registry
@@ -1189,7 +1411,7 @@ cdef class LoopRecords:
                 self.options_name = None
                 self.options["name"] = record.given_name
                 self.options_name = record.given_name
-            task = PyObject_Call(_TrackedTask, (wrapper,), self.options)
+            task = PyObject_Call(self.task_type(record), (wrapper,), self.options)
             is_built = True
         finally:
             if not is_built:
@@ -1205,6 +1427,18 @@ cdef class LoopRecords:
         self.batch = None
         return self.launch_specially(record, eager, context)
 
+    cdef object launch_held(self, Record record):
+        """Build the task of a record that is held until ``proceed``."""
+        cdef bint is_queued = False
+        self.batch = None
+        try:
+            self.queue(record)
+            is_queued = True
+        finally:
+            if not is_queued:
+                self.discard(record, record)
+        return self.launch_specially(record, False, None)
+
     cdef object launch_specially(self, Record record, bint eager, object context):
         """Launch a task that starts eagerly, runs in a given context, needs a slot or is built by a factory."""
         cdef object factory, task
@@ -1212,7 +1446,7 @@ cdef class LoopRecords:
         cdef bint is_built = False
         try:
             record.created = self.now()
-            if self.acquire_slots(record):
+            if self.may_begin(record):
                 factory = self.task_factory()
                 if record.task_set is None:
                     # An executor decides which of its tasks start eagerly.
@@ -1240,14 +1474,11 @@ cdef class LoopRecords:
             record.task = task
         return task
 
-    cdef inline bint acquire_slots(self, Record record) except -1:
-        """Acquire the concurrency slots that a task needs; return False if it has to wait for one."""
-        if record.service:
-            return True
-        record.slots = self.registry._slots if record.task_set is None else record.task_set.slots
-        if record.slots is None:
-            return True
-        if not record.slots.acquire(record):
+    cdef bint may_begin(self, Record record) except -1:
+        """Return whether a task is not held and has its concurrency slots; if it has to wait for one, queue it."""
+        if record.queued:
+            return False
+        if not self.acquire_slots(record):
             return False
         if record.queued:
             # A slot became free while its turn was made.
@@ -1256,14 +1487,51 @@ cdef class LoopRecords:
             self.queued -= 1
         return True
 
+    cdef int suspend(self, Record record, double seconds) except -1:
+        """Have a task wait between two attempts; it gives its concurrency slots back."""
+        self.disarm(record)
+        if record.slots is not None:
+            record.slots.release(record)
+            record.slots = None
+        record.turn = self.held_loop.create_future()
+        record.waiting = True
+        if seconds > 0:
+            self.arm_after(record, self.now(), seconds)
+            self.want_timer(record)
+        else:
+            record.proceed()
+        return 0
+
+    cdef inline bint acquire_slots(self, Record record) except -1:
+        """Acquire the concurrency slots that a task needs; return False if it has to wait for one."""
+        if record.service:
+            return True
+        record.slots = self.registry._slots if record.task_set is None else record.task_set.slots
+        if self.registry._limits is not None and record.task_set is None:
+            self.find_slots(record)
+        return record.slots is None or record.slots.acquire(record)
+
+    cdef int find_slots(self, Record record) except -1:
+        """Set the slots of a task whose key or name has a limit of its own."""
+        cdef Slots slots = None
+        if record.submission is not None and record.submission.key is not None:
+            slots = self.registry._limits.get(record.submission.key)
+        if slots is None:
+            slots = self.registry._limits.get(record.given_name)
+        if slots is not None:
+            record.slots = slots
+        return 0
+
     cdef int queue(self, Record record) except -1:
-        """Mark a record as waiting for its slots."""
+        """Mark a record as waiting for its slots, or for what holds it."""
         record.turn = self.held_loop.create_future()
         record.queued = True
-        self.queued += 1
+        self.queued += not record.service
         return 0
 
     cdef object native_wrapper(self, Record record):
+        if record.submission is not None:
+            return _wrap(record, run_submitted)
         return _wrap(record, run_queued if record.queued else _run)
 
     cdef object build_by_factory(self, Record record, object wrapper, object context):
@@ -1287,7 +1555,10 @@ cdef class LoopRecords:
             context.run(do_nothing)
         if eager and self.can_start_eagerly():
             options["eager_start"] = True
-        return PyObject_Call(_TrackedTask, (wrapper,), options)
+        return PyObject_Call(self.task_type(record), (wrapper,), options)
+
+    cdef inline object task_type(self, Record record):
+        return _TrackedTask if record.submission is None or not record.submission.shared else _SharedTask
 
     cdef int discard(self, Record record, object wrapper) except -1:
         """Remove a record whose task could not be built."""
@@ -1330,7 +1601,52 @@ cdef class LoopRecords:
             if registry._keeps_history:
                 registry._remember(record, error)
         finally:
+            if record.submission is None:
+                self.unlink(record)
+            else:
+                self.unlink_submitted(record, error)
+        return 0
+
+    cdef int unlink_submitted(self, Record record, object error) except -1:
+        """Do as ``unlink``, and have those take note of the end that follow the submission."""
+        record.waiting = False
+        try:
             self.unlink(record)
+        finally:
+            try:
+                if record.submission.key is not None:
+                    self.free_key(record.submission)
+            finally:
+                if record.submission.listener is not None:
+                    record.submission.listener._ended(record, error)
+        return 0
+
+    cdef Submission submission_of(self, object key):
+        """Return the submission of a key whose task has not ended, None if there is none."""
+        if self.keys is None:
+            self.keys = {}
+        try:
+            return self.keys.get(key)
+        except TypeError:
+            raise errors.unhashable_key(key) from None
+
+    cdef int free_key(self, Submission submission) except -1:
+        """Free the key of a submission whose task has ended or could not start, for the one that waits for that."""
+        cdef Submission current = self.keys.get(submission.key)
+        cdef Submission following
+        if current is not submission:
+            # Held until the end of the current one; or another one took its place meanwhile.
+            if current is not None and current.following is submission:
+                current.following = None
+            return 0
+        following = submission.following
+        submission.following = None
+        if following is None:
+            del self.keys[submission.key]
+            return 0
+        self.keys[submission.key] = following
+        if following.record is not None and following.record.state == RUNNING:
+            following.record.proceed()
         return 0
 
     cdef int disarm(self, Record record) except -1:
@@ -1361,7 +1677,7 @@ cdef class LoopRecords:
         Py_DECREF(<PyObject*>record)
         if record.queued:
             record.queued = False
-            self.queued -= 1
+            self.queued -= not record.service
         if record.observed or record.service:
             self.observed -= 1
         else:
@@ -1404,17 +1720,19 @@ cdef class LoopRecords:
 
     cdef int arm(self, Record record) except -1:
         """Put a record into the wheel, if it has a timeout; ``want_timer`` sees to the loop's timer."""
+        return self.arm_after(record, record.created, record.seconds) if record.seconds > 0 else 0
+
+    cdef int arm_after(self, Record record, double since, double seconds) except -1:
+        """Put a record into the wheel, for a wait or a timeout that began at the time ``since``."""
         cdef double deadline
         cdef uint64_t tick
-        if record.seconds <= 0:
-            return 0
         if self.wheel is None:
             self.wheel = TimerWheel()
-            self.wheel_start = record.created
-        if self.wheel.armed == 0:
+            self.wheel_start = since
+        if self.wheel.armed == 0 and since > self.wheel_start:
             # The hand of an idle wheel lags behind: set it, so that the record needs no extra moves.
-            self.wheel.set_hand(<uint64_t>((record.created - self.wheel_start) * TICKS_PER_SECOND))
-        deadline = (record.created + record.seconds - self.wheel_start) * TICKS_PER_SECOND
+            self.wheel.set_hand(<uint64_t>((since - self.wheel_start) * TICKS_PER_SECOND))
+        deadline = (since + seconds - self.wheel_start) * TICKS_PER_SECOND
         if deadline >= <double>MAX_TICK:
             return 0
         # The first tick at or after the deadline: never early, less than a tick late.
@@ -1483,6 +1801,9 @@ cdef class LoopRecords:
                 record = self.wheel.pop_due()
                 if record is None:
                     break
+                if record.turn is not None:
+                    record.proceed()
+                    continue
                 record.expired = True
                 self.registry._on_timeout(record)
         finally:
@@ -1654,8 +1975,9 @@ cdef class TaskSet:
         eager_start: bool,
         contextvars_context: Context | None,
         flags: int,
+        submission: Any = None,
     ) -> Task[Result]:
-        """Start a coroutine in this set, as ``RegistryCore.create_task`` does."""
+        """Start a coroutine in this set, as ``RegistryCore.create_task`` does; that of a submission may run again."""
         cdef RegistryCore registry = self.registry
         cdef LoopRecords records = registry.records_here(coro)
         cdef Record record
@@ -1669,6 +1991,9 @@ cdef class TaskSet:
             record = records.enroll(coro, name, seconds, self.context, False)
             record.task_set = self
             record.flags = flags
+            if submission is not None:
+                record.submission = submission
+                record.submission.record = record
             self.live += 1
             if self.slots is not None:
                 return records.launch_in_set(record, eager_start, contextvars_context)
@@ -1729,11 +2054,16 @@ cdef class RegistryCore:
     cdef Py_ssize_t _cap
     cdef public bint _capacity_wanted
     cdef Slots _slots
+    # The slots of a name or a key; None if there are none.
+    cdef dict _limits
     cdef bint _keeps_history
     cdef bint _tracks_origin
     cdef public dict _muted
     cdef object _muted_level
     cdef object _eager_factory
+    # The option ``retry`` of the last call of ``submit``, and what it means.
+    cdef object _last_retry
+    cdef object _last_policy
 
     def __init__(
         self,
@@ -1753,6 +2083,22 @@ cdef class RegistryCore:
         self._muted_level = muted_level
         self._eager_factory = getattr(asyncio, "eager_task_factory", None)
 
+    def _limit_starts(
+        self,
+        concurrency: int | None,
+        timing: tuple[float, float],
+        limits: dict[Any, tuple[int | None, tuple[float, float]]],
+    ) -> None:
+        """Have tasks wait for a rate, and those of some names and keys for limits of their own.
+
+        Args:
+            concurrency: how many tasks may run at once; None for no limit.
+            timing: the seconds between two starts, and how many seconds one may come early.
+            limits: both by name or key.
+        """
+        slots = self._slots = Slots(concurrency, None, *timing)
+        self._limits = {name: Slots(count, slots, *pace) for name, (count, pace) in limits.items()} or None
+
     # -- starting tasks ------------------------------------------------------------------------------------------
 
     def create_task(
@@ -1765,6 +2111,7 @@ cdef class RegistryCore:
         eager_start: bool = False,
         contextvars_context: Context | None = None,
         service: bool = False,
+        retry: None = None,
     ) -> Task[Result]:
         """Start a coroutine in the background and keep it until it ends.
 
@@ -1779,6 +2126,7 @@ cdef class RegistryCore:
             service: True for a task that runs as long as the program, such as a heartbeat: neither ``wait_for_all`` nor
                 draining waits for it, ``shutdown`` cancels it after all others have had their time, and it counts
                 neither in ``max_concurrency`` nor in ``max_pending_tasks``.
+            retry: always None: a coroutine object cannot run twice. ``submit`` takes a function, and retries it.
 
         Returns:
             The task.
@@ -1790,6 +2138,7 @@ cdef class RegistryCore:
             TaskRejectedError: the manager is at its cap.
             InvalidTimeoutError: ``timeout`` is not a finite number greater than 0.
             InvalidContextError: ``context`` is not a mapping, or ``contextvars_context`` not a ``Context``.
+            InvalidOptionError: ``retry`` was given.
 
         After any of these errors the coroutine is closed.
         """
@@ -1809,10 +2158,218 @@ cdef class RegistryCore:
                 check_context(coro, context)
             if contextvars_context is not None and not isinstance(contextvars_context, _Context):
                 refuse_contextvars_context(coro, contextvars_context)
+            if retry is not None:
+                refuse_retry(coro)
             record = records.enroll(coro, name, seconds, context, False)
             if is_service:
                 records.make_service(record)
             task = records.launch(record, eager_start, contextvars_context)
+            is_started = True
+        finally:
+            if not is_started:
+                errors.close_refused(coro)
+        return task
+
+    def submit(
+        self,
+        function: Callable[..., Awaitable[Result]],
+        /,
+        *args: Any,
+        name: str | None = None,
+        timeout: float | None = None,
+        context: Mapping[str, Any] | None = None,
+        retry: RetryPolicy | None = None,
+        key: Hashable = None,
+        on_duplicate: OnDuplicate = "join",
+        keep_result: float | None = None,
+        **kwargs: Any,
+    ) -> Task[Result]:
+        """Run ``function(*args, **kwargs)`` in the background; unlike a coroutine object, it can run again.
+
+        All attempts are one task with one id. Between two attempts the task is ``"waiting"``, and holds no concurrency
+        slot. A failed attempt is logged as a warning if another one follows, the last one as an error. ``shutdown``
+        ends the wait: the task then fails with the error of its last attempt.
+
+        Args:
+            function: a coroutine function, or a function that returns another awaitable. It is called at once, and
+                again for each further attempt.
+            args: its positional arguments.
+            name: the name of the task; the qualified name of the coroutine by default.
+            timeout: seconds after which an attempt is cancelled, > 0; None for no timeout.
+            context: a mapping for the task's log records.
+            retry: when to run it again after a failure: a ``Retry``, an object with its ``next_wait``, or a retrying
+                object of tenacity; None for never.
+            key: a hashable object: at most one task of a key runs at once, on each loop; None for no key. Cancelling
+                a coroutine that awaits a task with a key does not cancel the task.
+            on_duplicate: what to do while a task of the key has not ended: ``"join"`` returns that task, ``"skip"``
+                returns None, and neither calls ``function``; ``"replace"`` cancels that task, and the new one begins at
+                its end; with ``"queue_latest"`` the new one begins at its end, and takes the place of one that waits.
+            keep_result: seconds for which ``result`` returns the outcome after the end of the task, > 0; None for not
+                keeping it.
+            kwargs: its keyword arguments. A function whose own parameter has the name of one of these options is
+                submitted as a ``functools.partial``.
+
+        Returns:
+            The task; None if it was skipped.
+
+        Raises:
+            InvalidFunctionError: ``function`` is not callable, or its result is not awaitable.
+            InvalidOptionError: ``retry`` is none of these objects, or another option has an invalid value.
+            BgtasksError: the errors of ``create_task``, for the same reasons.
+            BaseException: an error of the first call of ``function``.
+        """
+        cdef LoopRecords records
+        cdef Submission submission, current
+        cdef object coro, task
+        cdef object policy = None
+        cdef object keep = None
+        cdef bint is_done = False
+        if retry is not None:
+            if retry is not self._last_retry:
+                self._last_policy = self._policy_of(retry)
+                self._last_retry = retry
+            policy = self._last_policy
+        if keep_result is not None or on_duplicate != "join":
+            keep = self._check_submission(key, on_duplicate, keep_result)
+        if not callable(function):
+            refuse_function(function)
+        records = self.records_of_running()
+        if key is not None:
+            current = records.submission_of(key)
+            if current is not None and (on_duplicate == "join" or on_duplicate == "skip"):
+                return current.task() if on_duplicate == "join" else None
+        coro = function(*args, **kwargs)
+        if not PyCoro_CheckExact(coro):
+            coro = coroutine_of(function, coro, "submit")
+        if policy is None and key is None and keep is None:
+            return self.launch_submission(records, coro, name, timeout, context, None, False, False)
+        submission = Submission.__new__(Submission)
+        submission.function = function
+        submission.args = args
+        if kwargs:
+            submission.kwargs = kwargs
+        submission.retry = policy
+        submission.attempt = 1
+        if keep is not None:
+            self._keep_result(submission, keep)
+        if key is None:
+            task = self.launch_submission(records, coro, name, timeout, context, submission, False, False)
+        else:
+            submission.shared = True
+            submission.key = key
+            current = records.keys.setdefault(key, submission)
+            if current is not submission:
+                return self._submit_duplicate(current, coro, submission, on_duplicate, (name, timeout, context))
+            try:
+                task = self.launch_submission(records, coro, name, timeout, context, submission, False, False)
+                is_done = True
+            finally:
+                if not is_done:
+                    records.free_key(submission)
+        if keep is not None:
+            self._follow_result(submission)
+        return task
+
+    def _make_submission(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], retry: Any, listener: Any
+    ) -> Submission:
+        """Return a new submission."""
+        return Submission(function, args, kwargs, retry, listener)
+
+    def _launch(
+        self,
+        coro: Coroutine[Any, Any, Result],
+        name: str | None,
+        timeout: float | None,
+        context: Mapping[str, Any] | None,
+        submission: Any,
+        is_held: bool = False,
+        is_service: bool = False,
+    ) -> Task[Result]:
+        """Start the first attempt of a submission, as ``create_task`` does; a held one waits for ``proceed``."""
+        return self.launch_submission(
+            self.records_here(coro), coro, name, timeout, context, submission, is_held, is_service
+        )
+
+    def _fire(
+        self,
+        coro: Coroutine[Any, Any, Any],
+        name: str | None,
+        timeout: float | None,
+        context: Mapping[str, Any] | None,
+        submission: Any,
+    ) -> None:
+        """Start a submission as ``fire`` does; at its cap the manager raises."""
+        self.fire_submission(self.records_here(coro), coro, name, timeout, context, submission, False)
+
+    cdef bint fire_submission(
+        self,
+        LoopRecords records,
+        object coro,
+        object name,
+        object timeout,
+        object context,
+        Submission submission,
+        bint may_drop,
+    ) except -1:
+        cdef Record record = None
+        cdef double seconds
+        cdef bint is_done = False
+        try:
+            if type(name) is not str:
+                name = _name_of(coro) if name is None else str(name)
+            if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name, may_drop):
+                is_done = True
+                return False
+            seconds = _seconds(coro, timeout)
+            if context is not None and type(context) is not dict:
+                check_context(coro, context)
+            record = records.enroll(coro, name, seconds, context, False)
+            if submission is not None:
+                record.submission = submission
+                submission.record = record
+            if records.defers():
+                records.defer(record)
+            else:
+                records.launch(record, False, None)
+            is_done = True
+        finally:
+            if not is_done:
+                if record is not None:
+                    records.discard(record, record)
+                errors.close_refused(coro)
+        return True
+
+    cdef object launch_submission(
+        self,
+        LoopRecords records,
+        object coro,
+        object name,
+        object timeout,
+        object context,
+        Submission submission,
+        bint is_held,
+        bint is_service,
+    ):
+        cdef Record record
+        cdef double seconds
+        cdef object task
+        cdef bint is_started = False
+        try:
+            if type(name) is not str:
+                name = _name_of(coro) if name is None else str(name)
+            if (self._shut or (self._cap and not is_service)) and self.must_ask(records):
+                self._admit(coro, name, False)
+            seconds = _seconds(coro, timeout)
+            if context is not None and type(context) is not dict:
+                check_context(coro, context)
+            record = records.enroll(coro, name, seconds, context, False)
+            if is_service:
+                records.make_service(record)
+            if submission is not None:
+                record.submission = submission
+                submission.record = record
+            task = records.launch_held(record) if is_held else records.launch(record, False, None)
             is_started = True
         finally:
             if not is_started:
@@ -1844,31 +2401,57 @@ cdef class RegistryCore:
         Raises:
             BgtasksError: the errors of ``create_task``, for the same reasons; the coroutine is closed.
         """
-        cdef LoopRecords records = self.records_here(coro)
-        cdef Record record = None
-        cdef double seconds
-        cdef bint is_done = False
-        try:
-            if type(name) is not str:
-                name = _name_of(coro) if name is None else str(name)
-            if (self._shut or self._cap) and self.must_ask(records) and not self._admit(coro, name, True):
-                is_done = True
-                return False
-            seconds = _seconds(coro, timeout)
-            if context is not None and type(context) is not dict:
-                check_context(coro, context)
-            record = records.enroll(coro, name, seconds, context, False)
-            if records.defers():
-                records.defer(record)
-            else:
-                records.launch(record, False, None)
-            is_done = True
-        finally:
-            if not is_done:
-                if record is not None:
-                    records.discard(record, record)
-                errors.close_refused(coro)
-        return True
+        return self.fire_submission(self.records_here(coro), coro, name, timeout, context, None, True)
+
+    def fire_function(
+        self,
+        function: Callable[..., Awaitable[Any]],
+        /,
+        *args: Any,
+        name: str | None = None,
+        timeout: float | None = None,
+        context: Mapping[str, Any] | None = None,
+        retry: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Run ``function(*args, **kwargs)`` in the background at the lowest cost, and return no task.
+
+        It is to ``submit`` what ``fire`` is to ``create_task``: the task is counted and shown at once, and starts in
+        the next iteration of the loop. All attempts are one task.
+
+        Args:
+            function: a coroutine function, or a function that returns another awaitable. It is called at once, and
+                again for each further attempt.
+            args: its positional arguments.
+            name: the name of the task; the qualified name of the coroutine by default.
+            timeout: seconds after which an attempt is cancelled, > 0; None for no timeout.
+            context: a mapping for the task's log records.
+            retry: when to run it again after a failure, as for ``submit``; None for never.
+            kwargs: its keyword arguments.
+
+        Returns:
+            True; False if the manager was at its cap: nothing runs.
+
+        Raises:
+            InvalidFunctionError: ``function`` is not callable, or its result is not awaitable.
+            InvalidOptionError: ``retry`` is not a policy.
+            BgtasksError: the errors of ``create_task``, for the same reasons.
+            BaseException: an error of the first call of ``function``.
+        """
+        cdef object coro
+        cdef Submission submission = None
+        if retry is not None and retry is not self._last_retry:
+            self._last_policy = self._policy_of(retry)
+            self._last_retry = retry
+        if not callable(function):
+            refuse_function(function)
+        self.records_of_running()
+        coro = function(*args, **kwargs)
+        if not PyCoro_CheckExact(coro):
+            coro = coroutine_of(function, coro, "fire_function")
+        if retry is not None and self._last_policy is not None:
+            submission = Submission(function, args, kwargs, self._last_policy, None)
+        return self.fire_submission(self.records_here(coro), coro, name, timeout, context, submission, True)
 
     def task_factory(
         self,
@@ -1918,6 +2501,14 @@ cdef class RegistryCore:
     cdef inline bint must_ask(self, LoopRecords records):
         # The count of one loop is known here; _admit adds up those of several.
         return self._shut or records.owned >= self._cap or len(self._by_loop) > 1
+
+    cdef inline LoopRecords records_of_running(self):
+        """Return the records of the running loop."""
+        cdef object loop = _running_loop()
+        cdef LoopRecords records = self._current
+        if loop is None:
+            raise errors.no_running_loop()
+        return records if records is not None and records.is_of(loop) else self.records_of(loop)
 
     cdef inline LoopRecords records_here(self, object coro):
         cdef object loop

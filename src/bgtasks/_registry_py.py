@@ -12,7 +12,8 @@ import math
 from asyncio import AbstractEventLoop, BaseEventLoop, CancelledError, Task, current_task, iscoroutine
 from asyncio.events import _get_running_loop
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
@@ -21,14 +22,17 @@ from typing import Any, Final, TypeVar, Unpack, final
 from weakref import ref
 
 from bgtasks import errors
-from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context
+from bgtasks._arguments import check_context, check_timeout, refuse_contextvars_context, refuse_retry
+from bgtasks._coroutines import coroutine_of, next_attempt, refuse_function
 from bgtasks._fork import at_fork
 from bgtasks._hooks import RegistryHooks
 from bgtasks._implementation import choose_wrapper
 from bgtasks._locks import Lock
 from bgtasks._origin import describe_loop, origin
 from bgtasks._statistics import MAX_NAMES, OUTCOMES, Measured, Snapshot, with_values
+from bgtasks._submit import OnDuplicate, RetryPolicy, typed_fire, typed_submit
 from bgtasks._task import (
+    SharedTask,
     TrackedTask,
     close_quietly,
     dismiss,
@@ -42,11 +46,12 @@ from bgtasks._task import (
     retrieve_failure,
     run,
     run_queued,
+    run_submitted,
     task_in_constructor,
 )
 from bgtasks.info import TaskFactoryOptions, TaskInfo
 
-__all__ = ["LoopRecords", "NameStats", "Record", "RegistryCore", "TaskSet", "TrackedTask"]
+__all__ = ["LoopRecords", "NameStats", "Record", "RegistryCore", "Slots", "Submission", "TaskSet", "TrackedTask"]
 
 Result = TypeVar("Result")
 
@@ -157,12 +162,14 @@ class Record:
         "slots",
         "slots_held",
         "state",
+        "submission",
         "task",
         "task_id",
         "task_set",
         "tick",
         "took",
         "turn",
+        "waiting",
     )
 
     # Both are None once the record is released.
@@ -177,7 +184,10 @@ class Record:
     parent_id: int
     # The set of its executor; None for a task of no executor, and after its end.
     task_set: TaskSet | None
-    # The future of a queued task, resolved when it may run; of a task that fire() deferred, the Context to run in.
+    # The function of a submitted task, and what is to be done at its end; None for any other task.
+    submission: Any
+    # The future of a queued or waiting task, resolved when it may run; of a task that fire() deferred, the Context to
+    # run in.
     turn: Any
     # Where it needs its first concurrency slot, None if no limit applies to it; and how many slots it holds.
     slots: Slots | None
@@ -194,6 +204,8 @@ class Record:
     # Built by the task factory: counted and shown, not owned.
     observed: bool
     queued: bool
+    # Between two attempts; until the next one begins.
+    waiting: bool
     # Cancelled before its first step: suspended in ``_task.pause``, the user's coroutine not entered.
     paused: bool
     # Its timeout has expired.
@@ -258,14 +270,16 @@ class Record:
     def info(self) -> TaskInfo:
         """Return a ``TaskInfo``; only until the end of the task is reported."""
         records: LoopRecords | None = self.records
-        return {
+        info: TaskInfo = {
             "task_id": self.task_id,
             "name": self.name,
             "coroutine": _name_of(self.coro),
-            "state": "queued" if self.queued else OUTCOMES[self.state],
+            "state": "queued" if self.queued else "waiting" if self.waiting else OUTCOMES[self.state],
             "age_seconds": self.duration,
             "timeout": self.timeout,
             "context": self.context,
+            "attempt": 1,
+            "next_attempt_seconds": None,
             "done": self.state != RUNNING,
             "cancelled": self.state in (CANCELLED, TIMED_OUT),
             "service": self.service,
@@ -276,6 +290,9 @@ class Record:
             "origin": _noted_as(self, "origin"),
             "progress": _noted_as(self, "progress"),
         }
+        if self.submission is not None:
+            self.records.registry._describe_submission(self, info)
+        return info
 
     def rename(self, name: str) -> None:
         """Give a task that the task factory built, and that has not ended, another name: loops may name it late."""
@@ -315,6 +332,8 @@ class Record:
         """Finish the record of a task whose coroutine returned ``result``; return ``result``."""
         if self.state != RUNNING:
             return result
+        if self.submission is not None:
+            self.submission.result = result
         try:
             self.records.finish(self, COMPLETED, None)
             _report(self, None)
@@ -395,6 +414,54 @@ class Record:
             task = task_in_constructor(self, self.records.loop)
         return task is not None and bool(task.cancel(message))
 
+    # -- attempts of a submitted function -------------------------------------------------------------------------
+
+    def retry(self, error: BaseException) -> bool:
+        """Have another attempt follow the one that raised ``error``, if its policy says so; return whether it does."""
+        records = self.records
+        task = self.task
+        if self.submission is None or self.submission.retry is None or self.state != RUNNING:
+            return False
+        if task is None:
+            # An eager task that has not left its constructor.
+            task = self.task = current_task(records.loop)
+        if task.cancelling() > self.expired:
+            return False
+        seconds: float | None = records.registry._wait_after(self, error)
+        if seconds is None or self.state != RUNNING:
+            return False
+        if self.expired:
+            self.expired = False
+            task.uncancel()
+        records.suspend(self, seconds)
+        return True
+
+    def proceed(self) -> None:
+        """Let a task run that was held or waited: at once, or when it has its concurrency slots."""
+        records = self.records
+        records.disarm(self)
+        if records.acquire_slots(self):
+            grant_turn(records.loop, self.turn)
+        elif not self.queued:
+            self.queued = True
+            records.queued += 1
+
+    def begin_attempt(self) -> Any:
+        """Mark a waiting task as running, and return the coroutine of its next attempt."""
+        records = self.records
+        self.waiting = False
+        self.turn = None
+        if self.queued:
+            self.queued = False
+            records.queued -= 1
+        self.submission.attempt += 1
+        self.submission.failures.last = None
+        self.coro = next_attempt(self.submission.function, self.submission.args, self.submission.kwargs or {})
+        if self.seconds > 0:
+            records.arm_after(self, records.now(), self.seconds)
+            records.want_timer(self)
+        return self.coro
+
     # -- queued tasks, and functions in threads -------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -403,7 +470,7 @@ class Record:
         now = records.now()
         waited = now - self.created
         self.created = now
-        queued = records.queued - 1
+        queued = records.queued - (not self.service)
         # What can fail comes first: of a task that could not begin the coroutine is closed as one that still waits.
         records.arm(self)
         records.want_timer(self)
@@ -483,6 +550,7 @@ def _release(record: Record) -> None:
     record.task = None
     record.given_context = None
     record.turn = None
+    record.submission = None
     record.task_set = None
     record.slots = None
     record.records = None  # type: ignore[assignment]
@@ -495,29 +563,175 @@ def _wrap(record: Record, function: Callable[[Any, Record], Coroutine[Any, Any, 
     return function(coro if type(coro) is CoroutineType else drive(coro), record)
 
 
+def _runner_of(record: Record) -> Callable[[Any, Record], Coroutine[Any, Any, Any]]:
+    """Return the function of the native coroutine around the user's."""
+    if record.submission is not None:
+        return run_submitted
+    return run_queued if record.queued else run
+
+
+def _task_type(record: Record) -> type[TrackedTask]:
+    return TrackedTask if record.submission is None or not record.submission.shared else SharedTask
+
+
 def _name_of(coro: Any) -> str:
     name = getattr(coro, "__qualname__", None)
     return name if type(name) is str else type(coro).__qualname__
 
 
 @final
-class Slots:
-    """Concurrency slots: ``limit`` tasks run at once, the others wait in order.
+class Submission:
+    """A submitted function with its arguments, which one task runs, once or several times.
 
     Args:
-        limit: the number of slots.
-        next_stage: where a task needs its next slot, None if nowhere. A task that waits here holds no slot there.
+        function: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        retry: decides on further attempts; None for no further one.
+        listener: its ``_ended(record, error)`` is called when the task has ended; None for no call.
 
     """
 
-    __slots__ = ("limit", "next_stage", "used", "waiting")
+    __slots__ = (
+        "args",
+        "attempt",
+        "failures",
+        "following",
+        "function",
+        "keep",
+        "key",
+        "kwargs",
+        "listener",
+        "record",
+        "result",
+        "retry",
+        "shared",
+    )
 
-    def __init__(self, limit: int, next_stage: Slots | None) -> None:
-        self.limit: int = limit
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        retry: Any,
+        listener: Any,
+    ) -> None:
+        self.function: Callable[..., Any] = function
+        self.args: tuple[Any, ...] = args
+        # None instead of an empty dict, to save memory.
+        self.kwargs: dict[str, Any] | None = kwargs or None
+        self.retry: Any = retry
+        self.listener: Any = listener
+        # The number of the attempt that runs, or ran last, from 1.
+        self.attempt: int = 1
+        # What the policies keep: about failed attempts, and for how long the result.
+        self.failures: Any = None
+        self.keep: float | None = None
+        # At most one task of a key runs on each loop, and at most one is held until its end.
+        self.key: Any = None
+        self.following: Submission | None = None
+        # Several coroutines may await its task, and the cancellation of one is not to cancel it.
+        self.shared: bool = False
+        # Until it is released; None before the start.
+        self.record: Any = None
+        # What the function returned, set just before the listener is called.
+        self.result: Any = None
+
+    def task(self) -> Any:
+        """Return its task; an eager one that has not left its constructor is the running one."""
+        return current_task(self.record.loop) if self.record.task is None else self.record.task
+
+
+@final
+class Slots:
+    """Concurrency slots: ``limit`` tasks run at once, the others wait in order.
+
+    They may be handed out at a rate: the generic cell rate algorithm in its form of virtual scheduling (ITU-T I.371,
+    annex A). ``next_start`` is when the next slot is due if all of them come evenly; one may come ``tolerance``
+    earlier.
+
+    Args:
+        limit: the number of slots; None for no limit.
+        next_stage: where a task needs its next slot, None if nowhere. A task that waits here holds no slot there.
+        interval: seconds between two slots; 0 for no rate.
+        tolerance: seconds that a slot may come early, for bursts.
+
+    """
+
+    __slots__ = (
+        "interval",
+        "limit",
+        "next_stage",
+        "next_start",
+        "timer",
+        "timer_loop",
+        "tolerance",
+        "used",
+        "waiting",
+    )
+
+    def __init__(
+        self, limit: int | None, next_stage: Slots | None, interval: float = 0.0, tolerance: float = 0.0
+    ) -> None:
+        self.limit: float = math.inf if limit is None else limit
         self.next_stage: Slots | None = next_stage
+        self.interval: float = interval
+        self.tolerance: float = tolerance
+        self.next_start: float = -math.inf
+        # Calls ``wake`` when the next slot is due, on the loop of a task that waits.
+        self.timer: Any = None
+        self.timer_loop: Any = None
         self.used: int = 0
         # Not a dict: finding its first entry means skipping all entries that were removed before it.
         self.waiting: OrderedDict[Record, None] = OrderedDict()
+
+    def has_slot(self, record: Record) -> bool:
+        """Return whether a slot is free, and due at the time of a record's loop."""
+        if self.used >= self.limit:
+            return False
+        return self.interval == 0 or record.records.now() >= self.next_start - self.tolerance
+
+    def take(self, record: Record) -> None:
+        """Give a slot to a record."""
+        if self.interval > 0:
+            self.next_start = max(record.records.now(), self.next_start) + self.interval
+        self.used += 1
+        record.slots_held += 1
+
+    def see_to_timer(self) -> None:
+        """Have ``wake`` called when the next slot is due, if a task waits for that."""
+        if self.interval == 0 or self.used >= self.limit:
+            return
+        if not self.waiting:
+            self.drop_timer()
+            return
+        records = next(iter(self.waiting)).records
+        # Not on that of another task: its loop may end before.
+        loop: Any = records.held_loop
+        if self.timer is not None and self.timer_loop is loop:
+            return
+        self.drop_timer()
+        running: Any = _get_running_loop()
+        if loop is not running:
+            # If its loop is closed, the release of its slots sees to the timer of the next one.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self.wake)
+            return
+        wait = self.next_start - self.tolerance - records.now()
+        self.timer = loop.call_later(max(wait, SHORTEST_WAIT), self.wake)
+        self.timer_loop = loop
+
+    def drop_timer(self) -> None:
+        """Forget the timer; one of another thread's loop fires, and finds nothing to do."""
+        if self.timer is not None and self.timer_loop is _get_running_loop():
+            self.timer.cancel()
+        self.timer = self.timer_loop = None
+
+    def wake(self) -> None:
+        """Pass on the slots that are due."""
+        with _slots_lock:
+            self.drop_timer()
+            self.hand_on()
 
     def acquire(self, record: Record) -> bool:
         """Acquire a slot of this and of every later stage; return False if the task has to wait for one."""
@@ -528,15 +742,15 @@ class Slots:
                 if stage.waiting and stage.used < stage.limit:
                     # A turn could not be granted when the slot became free.
                     stage.hand_on()
-                if stage.used >= stage.limit or stage.waiting:
+                if stage.waiting or not stage.has_slot(record):
                     if record.turn is None:
                         # Before a thread can grant it. Another one may have freed a slot meanwhile: look again.
                         record.records.queue(record)
                         continue
                     stage.waiting[record] = None
+                    stage.see_to_timer()
                     return False
-                stage.used += 1
-                record.slots_held += 1
+                stage.take(record)
                 stage = stage.next_stage
         return True
 
@@ -552,14 +766,16 @@ class Slots:
                 stage = stage.next_stage
             if stage is not None:
                 stage.waiting.pop(record, None)
+                stage.see_to_timer()
 
     def hand_on(self) -> None:
         """Pass free slots on to the tasks that wait for them."""
-        while self.waiting and self.used < self.limit:
+        while self.waiting:
             record = next(iter(self.waiting))
+            if not self.has_slot(record):
+                break
             del self.waiting[record]
-            self.used += 1
-            record.slots_held += 1
+            self.take(record)
             if self.next_stage is not None and not self.next_stage.acquire(record):
                 continue
             try:
@@ -575,6 +791,7 @@ class Slots:
                 raise
             # Its loop is closed and it will never run: free the slots that it just acquired.
             give_up(record)
+        self.see_to_timer()
 
 
 def give_up(record: Record) -> None:
@@ -706,6 +923,8 @@ class LoopRecords:
         self.eager: bool | None = None
         # Records of fire() since the batch was scheduled; None if no batch is open.
         self.batch: list[Record] | None = None
+        # The current submission of each key.
+        self.keys: dict[Any, Submission] = {}
         self.batch_clock: float = 0.0
         # When a task last ended: the next one of a batch starts then.
         self.last_end: float = 0.0
@@ -755,6 +974,8 @@ class LoopRecords:
         record.created = self.now()
         record.expired = False
         record.queued = False
+        record.waiting = False
+        record.submission = None
         record.paused = False
         record.service = False
         record.task_set = None
@@ -764,7 +985,7 @@ class LoopRecords:
         # None without a record: no task of this manager runs then.
         loop = self.held_loop
         task = None if loop is None else self.current_task(loop)
-        record.parent_id = self.id_of(task) if type(task) is TrackedTask or self.has_foreign_tasks else 0
+        record.parent_id = self.id_of(task) if isinstance(task, TrackedTask) or self.has_foreign_tasks else 0
         if self.next_id == self.last_id:
             self.next_id = self.registry._reserve_ids(IDS_AT_ONCE)
             self.last_id = self.next_id + IDS_AT_ONCE
@@ -818,8 +1039,8 @@ class LoopRecords:
                 return self.launch_specially(record, eager, context)
             if record.seconds > 0:
                 self.arm(record)
-            wrapper = _wrap(record, run)
-            task = TrackedTask(wrapper, loop=loop, name=record.given_name)
+            wrapper = _wrap(record, run if record.submission is None else run_submitted)
+            task = _task_type(record)(wrapper, loop=loop, name=record.given_name)
         except BaseException:
             self.discard(record, wrapper)
             raise
@@ -833,11 +1054,21 @@ class LoopRecords:
         self.batch = None
         return self.launch_specially(record, eager, context)
 
+    def launch_held(self, record: Record) -> Any:
+        """Build the task of a record that is held until ``proceed``."""
+        self.batch = None
+        try:
+            self.queue(record)
+        except BaseException:
+            self.discard(record, None)
+            raise
+        return self.launch_specially(record, False, None)
+
     def launch_specially(self, record: Record, eager: bool, context: Context | None) -> Any:
         """Launch a task that starts eagerly, runs in a given context, needs a slot or is built by a factory."""
         wrapper = None
         try:
-            if self.acquire_slots(record):
+            if self.may_begin(record):
                 factory = self.task_factory()
                 if record.task_set is None:
                     # An executor decides which of its tasks start eagerly.
@@ -849,7 +1080,7 @@ class LoopRecords:
             if not record.queued:
                 self.arm(record)
                 self.want_timer(record)
-            wrapper = _wrap(record, run_queued if record.queued else run)
+            wrapper = _wrap(record, _runner_of(record))
             if not self.builds_tasks(factory):
                 task = self.build_by_factory(record, wrapper, context)
             else:
@@ -865,14 +1096,11 @@ class LoopRecords:
             # The error of an eager task keeps this frame through its traceback: the frame must not keep the task.
             del task
 
-    def acquire_slots(self, record: Record) -> bool:
-        """Acquire the concurrency slots that a task needs; return False if it has to wait for one."""
-        if record.service:
-            return True
-        slots = record.slots = self.registry._slots if record.task_set is None else record.task_set.slots
-        if slots is None:
-            return True
-        if not slots.acquire(record):
+    def may_begin(self, record: Record) -> bool:
+        """Return whether a task is not held and has its concurrency slots; if it has to wait for one, queue it."""
+        if record.queued:
+            return False
+        if not self.acquire_slots(record):
             return False
         if record.queued:
             # A slot became free while its turn was made.
@@ -881,10 +1109,37 @@ class LoopRecords:
             self.queued -= 1
         return True
 
-    def queue(self, record: Record) -> None:
-        """Mark a record as waiting for its slots."""
+    def suspend(self, record: Record, seconds: float) -> None:
+        """Have a task wait between two attempts; it gives its concurrency slots back."""
+        self.disarm(record)
+        if record.slots is not None:
+            record.slots.release(record)
+            record.slots = None
         record.turn = self.held_loop.create_future()
-        self.queued += 1
+        record.waiting = True
+        if seconds > 0:
+            self.arm_after(record, self.now(), seconds)
+            self.want_timer(record)
+        else:
+            record.proceed()
+
+    def acquire_slots(self, record: Record) -> bool:
+        """Acquire the concurrency slots that a task needs; return False if it has to wait for one."""
+        if record.service:
+            return True
+        slots = self.registry._slots if record.task_set is None else record.task_set.slots
+        limits = self.registry._limits
+        if limits is not None and record.task_set is None:
+            # A limit of its key or of its name comes first.
+            key = None if record.submission is None else record.submission.key
+            slots = limits.get(key) or limits.get(record.given_name) or slots
+        record.slots = slots
+        return slots is None or slots.acquire(record)
+
+    def queue(self, record: Record) -> None:
+        """Mark a record as waiting for its slots, or for what holds it."""
+        record.turn = self.held_loop.create_future()
+        self.queued += not record.service
         record.queued = True
 
     def build_by_factory(self, record: Record, wrapper: Coroutine[Any, Any, Any], context: Context | None) -> Any:
@@ -908,7 +1163,7 @@ class LoopRecords:
             context.run(do_nothing)
         if eager and self.can_start_eagerly():
             options["eager_start"] = True
-        return TrackedTask(wrapper, **options)
+        return _task_type(record)(wrapper, **options)
 
     def follow(self, record: Record, task: Any) -> None:
         """Keep a task that may have run eagerly, unless it has ended."""
@@ -955,7 +1210,46 @@ class LoopRecords:
             if self.registry._keeps_history:
                 self.registry._remember(record, error)
         finally:
+            if record.submission is None:
+                self.unlink(record)
+            else:
+                self.unlink_submitted(record, error)
+
+    def unlink_submitted(self, record: Record, error: BaseException | None) -> None:
+        """Do as ``unlink``, and have those take note of the end that follow the submission."""
+        record.waiting = False
+        try:
             self.unlink(record)
+        finally:
+            try:
+                if record.submission.key is not None:
+                    self.free_key(record.submission)
+            finally:
+                if record.submission.listener is not None:
+                    record.submission.listener._ended(record, error)
+
+    def submission_of(self, key: Any) -> Submission | None:
+        """Return the submission of a key whose task has not ended, None if there is none."""
+        try:
+            return self.keys.get(key)
+        except TypeError:
+            raise errors.unhashable_key(key) from None
+
+    def free_key(self, submission: Submission) -> None:
+        """Free the key of a submission whose task has ended or could not start, for the one that waits for that."""
+        current = self.keys.get(submission.key)
+        if current is not submission:
+            # Held until the end of the current one; or another one took its place meanwhile.
+            if current is not None and current.following is submission:
+                current.following = None
+            return
+        following, submission.following = submission.following, None
+        if following is None:
+            del self.keys[submission.key]
+            return
+        self.keys[submission.key] = following
+        if following.record is not None and following.record.state == RUNNING:
+            following.record.proceed()
 
     def disarm(self, record: Record) -> None:
         """End the timeout of a record, if it is armed, and the loop's timer with the last one."""
@@ -971,7 +1265,7 @@ class LoopRecords:
         del self.records[record.task_id]
         if record.queued:
             record.queued = False
-            self.queued -= 1
+            self.queued -= not record.service
         if record.observed or record.service:
             self.observed -= 1
         else:
@@ -1011,9 +1305,12 @@ class LoopRecords:
 
     def arm(self, record: Record) -> None:
         """Put a record into the wheel, if it has a timeout; ``want_timer`` sees to the loop's timer."""
-        if record.seconds <= 0:
-            return
-        deadline = (record.created + record.seconds - self.wheel_start) * TICKS_PER_SECOND
+        if record.seconds > 0:
+            self.arm_after(record, record.created, record.seconds)
+
+    def arm_after(self, record: Record, since: float, seconds: float) -> None:
+        """Put a record into the wheel, for a wait or a timeout that began at the time ``since``."""
+        deadline = (since + seconds - self.wheel_start) * TICKS_PER_SECOND
         if deadline >= MAX_TICK:
             return
         # The first tick at or after the deadline: never early, less than a tick late.
@@ -1065,6 +1362,9 @@ class LoopRecords:
         try:
             self.wheel.advance(int((self.now() - self.wheel_start) * TICKS_PER_SECOND))
             while (record := self.wheel.pop_due()) is not None:
+                if record.turn is not None:
+                    record.proceed()
+                    continue
                 record.expired = True
                 self.registry._on_timeout(record)
         finally:
@@ -1078,6 +1378,13 @@ class LoopRecords:
         return self.batch is not None or (
             self.registry._slots is None and self.can_start_eagerly() and self.builds_tasks(self.task_factory())
         )
+
+    def start_fired(self, record: Record) -> None:
+        """Start a task of ``fire``, in the next iteration of the loop if possible."""
+        if self.defers():
+            self.defer(record)
+        else:
+            self.launch(record, False, None)
 
     def defer(self, record: Record) -> None:
         """Start a task in the next iteration of the loop, in one batch with its neighbours."""
@@ -1118,7 +1425,7 @@ class LoopRecords:
             record.name_stats.count_wait(waited)
             record.entered = True
             options: dict[str, Any] = {"loop": self.held_loop, "eager_start": True}
-            wrapper = _wrap(record, run)
+            wrapper = _wrap(record, run if record.submission is None else run_submitted)
             context = record.turn
             record.turn = None
             task = TrackedTask(wrapper, name=record.given_name, context=context, **options)
@@ -1220,8 +1527,9 @@ class TaskSet:
         eager_start: bool,
         contextvars_context: Context | None,
         flags: int,
+        submission: Any = None,
     ) -> Task[Result]:
-        """Start a coroutine in this set, as ``RegistryCore.create_task`` does."""
+        """Start a coroutine in this set, as ``RegistryCore.create_task`` does; that of a submission may run again."""
         registry = self.registry
         records = _records_here(registry, coro)
         try:
@@ -1234,6 +1542,9 @@ class TaskSet:
             record = records.enroll(coro, name, seconds, self.context, False)
             record.task_set = self
             record.flags = flags
+            if submission is not None:
+                record.submission = submission
+                submission.record = record
             self.live = live
             if self.slots is not None:
                 return records.launch_in_set(record, eager_start, contextvars_context)  # type: ignore[no-any-return]
@@ -1300,11 +1611,33 @@ class RegistryCore(RegistryHooks):
         self._cap = cap
         self._capacity_wanted = False
         self._slots = None if max_running is None else Slots(max_running, None)
+        # The slots of a name or a key; None if there are none.
+        self._limits: dict[Any, Slots] | None = None
         self._keeps_history = keeps_history
         self._tracks_origin = tracks_origin
         self._muted = muted
         self._muted_level = muted_level
+        # The option ``retry`` of the last call of ``submit``, and what it means.
+        self._last_retry: Any = None
+        self._last_policy: Any = None
         self._eager_factory: Any = getattr(asyncio, "eager_task_factory", None)
+
+    def _limit_starts(
+        self,
+        concurrency: int | None,
+        timing: tuple[float, float],
+        limits: dict[Any, tuple[int | None, tuple[float, float]]],
+    ) -> None:
+        """Have tasks wait for a rate, and those of some names and keys for limits of their own.
+
+        Args:
+            concurrency: how many tasks may run at once; None for no limit.
+            timing: the seconds between two starts, and how many seconds one may come early.
+            limits: both by name or key.
+
+        """
+        slots = self._slots = Slots(concurrency, None, *timing)
+        self._limits = {name: Slots(count, slots, *pace) for name, (count, pace) in limits.items()} or None
 
     # -- starting tasks ------------------------------------------------------------------------------------------
 
@@ -1318,6 +1651,7 @@ class RegistryCore(RegistryHooks):
         eager_start: bool = False,
         contextvars_context: Context | None = None,
         service: bool = False,
+        retry: None = None,
     ) -> Task[Result]:
         """Start a coroutine in the background and keep it until it ends.
 
@@ -1332,6 +1666,7 @@ class RegistryCore(RegistryHooks):
             service: True for a task that runs as long as the program, such as a heartbeat: neither ``wait_for_all`` nor
                 draining waits for it, ``shutdown`` cancels it after all others have had their time, and it counts
                 neither in ``max_concurrency`` nor in ``max_pending_tasks``.
+            retry: always None: a coroutine object cannot run twice. ``submit`` takes a function, and retries it.
 
         Returns:
             The task.
@@ -1343,6 +1678,7 @@ class RegistryCore(RegistryHooks):
             TaskRejectedError: the manager is at its cap.
             InvalidTimeoutError: ``timeout`` is not a finite number greater than 0.
             InvalidContextError: ``context`` is not a mapping, or ``contextvars_context`` not a ``Context``.
+            InvalidOptionError: ``retry`` was given.
 
         After any of these errors the coroutine is closed.
 
@@ -1358,6 +1694,8 @@ class RegistryCore(RegistryHooks):
                 check_context(coro, context)
             if contextvars_context is not None and not isinstance(contextvars_context, Context):
                 refuse_contextvars_context(coro, contextvars_context)
+            if retry is not None:
+                refuse_retry(coro)
             record = records.enroll(coro, name, seconds, context, False)
             if service:
                 records.make_service(record)
@@ -1365,6 +1703,130 @@ class RegistryCore(RegistryHooks):
         except BaseException:
             errors.close_refused(coro)
             raise
+
+    @typed_submit
+    def submit(
+        self,
+        function: Callable[..., Awaitable[Result]],
+        /,
+        *args: Any,
+        name: str | None = None,
+        timeout: float | None = None,
+        context: Mapping[str, Any] | None = None,
+        retry: RetryPolicy | None = None,
+        key: Hashable = None,
+        on_duplicate: OnDuplicate = "join",
+        keep_result: float | None = None,
+        **kwargs: Any,
+    ) -> Task[Result]:
+        """Run ``function(*args, **kwargs)`` in the background; unlike a coroutine object, it can run again.
+
+        All attempts are one task with one id. Between two attempts the task is ``"waiting"``, and holds no concurrency
+        slot. A failed attempt is logged as a warning if another one follows, the last one as an error. ``shutdown``
+        ends the wait: the task then fails with the error of its last attempt.
+
+        Args:
+            function: a coroutine function, or a function that returns another awaitable. It is called at once, and
+                again for each further attempt.
+            args: its positional arguments.
+            name: the name of the task; the qualified name of the coroutine by default.
+            timeout: seconds after which an attempt is cancelled, > 0; None for no timeout.
+            context: a mapping for the task's log records.
+            retry: when to run it again after a failure: a ``Retry``, an object with its ``next_wait``, or a retrying
+                object of tenacity; None for never.
+            key: a hashable object: at most one task of a key runs at once, on each loop; None for no key. Cancelling
+                a coroutine that awaits a task with a key does not cancel the task.
+            on_duplicate: what to do while a task of the key has not ended: ``"join"`` returns that task, ``"skip"``
+                returns None, and neither calls ``function``; ``"replace"`` cancels that task, and the new one begins at
+                its end; with ``"queue_latest"`` the new one begins at its end, and takes the place of one that waits.
+            keep_result: seconds for which ``result`` returns the outcome after the end of the task, > 0; None for not
+                keeping it.
+            kwargs: its keyword arguments. A function whose own parameter has the name of one of these options is
+                submitted as a ``functools.partial``.
+
+        Returns:
+            The task; None if it was skipped.
+
+        Raises:
+            InvalidFunctionError: ``function`` is not callable, or its result is not awaitable.
+            InvalidOptionError: ``retry`` is none of these objects, or another option has an invalid value.
+            BgtasksError: the errors of ``create_task``, for the same reasons.
+            BaseException: an error of the first call of ``function``.
+
+        """
+        policy = keep = None
+        if retry is not None:
+            if retry is not self._last_retry:
+                self._last_policy = self._policy_of(retry)
+                self._last_retry = retry
+            policy = self._last_policy
+        if keep_result is not None or on_duplicate != "join":
+            keep = self._check_submission(key, on_duplicate, keep_result)
+        if not callable(function):
+            refuse_function(function)
+        records = _records_of_running(self)
+        current = None if key is None else records.submission_of(key)
+        if current is not None and on_duplicate in ("join", "skip"):
+            return current.task() if on_duplicate == "join" else None  # type: ignore[return-value]
+        coro: Any = function(*args, **kwargs)
+        if type(coro) is not CoroutineType:
+            coro = coroutine_of(function, coro, "submit")
+        if policy is None and key is None and keep is None:
+            return self._launch(coro, name, timeout, context, None)
+        submission = Submission(function, args, kwargs, policy, None)
+        return _start_submission(  # type: ignore[no-any-return]
+            self, records, coro, submission, key, keep, on_duplicate, (name, timeout, context)
+        )
+
+    def _make_submission(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], retry: Any, listener: Any
+    ) -> Submission:
+        """Return a new submission."""
+        return Submission(function, args, kwargs, retry, listener)
+
+    def _launch(
+        self,
+        coro: Coroutine[Any, Any, Result],
+        name: str | None,
+        timeout: float | None,
+        context: Mapping[str, Any] | None,
+        submission: Any,
+        is_held: bool = False,
+        is_service: bool = False,
+    ) -> Task[Result]:
+        """Start the first attempt of a submission, as ``create_task`` does; a held one waits for ``proceed``."""
+        records = _records_here(self, coro)
+        try:
+            if type(name) is not str:
+                name = _name_of(coro) if name is None else str(name)
+            if (self._shut or (self._cap and not is_service)) and _must_ask(self, records):
+                self._admit(coro, name, False)
+            seconds = _seconds(coro, timeout)
+            if context is not None and type(context) is not dict:
+                check_context(coro, context)
+            record = records.enroll(coro, name, seconds, context, False)
+            if is_service:
+                records.make_service(record)
+            if submission is not None:
+                record.submission = submission
+                submission.record = record
+            if is_held:
+                return records.launch_held(record)  # type: ignore[no-any-return]
+            return records.launch(record, False, None)  # type: ignore[no-any-return]
+        except BaseException:
+            errors.close_refused(coro)
+            raise
+
+    def _fire(
+        self,
+        coro: Coroutine[Any, Any, Any],
+        name: str | None,
+        timeout: float | None,
+        context: Mapping[str, Any] | None,
+        submission: Any,
+    ) -> None:
+        """Start a submission as ``fire`` does; at its cap the manager raises."""
+        _fire_submission(self, coro, name, timeout, context, submission, may_drop=False)
 
     def fire(
         self,
@@ -1392,27 +1854,58 @@ class RegistryCore(RegistryHooks):
             BgtasksError: the errors of ``create_task``, for the same reasons; the coroutine is closed.
 
         """
-        records = _records_here(self, coro)
-        record = None
-        try:
-            if type(name) is not str:
-                name = _name_of(coro) if name is None else str(name)
-            if (self._shut or self._cap) and _must_ask(self, records) and not self._admit(coro, name, True):
-                return False
-            seconds = _seconds(coro, timeout)
-            if context is not None and type(context) is not dict:
-                check_context(coro, context)
-            record = records.enroll(coro, name, seconds, context, False)
-            if records.defers():
-                records.defer(record)
-            else:
-                records.launch(record, False, None)
-        except BaseException:
-            if record is not None:
-                records.discard(record, None)
-            errors.close_refused(coro)
-            raise
-        return True
+        return _fire_submission(self, coro, name, timeout, context, None, may_drop=True)
+
+    @typed_fire
+    def fire_function(
+        self,
+        function: Callable[..., Awaitable[Any]],
+        /,
+        *args: Any,
+        name: str | None = None,
+        timeout: float | None = None,
+        context: Mapping[str, Any] | None = None,
+        retry: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Run ``function(*args, **kwargs)`` in the background at the lowest cost, and return no task.
+
+        It is to ``submit`` what ``fire`` is to ``create_task``: the task is counted and shown at once, and starts in
+        the next iteration of the loop. All attempts are one task.
+
+        Args:
+            function: a coroutine function, or a function that returns another awaitable. It is called at once, and
+                again for each further attempt.
+            args: its positional arguments.
+            name: the name of the task; the qualified name of the coroutine by default.
+            timeout: seconds after which an attempt is cancelled, > 0; None for no timeout.
+            context: a mapping for the task's log records.
+            retry: when to run it again after a failure, as for ``submit``; None for never.
+            kwargs: its keyword arguments.
+
+        Returns:
+            True; False if the manager was at its cap: nothing runs.
+
+        Raises:
+            InvalidFunctionError: ``function`` is not callable, or its result is not awaitable.
+            InvalidOptionError: ``retry`` is not a policy.
+            BgtasksError: the errors of ``create_task``, for the same reasons.
+            BaseException: an error of the first call of ``function``.
+
+        """
+        if retry is not None and retry is not self._last_retry:
+            self._last_policy = self._policy_of(retry)
+            self._last_retry = retry
+        if not callable(function):
+            refuse_function(function)
+        _records_of_running(self)
+        coro: Any = function(*args, **kwargs)
+        if type(coro) is not CoroutineType:
+            coro = coroutine_of(function, coro, "fire_function")
+        submission = None
+        if retry is not None and self._last_policy is not None:
+            submission = Submission(function, args, kwargs, self._last_policy, None)
+        return _fire_submission(self, coro, name, timeout, context, submission, may_drop=True)
 
     def task_factory(
         self,
@@ -1470,6 +1963,86 @@ class RegistryCore(RegistryHooks):
 def _must_ask(registry: RegistryCore, records: LoopRecords) -> bool:
     # The count of one loop is known here; _admit adds up those of several.
     return registry._shut or records.owned >= registry._cap or len(registry._by_loop) > 1
+
+
+def _fire_submission(
+    registry: RegistryCore,
+    coro: Any,
+    name: str | None,
+    timeout: float | None,
+    context: Mapping[str, Any] | None,
+    submission: Submission | None,
+    *,
+    may_drop: bool,
+) -> bool:
+    """Do as ``fire`` with a coroutine, or with the first attempt of a submission."""
+    records = _records_here(registry, coro)
+    record = None
+    try:
+        if type(name) is not str:
+            name = _name_of(coro) if name is None else str(name)
+        is_full = (registry._shut or registry._cap) and _must_ask(registry, records)
+        if is_full and not registry._admit(coro, name, may_drop):
+            return False
+        seconds = _seconds(coro, timeout)
+        if context is not None and type(context) is not dict:
+            check_context(coro, context)
+        record = records.enroll(coro, name, seconds, context, False)
+        if submission is not None:
+            record.submission = submission
+            submission.record = record
+        records.start_fired(record)
+    except BaseException:
+        if record is not None:
+            records.discard(record, None)
+        errors.close_refused(coro)
+        raise
+    return True
+
+
+def _start_submission(
+    registry: RegistryCore,
+    records: LoopRecords,
+    coro: Any,
+    submission: Submission,
+    key: Any,
+    keep: float | None,
+    on_duplicate: str,
+    options: tuple[Any, Any, Any],
+) -> Any:
+    """Start a submission, unless the call of its function has started another one of its key; return the task."""
+    if keep is not None:
+        registry._keep_result(submission, keep)
+    if key is not None:
+        submission.shared = True
+        submission.key = key
+        current = records.keys.setdefault(key, submission)
+        if current is not submission:
+            return registry._submit_duplicate(current, coro, submission, on_duplicate, options)
+    try:
+        task = registry._launch(coro, *options, submission)
+    except BaseException:
+        if key is not None:
+            records.free_key(submission)
+        raise
+    try:
+        if keep is not None:
+            registry._follow_result(submission)
+        return task
+    finally:
+        # The error of an eager task keeps this frame through its traceback: the frame must not keep the task.
+        del task
+
+
+def _records_of_running(registry: RegistryCore) -> LoopRecords:
+    """Return the records of the running loop."""
+    loop = _get_running_loop()
+    if loop is None:
+        raise errors.no_running_loop()
+    records = registry._current
+    if records is not None and (records.held_loop is loop or records.loop_ref() is loop):
+        return records
+    return _records_of(registry, loop)
 
 
 def _records_here(registry: RegistryCore, coro: Any) -> LoopRecords:

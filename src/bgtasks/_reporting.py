@@ -81,10 +81,11 @@ class TaskLog:
     def failed(self, record: Record, error: BaseException) -> None:
         """Log a task that raised."""
         self.logger.error(
-            "Background task '%s' failed after %.3f s: %s%s",
+            "Background task '%s' failed after %.3f s: %s%s%s",
             record.name,
             record.duration,
             text_of(error),
+            _attempts_of(record),
             _context_of(record),
             exc_info=users_part(error),
             extra=log_extra(record),
@@ -163,6 +164,13 @@ def place_of(record: Record) -> str:
 def _context_of(record: Record) -> str:
     """Return the context of a task for the end of a log record, nothing where there is none."""
     return f"; context: {describe(dict(record.context))}" if record.context else ""
+
+
+def _attempts_of(record: Record) -> str:
+    """Return the end of the log record about a failure: the attempts, if there were several."""
+    submission = record.submission
+    failures = None if submission is None else submission.failures
+    return "" if failures is None else str(failures.text(submission.attempt))
 
 
 def users_part(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:

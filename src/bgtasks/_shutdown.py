@@ -20,6 +20,7 @@ from bgtasks._locks import Lock
 from bgtasks._notifier import Notifier
 from bgtasks._reporting import TaskLog, names_of
 from bgtasks.info import ShutdownStats
+from bgtasks.policies._policies import Policies
 from bgtasks.registry import Record, Registry
 
 __all__ = ["SECOND_CANCEL_GRACE", "Flushable", "Shutdown"]
@@ -52,17 +53,25 @@ class Shutdown:
         log: the writer of the manager's log records.
         idle: the waits for the manager's tasks.
         capacity: the waits for capacity, which end at its beginning.
+        policies: the schedules, retries and services, which it ends.
         attached: the objects to flush and to close.
 
     """
 
     def __init__(
-        self, registry: Registry, log: TaskLog, idle: IdleWait, capacity: CapacityWait, attached: Collection[Flushable]
+        self,
+        registry: Registry,
+        log: TaskLog,
+        idle: IdleWait,
+        capacity: CapacityWait,
+        policies: Policies,
+        attached: Collection[Flushable],
     ) -> None:
         self._registry = registry
         self._log = log
         self._idle = idle
         self._capacity = capacity
+        self._policies = policies
         self._attached = attached
         self.phase: Literal["open", "draining", "cancelling", "closed"] = "open"
         # A shutdown is under way, or was done.
@@ -98,6 +107,7 @@ class Shutdown:
         try:
             self._registry._shut = True
             self._registry._release_closed_loops()
+            self._policies.begin_shutdown()
             self._capacity.notify_all()
             initial = len(self._waited_for())
             await self._end_all(timeout, drain)
@@ -106,6 +116,7 @@ class Shutdown:
             try:
                 if self.phase == "draining":
                     self._cancel_others()
+                self._policies.services.stop(self._registry._request_cancel)
                 await self._absorb_cancellations(timeout)
                 self._report_stragglers()
             finally:
@@ -127,6 +138,7 @@ class Shutdown:
         self._cancel_others()
         # However little time is left: in this iteration of the loop tasks take their cancellation.
         await asyncio.sleep(0)
+        await self._stop_services(max(end - time.monotonic(), 0) / 2)
         if not await self._wait_cancelled(max(end - time.monotonic(), 0)):
             self._report_stragglers()
             self._cancel_others()
@@ -210,9 +222,18 @@ class Shutdown:
         if others and self.phase != "cancelling":
             self._log.cancelling(len(others))
             self._cancelled = [record for record in others if not record.service]
+            others = [record for record in others if not self._policies.is_left_alone(record)]
         self.phase = "cancelling"
         for record in others:
             self._registry._request_cancel(record)
+
+    async def _stop_services(self, timeout: float) -> None:
+        """Cancel the services of ``service`` when no other task is left, or the time is over."""
+        if self._policies.services.all():
+            waiter = self._registry._waiting_record()
+            await self._idle.wait(timeout, waiter=waiter, is_over=self._is_hurried_again)
+            self._policies.services.stop(self._registry._request_cancel)
+            await asyncio.sleep(0)
 
     async def _end_attached(self, step: Literal["flush", "close"], timeout: float) -> None:
         """Flush or close all attached publishers at once, and log their errors."""

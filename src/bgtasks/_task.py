@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, Final, Protocol, TypeVar
 
 __all__ = [
+    "SharedTask",
     "TrackedTask",
     "close_quietly",
     "dismiss",
@@ -29,6 +30,7 @@ __all__ = [
     "retrieve_failure",
     "run",
     "run_queued",
+    "run_submitted",
     "starts_eagerly",
     "task_in_constructor",
     "users_traceback",
@@ -70,8 +72,18 @@ class TaskRecord(Protocol):
     def count_start(self) -> None:
         """Count the wait of a task that takes its first step."""
 
+    @property
+    def waiting(self) -> Any:
+        """Whether the task is between two attempts."""
+
     def begin(self) -> None:
         """Mark a queued task as running."""
+
+    def retry(self, error: BaseException, /) -> bool:
+        """Have another attempt follow; return whether one does."""
+
+    def begin_attempt(self) -> Any:
+        """Return the coroutine of the next attempt."""
 
     def complete(self, result: Result, /) -> Result:
         """Finish the record of a task that returned."""
@@ -135,8 +147,35 @@ class TrackedTask(asyncio.Task[Any]):
             record.rename(self.get_name())
 
 
+class SharedTask(TrackedTask):
+    """The task of a key, which several coroutines may await: the cancellation of one does not cancel the task."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Wait for the end of the task; a cancellation ends this wait alone."""
+        if not self.done():
+            if self is asyncio.current_task():
+                raise RuntimeError(f"Task cannot await on itself: {self!r}")
+            # Not asyncio.shield(): from Python 3.14 on it reports a failure that the registry has logged already.
+            ended: asyncio.Future[None] = self.get_loop().create_future()
+
+            def wake(task: asyncio.Task[Any]) -> None:
+                if not ended.done():
+                    ended.set_result(None)
+
+            self.add_done_callback(wake)
+            try:
+                yield from ended
+            finally:
+                self.remove_done_callback(wake)
+        return self.result()
+
+    __iter__ = __await__
+
+
 # asyncio prints this name in repr() and in "Task exception was never retrieved", and people search logs for it.
-TrackedTask.__name__ = "Task"
+TrackedTask.__name__ = SharedTask.__name__ = "Task"
 
 
 def record_of(task: Any) -> Any:
@@ -236,7 +275,45 @@ async def run_queued(coro: Awaitable[Any], record: TaskRecord) -> Any:
             del replacement
 
 
-_NATIVE: Final = (run.__code__, run_queued.__code__)
+async def run_submitted(coro: Awaitable[Any], record: TaskRecord) -> Any:
+    """Run one attempt of a submitted function after another, with waits in between, then do as ``run`` does."""
+    try:
+        if entering and record.paused:
+            await pause()
+            record.paused = False
+            if record.registry is None:
+                return None
+        return await _attempt(coro, record)
+    except BaseException as error:
+        replacement = record.fail(error)
+        if replacement is None:
+            raise
+        try:
+            raise replacement from error
+        finally:
+            del replacement
+
+
+async def _attempt(coro: Any, record: TaskRecord) -> Any:
+    """Run one attempt after another, the first one at its turn."""
+    if record.turn is not None:
+        await record.turn
+        record.begin()
+    else:
+        record.count_start()
+    while True:
+        try:
+            return record.complete(await coro)
+        except BaseException as error:
+            if not record.retry(error):
+                raise
+        await record.turn
+        coro = record.begin_attempt()
+        if type(coro) is not types.CoroutineType:
+            coro = drive(coro)
+
+
+_NATIVE: Final = (run.__code__, run_queued.__code__, run_submitted.__code__)
 
 
 def do_nothing() -> None:

@@ -54,7 +54,7 @@ bgtasks_make_task_type(PyObject *base)
         "bgtasks._registry.Task",
         (int)(((PyTypeObject *)base)->tp_basicsize + sizeof(PyObject *)),
         0,
-        Py_TPFLAGS_DEFAULT,
+        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
         slots,
     };
     bgtasks_task_base = (PyTypeObject *)base;

@@ -18,6 +18,7 @@
     ├── NotPicklableError     (TypeError)     a function or value that cannot go to another process
     ├── RunningLoopError      (RuntimeError)  ``run`` inside a running event loop
     ├── TaskRejectedError     (RuntimeError)  the manager is at its cap
+    ├── UnknownTaskError      (LookupError)   the result of a task that is not kept
     ├── WatchError            (RuntimeError)  a process that cannot be watched
     └── WorkerDiedError       (RuntimeError)  the process that ran a function ended without an answer
 
@@ -48,6 +49,7 @@ __all__ = [
     "NotPicklableError",
     "RunningLoopError",
     "TaskRejectedError",
+    "UnknownTaskError",
     "WatchError",
     "WorkerDiedError",
 ]
@@ -115,6 +117,10 @@ class RunningLoopError(BgtasksError, RuntimeError):
 
 class TaskRejectedError(BgtasksError, RuntimeError):
     """The manager already has ``max_pending_tasks`` tasks in flight."""
+
+
+class UnknownTaskError(BgtasksError, LookupError):
+    """No result of this task is kept: it was submitted without ``keep_result``, or its time is over."""
 
 
 class WatchError(BgtasksError, RuntimeError):
@@ -190,11 +196,24 @@ def invalid_contextvars_context(value: object) -> InvalidContextError:
     )
 
 
+def unhashable_key(key: object) -> InvalidOptionError:
+    """Return the error for a key that no dict accepts."""
+    return InvalidOptionError(f"key must be hashable, such as a str or a tuple of them; got {describe(key)}")
+
+
 def no_running_loop() -> NoRunningLoopError:
     """Return the error for a task started in a thread without an event loop."""
     return NoRunningLoopError(
         "no event loop runs in this thread: call from a coroutine or a callback of the loop, "
         "or hand the work over from a thread with create_task_threadsafe()"
+    )
+
+
+def manager_closed(name: str) -> ManagerClosedError:
+    """Return the error for new work after ``shutdown``."""
+    return ManagerClosedError(
+        f"the manager was shut down and accepts no more tasks (name {describe(name)}): "
+        "start work before shutdown(), or make a new manager"
     )
 
 

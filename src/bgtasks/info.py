@@ -32,9 +32,11 @@ __all__ = [
 ]
 
 Outcome: TypeAlias = Literal["completed", "failed", "cancelled", "timed_out", "abandoned"]
-TaskState: TypeAlias = Literal["queued", "running", "completed", "failed", "cancelled", "timed_out", "abandoned"]
+TaskState: TypeAlias = Literal[
+    "queued", "waiting", "running", "completed", "failed", "cancelled", "timed_out", "abandoned"
+]
 # The states of tasks that have not ended.
-LiveState: TypeAlias = Literal["queued", "running"]
+LiveState: TypeAlias = Literal["queued", "waiting", "running"]
 
 # The orders of ``get_task_info``: by age, or by name.
 TaskOrder: TypeAlias = Literal["oldest", "newest", "name"]
@@ -63,7 +65,8 @@ class Progress(TypedDict):
 class TaskInfo(TypedDict):
     """The current state of a task.
 
-    ``age_seconds`` counts from creation; for a task that waited for a concurrency slot, from its start.
+    ``age_seconds`` counts from creation; for a task that waited for a concurrency slot, from its start. A submitted
+    function that failed is ``"waiting"`` until its next ``attempt`` begins, in ``next_attempt_seconds``.
     ``time_left_seconds`` is what is left of ``timeout``, None without one. ``parent_id`` is the task of the same
     manager and loop that created it. ``loop`` is a label of its loop, or of the threads of its executor; ``thread`` the
     name of the thread that first used the manager on that loop, None for functions. ``origin`` is file and line of its
@@ -77,6 +80,8 @@ class TaskInfo(TypedDict):
     age_seconds: float
     timeout: float | None
     context: Mapping[str, Any]
+    attempt: int
+    next_attempt_seconds: float | None
     done: bool
     cancelled: bool
     service: bool
@@ -182,20 +187,24 @@ class LoopStats(TypedDict):
 class ManagerStats(TypedDict):
     """Counters of one manager since it was made; ``started`` is the sum of ``in_flight`` and the five outcomes.
 
-    ``in_flight`` is ``running`` plus ``queued``; ``dropped`` tasks never started. ``names`` holds at most 1,000 names;
-    all others are counted together under ``"(other)"``.
+    ``in_flight`` is ``running`` plus ``queued`` plus ``waiting``; ``dropped`` tasks never started; ``retried`` counts
+    the attempts of submitted functions after their first ones, ``given_up`` the services that are not restarted any
+    more. ``names`` holds at most 1,000 names; all others are counted together under ``"(other)"``.
     """
 
     started: int
     in_flight: int
     running: int
     queued: int
+    waiting: int
     completed: int
     failed: int
     cancelled: int
     timed_out: int
     abandoned: int
     dropped: int
+    retried: int
+    given_up: int
     names: dict[str, NameStats]
 
 

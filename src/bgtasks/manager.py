@@ -9,7 +9,8 @@ import logging
 import time
 from asyncio.events import _get_running_loop
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar, get_args
@@ -36,6 +37,12 @@ from bgtasks.info import (
     TimeoutAction,
     TimeoutPolicy,
 )
+from bgtasks.policies._limits import Limit, Rate, timing_of
+from bgtasks.policies._policies import Policies, check_submission
+from bgtasks.policies._results import TaskResult
+from bgtasks.policies._retry import policy_of
+from bgtasks.policies._schedules import FirstRun, OnRunError, Overlap, Schedule, ScheduleOptions
+from bgtasks.policies._services import DEFAULT_RESTART, Restart, Service, ServiceOptions
 from bgtasks.registry import Record, Registry
 
 __all__ = ["Attachable", "BackgroundTaskManager"]
@@ -76,6 +83,9 @@ class BackgroundTaskManager(Registry):
         watch: whether viewers such as ``bgtasks ps`` may look at this process, by a socket that only its user may
             open, and whether ``async with`` on the manager watches the loop, as ``watch_loop`` does. None: as
             ``BGTASKS_WATCH`` says, ``1`` or ``0``.
+        rate: how many tasks begin in a time; the others wait in order, unstarted, shown as queued. None for no limit.
+        limits: a ``Limit`` by the key or the name of tasks; a task with a key in here has that limit, and not that of
+            its name. What it lets through waits for the rate and the concurrency of the manager.
 
     Raises:
         InvalidOptionError: an argument has an invalid value.
@@ -106,6 +116,8 @@ class BackgroundTaskManager(Registry):
         timeouts: TimeoutPolicy = "cancel",
         track_origin: bool = False,
         watch: bool | None = None,
+        rate: Rate | None = None,
+        limits: Mapping[Hashable, Limit] | None = None,
     ) -> None:
         check_options(
             {
@@ -119,6 +131,8 @@ class BackgroundTaskManager(Registry):
                 "timeouts": timeouts,
                 "track_origin": track_origin,
                 "watch": watch,
+                "rate": rate,
+                "limits": limits,
             }
         )
         self._is_watched = is_watched(watch)
@@ -131,6 +145,12 @@ class BackgroundTaskManager(Registry):
             muted=self._log.muted_levels(),
             muted_level=logging.DEBUG,
         )
+        if rate is not None or limits:
+            self._limit_starts(
+                max_concurrency,
+                timing_of(rate),
+                {name: (limit.concurrency, timing_of(limit.rate)) for name, limit in (limits or {}).items()},
+            )
         self._default_shutdown_timeout = default_shutdown_timeout
         self._drain_timeout = drain_timeout
         self._max_pending_tasks = max_pending_tasks
@@ -146,9 +166,10 @@ class BackgroundTaskManager(Registry):
         self._cancelled_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Counter[str]] = WeakKeyDictionary()
         self._capacity = CapacityWait(self, self._has_capacity, max_pending_tasks)
         self._handovers = Handovers(lambda future, task: None)
+        self._policies = Policies(self._live_records, self._is_open, self._make_submission, self._launch, self._fire)
         # A dict, not a set, because it keeps the order in which they were attached.
         self._attached: dict[Attachable, None] = {}
-        self._shutdown = Shutdown(self, self._log, self._idle, self._capacity, self._attached.keys())
+        self._shutdown = Shutdown(self, self._log, self._idle, self._capacity, self._policies, self._attached.keys())
         self._hearts: list[Any] = []
         # Last: from here on, other threads find the manager.
         self._observers = Observers(self)
@@ -177,7 +198,7 @@ class BackgroundTaskManager(Registry):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._shutdown.phase}, {self.get_task_count()} tasks>"
 
-    # -- starting tasks: create_task, fire and task_factory are inherited -----------------------------------------
+    # -- starting tasks: create_task, fire, submit and task_factory are inherited ---------------------------------
 
     async def spawn(
         self,
@@ -280,15 +301,124 @@ class BackgroundTaskManager(Registry):
     ) -> asyncio.Task[Result]:
         return self.create_task(coro, **options)
 
+    # -- schedules and services -----------------------------------------------------------------------------------
+
+    def every(
+        self,
+        seconds: float | None,
+        function: Callable[..., Awaitable[object]],
+        /,
+        *args: Any,
+        first: FirstRun = "now",
+        jitter: float = 0.0,
+        overlap: Overlap = "skip",
+        on_error: OnRunError = "continue",
+        timeout: float | None = None,
+        name: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        next_time: Callable[[datetime], datetime] | None = None,
+        lock: Callable[[], Awaitable[object]] | None = None,
+        **kwargs: Any,
+    ) -> Schedule:
+        """Run ``function(*args, **kwargs)`` every ``seconds`` on the running loop, each run as a task of its own.
+
+        Each process that calls this has a schedule of its own: a server with four workers runs it four times, unless
+        ``lock`` lets only one of them in. The times do not drift. A tick that comes so late that the next one is due is
+        dropped and counted, not made up. ``shutdown`` stops all schedules first, while their runs drain.
+
+        Args:
+            seconds: seconds from one tick to the next, > 0; None with ``next_time``.
+            function: a coroutine function.
+            args: its positional arguments.
+            first: ``"now"``, in the next iteration of the loop, or ``"later"``, after ``seconds``.
+            jitter: the largest random delay of a tick, in seconds; delays do not add up.
+            overlap: what a tick does while the last run has not ended: ``"skip"`` it; ``"queue"`` a run, at most one,
+                for its end; or ``"cancel"`` it and run when it has ended.
+            on_error: ``"continue"`` after a failed run or one that timed out, or ``"stop"`` the schedule.
+            timeout: seconds after which a run is cancelled, > 0; None for no timeout.
+            name: the name of its runs; the qualified name of the function by default.
+            context: a mapping for the log records of its runs.
+            next_time: takes the current time and returns that of the next run, for example by a package for cron
+                expressions; a time without a zone is local.
+            lock: called and awaited before each run; a run whose lock is false does nothing.
+            kwargs: its keyword arguments.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            InvalidFunctionError: ``function`` is not callable.
+            InvalidOptionError: another argument has an invalid value.
+            InvalidTimeoutError: ``timeout`` is not a finite number greater than 0.
+            InvalidContextError: ``context`` is not a mapping.
+            NoRunningLoopError: no event loop runs in this thread.
+            ManagerClosedError: the manager was shut down.
+
+        """
+        self._check_may_start(name)
+        options = ScheduleOptions(name, timeout, context, first, jitter, overlap, on_error, next_time, lock)
+        return self._policies.schedules.start(seconds, function, args, kwargs, options)
+
+    def schedules(self) -> list[Schedule]:
+        """Return the schedules that have not stopped."""
+        return self._policies.schedules.all()
+
+    def service(
+        self,
+        function: Callable[..., Awaitable[object]],
+        /,
+        *args: Any,
+        restart: Restart = DEFAULT_RESTART,
+        after: Sequence[Service] = (),
+        on_give_up: Callable[[Service, BaseException], object] | None = None,
+        name: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Service:
+        """Keep ``function(*args, **kwargs)`` running on the running loop: it runs again when it fails.
+
+        All its runs are one task with one id. ``wait_for_all`` and the drain of ``shutdown`` do not wait for services.
+        ``shutdown`` cancels them when the other tasks have ended, each after those that begin after it.
+
+        Args:
+            function: a coroutine function. It may call ``started()`` when it is ready.
+            args: its positional arguments.
+            restart: how often and how fast it is restarted.
+            after: services that have to call ``started()`` before this one begins.
+            on_give_up: called as ``on_give_up(service, error)`` when it is not restarted any more.
+            name: the name of its task; the qualified name of the function by default.
+            context: a mapping for its log records.
+            kwargs: its keyword arguments.
+
+        Returns:
+            The service.
+
+        Raises:
+            InvalidFunctionError: ``function`` is not callable, or its result is not awaitable.
+            InvalidOptionError: another argument has an invalid value.
+            BgtasksError: the errors of ``create_task``, for the same reasons.
+
+        """
+        self._check_may_start(name)
+        options = ServiceOptions(name, context, restart, after, on_give_up)
+        return self._policies.services.start(function, args, kwargs, options)
+
+    def services(self) -> list[Service]:
+        """Return the services that have not ended."""
+        return self._policies.services.all()
+
+    def _check_may_start(self, name: str | None) -> None:
+        if _get_running_loop() is None:
+            raise errors.no_running_loop()
+        if self._shutdown.phase != "open":
+            raise errors.manager_closed(name or "schedule")
+
     # -- admission ------------------------------------------------------------------------------------------------
 
     def _admit(self, coro: Any, name: str, may_drop: bool) -> bool:
         if not self._accepts_work():
             errors.close_refused(coro)
-            raise errors.ManagerClosedError(
-                f"the manager was shut down and accepts no more tasks (name {errors.describe(name)}): "
-                "start work before shutdown(), or make a new manager"
-            )
+            raise errors.manager_closed(name)
         if self._max_pending_tasks is None or self._owned() < self._max_pending_tasks:
             return True
         errors.close_refused(coro)
@@ -296,6 +426,9 @@ class BackgroundTaskManager(Registry):
             raise errors.TaskRejectedError(self._full_text(name))
         self._count_drop(name)
         return False
+
+    def _is_open(self) -> bool:
+        return self._shutdown.phase == "open"
 
     def _accepts_work(self) -> bool:
         """Return whether a task may start now; while shutdown drains, only tasks of the manager may start others."""
@@ -359,8 +492,44 @@ class BackgroundTaskManager(Registry):
         """Return the counters since the manager was made, in total and by name. Safe from any thread."""
         counters: Any = self._counters()
         counters["dropped"] = self._dropped
+        counters["waiting"] = waiting = self._policies.waiting_count()
+        counters["running"] -= waiting
+        counters["given_up"] = self._policies.services.given_up
+        counters["retried"] = self._policies.attempts.count
         stats: ManagerStats = counters
         return stats
+
+    def result(self, task_id: int) -> TaskResult:
+        """Return how a function stands that was submitted with ``keep_result``, or how it ended. Safe from any thread.
+
+        At most 10,000 ended ones are kept; then the oldest goes first.
+
+        Raises:
+            UnknownTaskError: the task was submitted without ``keep_result``, or its time is over.
+
+        """
+        return self._policies.results.get(task_id)
+
+    async def wait(self, task_id: int, *, timeout: float | None = None) -> TaskResult:
+        """Wait for the end of a function that was submitted with ``keep_result``; works on every loop.
+
+        Neither the timeout nor a cancellation of this wait cancels the task.
+
+        Args:
+            task_id: the id of its task.
+            timeout: seconds to wait at most, >= 0; None for no limit.
+
+        Returns:
+            The result; at the timeout how the task stands.
+
+        Raises:
+            UnknownTaskError: the task was submitted without ``keep_result``, or its time is over.
+            InvalidTimeoutError: ``timeout`` is not a finite number, or is negative.
+
+        """
+        if timeout is not None:
+            check_seconds("timeout", timeout, error=errors.InvalidTimeoutError)
+        return await self._policies.results.wait(task_id, timeout)
 
     # -- watching -------------------------------------------------------------------------------------------------
 
@@ -587,6 +756,32 @@ class BackgroundTaskManager(Registry):
     ) -> None:
         """Shut down; if the block raised, without draining first."""
         await self.shutdown(drain=None if error is None else 0.0)
+
+    # -- submitted functions --------------------------------------------------------------------------------------
+
+    def _policy_of(self, retry: Any) -> Any:
+        return policy_of(retry)
+
+    def _check_submission(self, key: Any, on_duplicate: Any, keep_result: Any) -> float | None:
+        return check_submission(key, on_duplicate, keep_result)
+
+    def _submit_duplicate(
+        self, current: Any, coro: Any, submission: Any, on_duplicate: Any, options: tuple[Any, ...]
+    ) -> Any:
+        return self._policies.submit_duplicate(current, coro, submission, on_duplicate, options)
+
+    def _keep_result(self, submission: Any, seconds: float) -> None:
+        submission.keep = seconds
+        submission.listener = self._policies.results
+
+    def _follow_result(self, submission: Any) -> None:
+        self._policies.results.follow(submission.record)
+
+    def _wait_after(self, record: Record, error: BaseException) -> float | None:
+        return self._policies.attempts.wait_after(record, error)
+
+    def _describe_submission(self, record: Record, info: Any) -> None:
+        self._policies.attempts.describe(record, info)
 
     # -- reporting ------------------------------------------------------------------------------------------------
 

@@ -23,14 +23,14 @@ from bgtasks._statistics import OTHER_NAMES, NameTotals, Snapshot
 from bgtasks._task import record_of, starts_eagerly
 from bgtasks.info import FinishedTask, LiveState, NameHistograms, TaskInfo, TaskOrder
 
-__all__ = ["IMPLEMENTATION", "LoopRecords", "Record", "Registry", "TaskSet"]
+__all__ = ["IMPLEMENTATION", "LoopRecords", "Record", "Registry", "Slots", "Submission", "TaskSet"]
 
 IMPLEMENTATION: Final = choose("bgtasks._registry", "registry")
 
 if TYPE_CHECKING or IMPLEMENTATION == "python":
-    from bgtasks._registry_py import LoopRecords, Record, RegistryCore, TaskSet, TrackedTask
+    from bgtasks._registry_py import LoopRecords, Record, RegistryCore, Slots, Submission, TaskSet, TrackedTask
 else:
-    from bgtasks._registry import LoopRecords, Record, RegistryCore, TaskSet, TrackedTask
+    from bgtasks._registry import LoopRecords, Record, RegistryCore, Slots, Submission, TaskSet, TrackedTask
 
 
 class Registry(RegistryCore, RegistryHooks):

@@ -100,4 +100,7 @@ def test_no_public_function_takes_options_of_any_type():
         # What ``inject`` makes of a function, with its arguments.
         "bgtasks.injection.filled",
         "bgtasks.injection.filled_async",
+        # The keywords of the function that runs again and again.
+        "bgtasks.manager.every",
+        "bgtasks.manager.service",
     }

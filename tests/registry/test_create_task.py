@@ -72,6 +72,8 @@ async def test_info_shows_the_given_options(make_manager):
         "state": "running",
         "timeout": 30.0,
         "context": {"user": "alice"},
+        "attempt": 1,
+        "next_attempt_seconds": None,
         "done": False,
         "cancelled": False,
         "service": False,

@@ -63,7 +63,7 @@ async def test_some_tasks_in_order(make_manager):
     ("arguments", "text"),
     [
         ({"name": 5}, "name must be a name of tasks"),
-        ({"state": "completed"}, r"state must be one of 'queued', 'running'.*get_history\(\)"),
+        ({"state": "completed"}, r"state must be one of 'queued', 'waiting', 'running'.*get_history\(\)"),
         ({"older_than": -1}, "older_than must be a finite number of seconds"),
         ({"limit": 0}, "limit must be a whole number, 1 or more"),
         ({"sort": "age"}, "sort must be one of 'oldest', 'newest', 'name'"),

@@ -424,7 +424,7 @@ class TwinsInLockstep(RuleBasedStateMachine):
             percentiles.append(
                 {name: {key: counters.pop(key) for key in MEASURED} for name, counters in stats["names"].items()}
             )
-            assert stats == self.model.stats()
+            assert stats == {**self.model.stats(), "waiting": 0, "retried": 0, "given_up": 0}
             assert twin.manager.dropped_count == self.model.dropped
             assert twin.manager.get_task_count() == twin.manager.pending_count == len(self.model.live)
             if self.model.limit is not None:
@@ -451,6 +451,8 @@ class TwinsInLockstep(RuleBasedStateMachine):
                     "timeout": task.work.timeout,
                     "time_left_seconds": self.time_left(task),
                     "context": {"payload": payload} if task.work.has_context else {},
+                    "attempt": 1,
+                    "next_attempt_seconds": None,
                     "done": False,
                     "cancelled": False,
                     "service": False,

@@ -16,7 +16,7 @@ import importlib
 import inspect
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import bgtasks
 from bgtasks import events
@@ -100,7 +100,27 @@ def agentflow_names() -> dict[str, Any]:
     return {"StateGraph": StateGraph, "agentflow": agentflow}
 
 
+def web_names() -> dict[str, Any]:
+    """Return what a program with FastAPI or Starlette imports."""
+    from fastapi import Depends, FastAPI
+    from starlette.responses import PlainTextResponse
+
+    from bgtasks.integrations import starlette
+
+    names = {name: getattr(starlette, name) for name in starlette.__all__}
+    return {
+        **names,
+        "Annotated": Annotated,
+        "Depends": Depends,
+        "PlainTextResponse": PlainTextResponse,
+        "app": FastAPI(),
+        "routes": [],
+    }
+
+
 NAMES_OF_FRAMEWORKS = {
+    "bgtasks.integrations._starlette_background": web_names,
+    "bgtasks.integrations.starlette": web_names,
     "bgtasks.integrations.agentflow": agentflow_names,
     "bgtasks.integrations.langgraph": langgraph_names,
 }

@@ -18,7 +18,7 @@ from bgtasks import BackgroundTaskManager
 from bgtasks.integrations import aiohttp, dishka, fastapi, litestar, starlette
 from bgtasks.integrations.aiohttp import TASK_MANAGER, cleanup_context
 from bgtasks.integrations.dishka import TaskManagerProvider
-from bgtasks.integrations.fastapi import TaskManagerDep
+from bgtasks.integrations.fastapi import BackgroundTasksDep, TaskManagerDep
 
 
 @contextlib.asynccontextmanager
@@ -96,3 +96,16 @@ async def of_dishka() -> None:
     TaskManagerProvider(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     TaskManagerProvider(histroy=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     TaskManagerProvider(history="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def tasks_of_a_response(request: Request, dependency: BackgroundTasksDep) -> None:
+    """Run background tasks of Starlette and FastAPI on a manager."""
+    starlette.install(manager=BackgroundTaskManager(), wait=True)
+    starlette.uninstall()
+    fastapi.install()
+    fastapi.uninstall()
+    tasks = starlette.BackgroundTasks(starlette.task_manager(request))
+    tasks.add_task(print, "hello")
+    dependency.add_task(print, "hello")
+    assert_type(starlette.background_tasks(request, tasks), starlette.BackgroundTasks)
+    starlette.install(manager="manager")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

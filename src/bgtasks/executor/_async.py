@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import inspect
 from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
@@ -13,8 +12,10 @@ from types import CoroutineType, TracebackType
 from typing import Any, TypeVar
 
 from bgtasks import errors
+from bgtasks._coroutines import coroutine_of
 from bgtasks._handover import Handovers
 from bgtasks._internals import ManagerInternals
+from bgtasks._submit import RetryPolicy
 from bgtasks.executor import _refusals
 from bgtasks.executor._base import CANCEL_ON_EXIT, RERAISE_ON_EXIT, RERAISE_TIMEOUT, ExecutorBase
 from bgtasks.executor._submit import AsyncSubmit, typed_async_submit
@@ -91,6 +92,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
         __reraise_on_exit__: bool = True,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> asyncio.Task[Result] | concurrent.futures.Future[Result]:
         """Start ``fn(*args, **kwargs)`` in the background.
@@ -105,7 +107,10 @@ class AsyncBackgroundExecutor(ExecutorBase):
             __cancel_on_exit__: cancel the task at the end of the block instead of waiting for it.
             __reraise_on_exit__: raise its failure at the end of the block.
             __next_tick__: start the coroutine in the next iteration of the loop.
-            __timeout__: seconds after which the task is cancelled, > 0, counted from its start.
+            __timeout__: seconds after which the task is cancelled, > 0, counted from its start; with ``__retry__`` from
+                the start of each attempt.
+            __retry__: when to run it again after a failure, as for ``BackgroundTaskManager.submit``; None for never.
+                All attempts are one task; the block waits for the last one, and raises its failure.
             kwargs: its keyword arguments.
 
         Returns:
@@ -114,7 +119,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
         Raises:
             ExecutorClosedError: the block has not begun or has ended.
             InvalidFunctionError: ``fn`` is not callable, or its result is not awaitable.
-            InvalidOptionError: an unknown option.
+            InvalidOptionError: an unknown option, or ``__retry__`` is no policy.
             InvalidTimeoutError: ``__timeout__`` is not a finite number greater than 0.
             ManagerClosedError: the manager was shut down.
             TaskRejectedError: the manager is at its cap.
@@ -128,9 +133,10 @@ class AsyncBackgroundExecutor(ExecutorBase):
             raise _refusals.not_callable(fn)
         if kwargs:
             _refusals.check_submit_options(kwargs)
+        submission = None if __retry__ is None else self._internals.make_submission(fn, args, kwargs, __retry__)
         coro: Any = fn(*args, **kwargs)
         if type(coro) is not CoroutineType:
-            coro = _coroutine_of(fn, coro)
+            coro = coroutine_of(fn, coro, "AsyncBackgroundExecutor")
         if __name__ is None:
             __name__ = coro.__qualname__
         flags = RERAISE_ON_EXIT if __reraise_on_exit__ else 0
@@ -138,8 +144,8 @@ class AsyncBackgroundExecutor(ExecutorBase):
             flags |= CANCEL_ON_EXIT
             self._has_to_cancel = True
         if _get_running_loop() is not self._loop:
-            return self._hand_over(coro, __name__, __timeout__, flags)
-        task = self._create_task(coro, __name__, __timeout__, not __next_tick__, None, flags)
+            return self._hand_over(coro, __name__, __timeout__, flags, submission)
+        task = self._create_task(coro, __name__, __timeout__, not __next_tick__, None, flags, submission)
         try:
             if self._is_exiting:
                 self._cancel_late(task, flags)
@@ -156,13 +162,14 @@ class AsyncBackgroundExecutor(ExecutorBase):
     # -- submitting from other threads ----------------------------------------------------------------------------
 
     def _hand_over(
-        self, coro: Coroutine[Any, Any, Any], name: str, timeout: float | None, flags: int
+        self, coro: Coroutine[Any, Any, Any], name: str, timeout: float | None, flags: int, submission: Any
     ) -> concurrent.futures.Future[Any]:
         """Hand a coroutine over to the thread of the loop."""
         assert self._loop is not None, "the executor is open"
         try:
             _refusals.check_timeout(timeout)
-            start = partial(self._start_handed_over, coro, (name, timeout, False, contextvars.copy_context()), flags)
+            arguments = (name, timeout, False, contextvars.copy_context())
+            start = partial(self._start_handed_over, coro, arguments, flags, submission)
             return self._handovers.hand_over(self._loop, coro, start, self._check_open)
         except BaseException:
             errors.close_refused(coro)
@@ -177,6 +184,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
         coro: Coroutine[Any, Any, Any],
         arguments: tuple[str, float | None, bool, contextvars.Context],
         flags: int,
+        submission: Any,
         future: concurrent.futures.Future[Any],
     ) -> asyncio.Task[Any]:
         """Start a coroutine that another thread handed over; runs on the loop."""
@@ -185,7 +193,7 @@ class AsyncBackgroundExecutor(ExecutorBase):
         # The future's failure is raised in place of the task's: the submitter holds the future.
         is_raised = flags & RERAISE_ON_EXIT
         own_flags = flags & ~RERAISE_ON_EXIT | (RERAISE_TIMEOUT if is_raised else 0)
-        task = self._create_task(coro, *arguments, own_flags)
+        task = self._create_task(coro, *arguments, own_flags, submission)
         if is_raised:
             task.add_done_callback(partial(self._keep_handed_over, self.manager.get_task_id(task) or 0, future))
         if self._is_exiting:
@@ -290,23 +298,3 @@ class AsyncBackgroundExecutor(ExecutorBase):
                 await self._next_idle(remaining)
             except asyncio.CancelledError:
                 continue
-
-
-def _coroutine_of(fn: Callable[..., Any], value: Any) -> Any:
-    """Return a coroutine for the result of a function; refuse a result that is not awaitable."""
-    if asyncio.iscoroutine(value):
-        return value
-    if inspect.isawaitable(value):
-        coro: Any = _wait_for(value)
-        coro.__qualname__ = getattr(fn, "__qualname__", type(fn).__qualname__)
-        return coro
-    if inspect.isasyncgen(value):
-        raise _refusals.async_generator(fn)
-    raise errors.InvalidFunctionError(
-        f"{errors.describe(fn)} is not a coroutine function: it ran at once and returned {errors.describe(value)}. "
-        "AsyncBackgroundExecutor runs coroutine functions; BackgroundExecutor runs this one, in a thread"
-    )
-
-
-async def _wait_for(awaitable: Awaitable[Result]) -> Result:
-    return await awaitable

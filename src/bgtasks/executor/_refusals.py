@@ -8,7 +8,6 @@ from bgtasks import errors
 from bgtasks._checks import as_seconds, check_limit
 
 __all__ = [
-    "async_generator",
     "check_submit_options",
     "check_timeout",
     "closed",
@@ -80,14 +79,6 @@ def not_callable(value: object) -> errors.InvalidFunctionError:
     return errors.InvalidFunctionError(
         f"a function is needed, got {type(value).__name__}: {errors.describe(value)}; "
         "pass the function and its arguments, submit(function, 1, 2), not the result of a call"
-    )
-
-
-def async_generator(fn: object) -> errors.InvalidFunctionError:
-    """Return the error for a function that returns an asynchronous generator, which neither executor runs."""
-    return errors.InvalidFunctionError(
-        f"{errors.describe(fn)} returns an asynchronous generator, which does nothing until it is iterated over: "
-        "submit a coroutine function that iterates over it, to AsyncBackgroundExecutor"
     )
 
 

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
+from bgtasks._submit import RetryPolicy
 from bgtasks.executor._call import BackgroundFuture
 
 __all__ = ["AsyncSubmit", "Submit", "typed_async_submit", "typed_submit"]
@@ -36,6 +37,7 @@ class AsyncSubmit(Protocol):
         __reraise_on_exit__: bool = True,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> asyncio.Task[Result]: ...
     @overload
@@ -48,6 +50,7 @@ class AsyncSubmit(Protocol):
         __reraise_on_exit__: bool = True,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> asyncio.Task[Result]: ...
     @overload
@@ -59,6 +62,7 @@ class AsyncSubmit(Protocol):
         __reraise_on_exit__: bool,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> asyncio.Task[Result]: ...
     @overload
@@ -69,6 +73,7 @@ class AsyncSubmit(Protocol):
         *args: Any,
         __next_tick__: bool,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> asyncio.Task[Result]: ...
     @overload
@@ -78,6 +83,16 @@ class AsyncSubmit(Protocol):
         /,
         *args: Any,
         __timeout__: float | None,
+        __retry__: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> asyncio.Task[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Awaitable[Result]],
+        /,
+        *args: Any,
+        __retry__: RetryPolicy | None,
         **kwargs: Any,
     ) -> asyncio.Task[Result]: ...
     @overload

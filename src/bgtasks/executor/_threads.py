@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from bgtasks import errors
 from bgtasks._checks import check_seconds
+from bgtasks._coroutines import async_generator
 from bgtasks._internals import ManagerInternals
 from bgtasks._locks import Lock, Signal
 from bgtasks._notifier import Notifier
@@ -566,5 +567,5 @@ def _check_function(fn: Callable[..., Any]) -> None:
         is_async = bool(code.co_flags & _ASYNC_FUNCTION)
     if is_async:
         if inspect.isasyncgenfunction(fn):
-            raise _refusals.async_generator(fn)
+            raise async_generator(fn)
         raise _refusals.wants_loop(errors.describe(fn))

@@ -135,6 +135,7 @@ class FrameworkManager(BackgroundTaskManager):
         eager_start: bool = False,
         contextvars_context: contextvars.Context | None = None,
         service: bool = False,
+        retry: None = None,
     ) -> asyncio.Task[Result]:
         """Do as ``BackgroundTaskManager.create_task``, but return None for a task that is dropped at the limit.
 
@@ -151,6 +152,7 @@ class FrameworkManager(BackgroundTaskManager):
                 eager_start=eager_start,
                 contextvars_context=contextvars_context,
                 service=service,
+                retry=retry,
             )
         except errors.TaskRejectedError:
             self._count_drop(name)

@@ -21,8 +21,24 @@ from bgtasks.manager import BackgroundTaskManager
 with extra("fastapi", "FastAPI"):
     from fastapi import Depends
 
-from bgtasks.integrations.starlette import lifespan, task_manager
+from bgtasks.integrations.starlette import (
+    BackgroundTasks,
+    background_tasks,
+    install,
+    lifespan,
+    task_manager,
+    uninstall,
+)
 
-__all__ = ["TaskManagerDep", "lifespan", "task_manager"]
+__all__ = [
+    "BackgroundTasks",
+    "BackgroundTasksDep",
+    "TaskManagerDep",
+    "install",
+    "lifespan",
+    "task_manager",
+    "uninstall",
+]
 
 TaskManagerDep: TypeAlias = Annotated[BackgroundTaskManager, Depends(task_manager)]
+BackgroundTasksDep: TypeAlias = Annotated[BackgroundTasks, Depends(background_tasks)]

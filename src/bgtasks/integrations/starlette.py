@@ -19,14 +19,16 @@ from typing import Any, TypeVar, Unpack
 from bgtasks import errors
 from bgtasks._options import ManagerOptions
 from bgtasks.integrations._extra import extra
+from bgtasks.integrations._starlette_background import BackgroundTasks, install, uninstall
 from bgtasks.manager import BackgroundTaskManager
 from bgtasks.program._draining import check_program_options, running
 
 with extra("starlette", "Starlette"):
+    from starlette import background
     from starlette.applications import Starlette
     from starlette.requests import HTTPConnection
 
-__all__ = ["lifespan", "task_manager"]
+__all__ = ["BackgroundTasks", "background_tasks", "install", "lifespan", "task_manager", "uninstall"]
 
 App = TypeVar("App", bound=Starlette)
 
@@ -91,3 +93,24 @@ def task_manager(connection: HTTPConnection) -> BackgroundTaskManager:
             "'with TestClient(app) as client' starts it"
         )
     return manager
+
+
+def background_tasks(connection: HTTPConnection, tasks: background.BackgroundTasks) -> BackgroundTasks:
+    """Return the background tasks of a response that run on the application's manager; a dependency of FastAPI.
+
+    Args:
+        connection: the request; FastAPI passes it.
+        tasks: FastAPI's own background tasks, which begin the returned ones.
+
+    Raises:
+        NoManagerError: the application was started without ``lifespan()``, or not started at all.
+
+    Example:
+        >>> @app.post("/mails", status_code=202)
+        ... async def post(tasks: Annotated[BackgroundTasks, Depends(background_tasks)]):
+        ...     tasks.add_task(send, "hello")
+
+    """
+    own = BackgroundTasks(task_manager(connection))
+    tasks.add_task(own)
+    return own

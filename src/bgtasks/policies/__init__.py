@@ -1,0 +1,1 @@
+"""The policies for submitted functions: attempts, keys, results, schedules and services."""
