@@ -360,7 +360,12 @@ cdef class Record:
     cdef object time_left(self):
         if self.seconds <= 0:
             return None
-        return self.seconds if self.queued else max(self.seconds - self.get_duration(), 0.0)
+        if self.queued or self.waiting:
+            return self.seconds
+        if self.submission is None or self.records is None or self.wheel_slot == NOT_ARMED:
+            return max(self.seconds - self.get_duration(), 0.0)
+        # Each attempt has the whole timeout.
+        return max(self.records.wheel_start + self.tick / TICKS_PER_SECOND - self.records.now(), 0.0)
 
     cdef object noted_as(self, str key):
         if not self.noted or self.records is None:
@@ -597,6 +602,7 @@ cdef class Record:
         elif not self.queued:
             self.queued = True
             records.queued += 1
+            records.waiting -= 1
 
     def begin_attempt(self) -> Any:
         """Mark a waiting task as running, and return the coroutine of its next attempt."""
@@ -606,6 +612,8 @@ cdef class Record:
         if self.queued:
             self.queued = False
             records.queued -= 1
+        else:
+            records.waiting -= 1
         self.submission.attempt += 1
         self.submission.failures.last = None
         self.coro = next_attempt(self.submission.function, self.submission.args, self.submission.kwargs or {})
@@ -1213,8 +1221,9 @@ cdef class LoopRecords:
     # Tasks that have not ended: those that the manager owns, and those that are observed or services.
     cdef readonly Py_ssize_t owned
     cdef readonly Py_ssize_t observed
-    # Owned tasks that wait for a concurrency slot.
+    # Owned tasks that wait for a concurrency slot, and tasks between two attempts that do not.
     cdef readonly Py_ssize_t queued
+    cdef readonly Py_ssize_t waiting
     # ``_on_idle`` is called when a task ends and at most this many owned ones are left; -1 for never.
     cdef public Py_ssize_t idle_threshold
     cdef long long next_id
@@ -1495,6 +1504,7 @@ cdef class LoopRecords:
             record.slots = None
         record.turn = self.held_loop.create_future()
         record.waiting = True
+        self.waiting += 1
         if seconds > 0:
             self.arm_after(record, self.now(), seconds)
             self.want_timer(record)
@@ -1609,7 +1619,9 @@ cdef class LoopRecords:
 
     cdef int unlink_submitted(self, Record record, object error) except -1:
         """Do as ``unlink``, and have those take note of the end that follow the submission."""
-        record.waiting = False
+        if record.waiting:
+            record.waiting = False
+            self.waiting -= not record.queued
         try:
             self.unlink(record)
         finally:

@@ -290,8 +290,8 @@ class Record:
             "origin": _noted_as(self, "origin"),
             "progress": _noted_as(self, "progress"),
         }
-        if self.submission is not None:
-            self.records.registry._describe_submission(self, info)
+        if self.submission is not None and records is not None:
+            records.registry._describe_submission(self, info)
         return info
 
     def rename(self, name: str) -> None:
@@ -445,6 +445,7 @@ class Record:
         elif not self.queued:
             self.queued = True
             records.queued += 1
+            records.waiting -= 1
 
     def begin_attempt(self) -> Any:
         """Mark a waiting task as running, and return the coroutine of its next attempt."""
@@ -454,6 +455,8 @@ class Record:
         if self.queued:
             self.queued = False
             records.queued -= 1
+        else:
+            records.waiting -= 1
         self.submission.attempt += 1
         self.submission.failures.last = None
         self.coro = next_attempt(self.submission.function, self.submission.args, self.submission.kwargs or {})
@@ -516,7 +519,13 @@ class Record:
 def _time_left(record: Record) -> float | None:
     if record.seconds <= 0:
         return None
-    return record.seconds if record.queued else max(record.seconds - record.duration, 0.0)
+    records: LoopRecords | None = record.records
+    if record.queued or record.waiting:
+        return record.seconds
+    if record.submission is None or records is None or record.tick < 0:
+        return max(record.seconds - record.duration, 0.0)
+    # Each attempt has the whole timeout.
+    return max(records.wheel_start + record.tick / TICKS_PER_SECOND - records.now(), 0.0)
 
 
 def _noted_as(record: Record, key: str) -> Any:
@@ -896,8 +905,9 @@ class LoopRecords:
         # Tasks that have not ended: those that the manager owns, and those that are observed or services.
         self.owned: int = 0
         self.observed: int = 0
-        # Owned tasks that wait for a concurrency slot.
+        # Owned tasks that wait for a concurrency slot, and tasks between two attempts that do not.
         self.queued: int = 0
+        self.waiting: int = 0
         # ``_on_idle`` is called when a task ends and at most this many owned ones are left; -1 for never.
         self.idle_threshold: int = -1
         self.next_id: int = 0
@@ -1117,6 +1127,7 @@ class LoopRecords:
             record.slots = None
         record.turn = self.held_loop.create_future()
         record.waiting = True
+        self.waiting += 1
         if seconds > 0:
             self.arm_after(record, self.now(), seconds)
             self.want_timer(record)
@@ -1217,7 +1228,9 @@ class LoopRecords:
 
     def unlink_submitted(self, record: Record, error: BaseException | None) -> None:
         """Do as ``unlink``, and have those take note of the end that follow the submission."""
-        record.waiting = False
+        if record.waiting:
+            record.waiting = False
+            self.waiting -= not record.queued
         try:
             self.unlink(record)
         finally:

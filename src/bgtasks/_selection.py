@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from operator import itemgetter
-from typing import Final, get_args
+from typing import Final, Protocol, get_args
 
 from bgtasks._checks import check_choice, check_limit, check_seconds
 from bgtasks.errors import InvalidOptionError, describe
 from bgtasks.info import LiveState, TaskInfo, TaskOrder
 
-__all__ = ["check_selection", "chosen_names", "selected"]
+__all__ = ["check_selection", "chosen_names", "selected", "state_of"]
 
 _age: Final = itemgetter("age_seconds")
 _name: Final = itemgetter("name")
+
+
+class LiveRecord(Protocol):
+    """The part of a record that tells the state of its task."""
+
+    @property
+    def queued(self) -> object:
+        """Whether the task waits for a concurrency slot."""
+
+    @property
+    def waiting(self) -> object:
+        """Whether the task is between two attempts."""
+
+
+def state_of(record: LiveRecord) -> LiveState:
+    """Return the state of a task that has not ended."""
+    if record.queued:
+        return "queued"
+    return "waiting" if record.waiting else "running"
 
 
 def check_selection(

@@ -492,12 +492,13 @@ class BackgroundTaskManager(Registry):
         """Return the counters since the manager was made, in total and by name. Safe from any thread."""
         counters: Any = self._counters()
         counters["dropped"] = self._dropped
-        counters["waiting"] = waiting = self._policies.waiting_count()
-        counters["running"] -= waiting
-        counters["given_up"] = self._policies.services.given_up
-        counters["retried"] = self._policies.attempts.count
+        counters["retried"], counters["given_up"] = self._policy_counters()
         stats: ManagerStats = counters
         return stats
+
+    def _policy_counters(self) -> tuple[int, int]:
+        """Return how many attempts followed a first one, and how many services were given up."""
+        return self._policies.attempts.count, self._policies.services.given_up
 
     def result(self, task_id: int) -> TaskResult:
         """Return how a function stands that was submitted with ``keep_result``, or how it ended. Safe from any thread.

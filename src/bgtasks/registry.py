@@ -162,7 +162,7 @@ class Registry(RegistryCore, RegistryHooks):
 
         Args:
             name: the name of the tasks.
-            state: ``"running"``, or ``"queued"`` for a concurrency slot.
+            state: ``"running"``, ``"queued"`` for a concurrency slot, or ``"waiting"`` for the next attempt.
             older_than: seconds; the tasks with a greater ``age_seconds``.
             limit: how many to return at most, the first ones in the order of ``sort``; None for no limit.
             sort: ``"oldest"`` or ``"newest"`` first by ``age_seconds``, or by ``"name"``; by default in the order in
@@ -259,20 +259,21 @@ class Registry(RegistryCore, RegistryHooks):
 
     def _counters(self) -> dict[str, Any]:
         """Return the counters of all loops, closed ones included, in total and by name."""
-        totals, queued = self._merged()
+        totals, queued, waiting = self._merged()
         counters: dict[str, Any] = {**totals.counters(), "names": totals.by_name()}
         counters["queued"] = queued
-        counters["running"] = counters["in_flight"] - queued
+        counters["waiting"] = waiting
+        counters["running"] = counters["in_flight"] - queued - waiting
         return counters
 
     def histograms(self) -> dict[str, NameHistograms]:
         """Return the histograms of durations and waits by name, since the manager was made. Safe from any thread."""
         return self._merged()[0].histograms()
 
-    def _merged(self) -> tuple[NameTotals, int]:
-        """Return the counters of all loops, closed ones included, and the number of queued tasks."""
+    def _merged(self) -> tuple[NameTotals, int, int]:
+        """Return the counters of all loops, closed ones included, and the numbers of queued and of waiting tasks."""
         totals = NameTotals()
-        queued = 0
+        queued = waiting = 0
         with self._lock:
             totals.add(self._retired.snapshots())
             for records in self._by_loop.values():
@@ -282,7 +283,8 @@ class Registry(RegistryCore, RegistryHooks):
                         totals.add_abandoned(record.name)
                 else:
                     queued += records.queued
-        return totals, queued
+                    waiting += records.waiting
+        return totals, queued, waiting
 
     def _request_cancel(self, record: Record) -> bool:
         """Cancel the task of a record on its own loop; return False if there is nothing to cancel."""

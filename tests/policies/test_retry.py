@@ -117,6 +117,57 @@ def test_a_waiting_task_says_so(make_manager):
     on_virtual_loop(main)
 
 
+def test_the_time_left_is_that_of_the_attempt(make_manager):
+    """A waiting task has the whole timeout before it; an attempt has what is left since its begin."""
+    failures = [ValueError()]
+
+    async def work():
+        if failures:
+            raise failures.pop()
+        await asyncio.sleep(5)
+
+    async def main():
+        manager = make_manager()
+        task = manager.submit(work, timeout=10, retry=Retry(on=ValueError, wait=4, jitter=0))
+        left = []
+        for _ in range(2):
+            await asyncio.sleep(3)
+            left.append(manager.get_task_info()[0]["time_left_seconds"])
+        assert left == [10, pytest.approx(8, abs=0.01)]
+        await task
+
+    on_virtual_loop(main)
+
+
+def test_a_counter_of_waiting_tasks_never_drifts(make_manager):
+    """Whether the next attempt begins, waits for a slot, is cancelled, or is given up by shutdown."""
+
+    async def main():
+        manager = make_manager(max_concurrency=1)
+        retry = Retry(on=ValueError, wait=4, jitter=0)
+        cancelled, queued, _given_up = (manager.submit(flaky(1), retry=retry) for _ in range(3))
+        await asyncio.sleep(1)
+        assert manager.stats()["waiting"] == 3
+        cancelled.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert manager.stats()["waiting"] == 2
+        holder = manager.create_task(asyncio.sleep(5))
+        await asyncio.sleep(4)
+        stats = manager.stats()
+        assert (stats["waiting"], stats["queued"], stats["running"]) == (0, 2, 1)
+        await asyncio.wait([holder, queued])
+        manager.submit(flaky(1), retry=retry)
+        await asyncio.sleep(1)
+        stats = manager.stats()
+        assert (stats["waiting"], stats["queued"]) == (1, 0)
+        await manager.shutdown()
+        stats = manager.stats()
+        assert (stats["waiting"], stats["queued"], stats["running"]) == (0, 0, 0)
+
+    on_virtual_loop(main)
+
+
 def test_a_wait_is_no_timer_and_no_task(make_manager):
     """A thousand waits share the timer of the wheel."""
 

@@ -9,7 +9,7 @@ from requirements import need
 from watched import Swallow, run_everything
 from work import forever, value
 
-from bgtasks import InvalidOptionError
+from bgtasks import InvalidOptionError, Retry
 from bgtasks.events import Fanout, Publisher
 
 need("opentelemetry.sdk")
@@ -66,6 +66,26 @@ async def test_any_name_can_be_sent(make_manager):
     found = collected(reader)
     for name in ("started", "duration.sum"):
         assert (f"bgtasks.task.{name}", "default", r"file \udcff") in found
+    provider.shutdown()
+    await manager.shutdown()
+
+
+async def test_attempts_have_figures(make_manager):
+    """A gauge of the tasks between two attempts, and a counter of attempts."""
+
+    async def fails():
+        raise ValueError
+
+    manager = make_manager()
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader], shutdown_on_exit=False)
+    instrument(manager, meter=provider.get_meter("test"), name="mails")
+    manager.submit(fails, retry=Retry(on=ValueError, wait=100, jitter=0))
+    while not manager.stats()["waiting"]:
+        await asyncio.sleep(0)
+    found = collected(reader)
+    assert found["bgtasks.task.waiting", "mails"] == found["bgtasks.task.retried", "mails"] == 1
+    assert found["bgtasks.service.given_up", "mails"] == 0
     provider.shutdown()
     await manager.shutdown()
 

@@ -18,7 +18,7 @@ from asgi import TOKEN, Client
 from watched import Swallow, run_everything
 
 import bgtasks.watch
-from bgtasks import InvalidOptionError, NoManagerError, WatchError
+from bgtasks import InvalidOptionError, NoManagerError, Retry, WatchError
 from bgtasks.events import Fanout, Publisher
 from bgtasks.watch import _page, _page_frames, _page_source, _viewer
 from bgtasks.watch._page_frames import Query, make_frame
@@ -104,12 +104,12 @@ async def test_a_frame_shows_everything(make_manager):
         await asyncio.sleep(0)
         answer = await client_of(manager, show_context=["order"]).get("/stream", until=lambda answer: answer.frames)
         (frame,) = answer.frames
-        ((task_id, state, name, coroutine, age, left, progress, context),) = frame["tasks"]
+        ((task_id, state, name, coroutine, age, left, progress, context, attempt, following),) = frame["tasks"]
         assert re.fullmatch(r"\d+\.\d+\.\d+", task_id)
         assert (state, name, coroutine, progress) == ("running", "<b>nap</b>", "nap", None)
         assert 0 <= age < 60
         assert 40 < left <= 100
-        assert context == "order=17"
+        assert (context, attempt, following) == ("order=17", 1, None)
         assert "secret" not in answer.text
         assert (frame["total"], frame["matching"], frame["processes"], frame["errors"]) == (1, 1, 1, [])
         by_name = {row[1]: row[2:] for row in frame["names"]}
@@ -159,11 +159,41 @@ async def test_the_server_filters_and_sorts(make_manager):
 
 
 @pytest.mark.loops("asyncio")
+async def test_a_task_between_two_attempts_is_shown(make_manager):
+    """With the number of its last attempt and the time to the next one; between queued and running in the order."""
+
+    async def fails():
+        raise ValueError
+
+    async with make_manager(max_concurrency=1) as manager:
+        task = manager.submit(fails, name="fails", retry=Retry(on=ValueError, wait=100, max_wait=100, jitter=0))
+        while manager.get_task_info()[0]["state"] != "waiting":
+            await asyncio.sleep(0)
+        running = manager.create_task(nap(), name="runs")
+        queued = manager.create_task(nap(), name="queued")
+        await asyncio.sleep(0)
+        client = client_of(manager)
+        frame = await client.frame("/stream?sort=state")
+        assert [row[1] for row in frame["tasks"]] == ["queued", "waiting", "running"]
+        assert frame["tasks"][1][8] == 1
+        assert 50 < frame["tasks"][1][9] <= 100
+        totals = frame["totals"]
+        assert (totals["in_flight"], totals["queued"], totals["waiting"], totals["retried"]) == (3, 1, 1, 1)
+        frame = await client.frame("/stream?state=waiting")
+        assert [row[2] for row in frame["tasks"]] == ["fails"]
+        stack = await client.get(f"/stack?id={frame['tasks'][0][0]}")
+        assert "waits for its next attempt" in stack.text
+        for each in (task, running, queued):
+            each.cancel()
+        await manager.wait_for_all()
+
+
+@pytest.mark.loops("asyncio")
 @pytest.mark.parametrize(
     ("query", "text"),
     [
         ("sort=size", "sort must be one of age, name"),
-        ("state=done", "state must be one of queued, running; got 'done'"),
+        ("state=done", "state must be one of queued, waiting, running; got 'done'"),
         ("by=size", "by must be one of in_flight"),
         ("older_than=nan", "older_than must be a number of seconds, 0 or more; got 'nan'"),
         ("colour=red", "unknown parameter 'colour'; there are: name"),

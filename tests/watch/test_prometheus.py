@@ -20,7 +20,7 @@ from servers import free_port
 from watched import Swallow, run_everything
 from work import forever, value
 
-from bgtasks import BUCKET_EDGES, InvalidOptionError
+from bgtasks import BUCKET_EDGES, InvalidOptionError, Restart, Retry
 from bgtasks.events import Fanout, Publisher
 
 need("prometheus_client")
@@ -66,6 +66,26 @@ async def test_figures_are_those_of_stats(make_manager):
     assert found['bgtasks_events_refused_total{publisher="orders",reason="closed"}'] == 1
     assert found['bgtasks_events_state{publisher="orders",state="closed"}'] == 1
     assert len(waiting) == 2
+    await manager.shutdown()
+
+
+async def test_attempts_have_figures(make_manager):
+    """A gauge of the tasks between two attempts, which do not run; counters of attempts and of services given up."""
+
+    async def fails():
+        raise ValueError
+
+    manager = make_manager()
+    manager.submit(fails, retry=Retry(on=ValueError, wait=100, jitter=0))
+    service = manager.service(fails, restart=Restart(max=1, wait=0))
+    while manager.services() or not manager.stats()["waiting"]:
+        await asyncio.sleep(0)
+    assert service.state == "given_up"
+    found = samples(exported(Collector(manager)))
+    assert found['bgtasks_tasks_waiting{manager="default"}'] == 1
+    assert found['bgtasks_tasks_running{manager="default"}'] == 0
+    assert found['bgtasks_tasks_retried_total{manager="default"}'] == 2
+    assert found['bgtasks_services_given_up_total{manager="default"}'] == 1
     await manager.shutdown()
 
 

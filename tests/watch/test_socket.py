@@ -123,12 +123,52 @@ def test_ps_shows_the_tasks_of_all_processes(start):
     assert ask_json("ps", "--older-than", "1000")["processes"][0]["tasks"] == []
 
 
+def test_ps_shows_tasks_between_two_attempts(start):
+    """Their state, the number of the attempt that failed, and the time to the next one, in JSON and in the table."""
+    start(
+        """
+        import asyncio, sys
+        import bgtasks
+
+        async def fails():
+            raise ValueError
+
+        async def main(manager):
+            manager.submit(fails, name="fails", retry=bgtasks.Retry(on=ValueError, wait=600, max_wait=600, jitter=0))
+            manager.create_task(asyncio.sleep(600), name="runs")
+            while not manager.stats()["waiting"]:
+                await asyncio.sleep(0)
+            print("ready", flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+
+        bgtasks.run(main)
+        """
+    )
+    (process,) = ask_json("ps", "--state", "waiting")["processes"]
+    (task,) = process["tasks"]
+    assert (task["name"], task["state"], task["attempt"]) == ("fails", "waiting", 1)
+    assert 300 < task["next_attempt_seconds"] <= 600
+    table = command("ps", "--sort", "state")[1].splitlines()
+    assert table[0].split()[:4] == ["ID", "STATE", "ATTEMPT", "NEXT"]
+    assert table[1].split()[1:3] == ["waiting", "1"]
+
+
 def test_the_table_shows_no_control_characters(start):
     """A name cannot write into the terminal."""
     start()
     status, out, _ = command("ps", "--sort", "name")
     assert status == 0
-    assert out.splitlines()[0].split() == ["ID", "STATE", "AGE", "LEFT", "NAME", "COROUTINE", "PROGRESS"]
+    assert out.splitlines()[0].split() == [
+        "ID",
+        "STATE",
+        "ATTEMPT",
+        "NEXT",
+        "AGE",
+        "LEFT",
+        "NAME",
+        "COROUTINE",
+        "PROGRESS",
+    ]
     assert "\x1b" not in out
     assert "evil\\x1b[31m<script>" in out
     assert "1/2 rows" in out

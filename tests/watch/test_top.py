@@ -147,7 +147,7 @@ def test_a_wide_terminal_shows_more(start, open_top):
     """At 200 x 60 all columns are there; the size may change at any time."""
     process = start()
     top = open_top(width=200, height=60)
-    screen = top.shows("COROUTINE", "CONTEXT", "load_rows", "password", f"{process.pid}.1.")
+    screen = top.shows("COROUTINE", "CONTEXT", "ATTEMPT", "NEXT", "load_rows", "password", f"{process.pid}.1.")
     assert "secret" not in screen
     top.type("2")
     top.shows("WAIT P99", "LAST ERROR", "ValueError")

@@ -91,9 +91,13 @@ class Attempts:
     @staticmethod
     def describe(record: Record, info: Any) -> None:
         """Add to the ``TaskInfo`` of a task that has not ended."""
-        info["attempt"] = record.submission.attempt
+        # Both are read once: the task may end in its own thread meanwhile.
+        submission, loop = record.submission, record.loop
+        if submission is None or loop is None:
+            return
+        info["attempt"] = submission.attempt
         if record.waiting:
-            info["next_attempt_seconds"] = max(record.submission.failures.next_at - _now(record), 0.0)
+            info["next_attempt_seconds"] = max(submission.failures.next_at - loop.time(), 0.0)
 
 
 def _ask(record: Record, error: Exception, answers: list[float | None]) -> None:

@@ -69,13 +69,7 @@ class Policies:
             current.record.cancel("a later call of submit() with its key replaces it")
         return task
 
-    # -- counting and shutdown ------------------------------------------------------------------------------------
-
-    def waiting_count(self) -> int:
-        """Return how many tasks wait for their next attempt, and not for a concurrency slot."""
-        if not self.attempts.count:
-            return 0
-        return sum(bool(record.waiting and not record.queued) for record in self._live_records())
+    # -- shutdown -------------------------------------------------------------------------------------------------
 
     def is_left_alone(self, record: Record) -> bool:
         """Return whether shutdown does not cancel a task with the others.

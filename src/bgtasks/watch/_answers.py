@@ -13,16 +13,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from bgtasks._observers import numbered_managers
+from bgtasks._selection import state_of
 from bgtasks.errors import WatchError, describe
+from bgtasks.info import LiveState
 from bgtasks.watch._published import figures_of
 
 __all__ = ["SORTS", "STATES", "VERSION", "answer", "encoded", "number_of"]
 
 VERSION: Final = 1
-STATES: Final = ("queued", "running")
+# In the order in which they are sorted.
+STATES: Final[tuple[LiveState, ...]] = get_args(LiveState)
 SORTS: Final = ("age", "name", "state", "time_left")
 # After this many records the thread lets others have the GIL.
 RECORDS_AT_ONCE: Final = 100
@@ -114,7 +117,7 @@ def _matches(record: Any, request: Mapping[str, Any]) -> bool:
     name, state, older_than = request.get("name"), request.get("state"), request.get("older_than")
     return (
         (name is None or name in record.name)
-        and (state is None or state == ("queued" if record.queued else "running"))
+        and (state is None or state == state_of(record))
         and (older_than is None or record.duration > older_than)
         and record.outcome == "running"
     )
@@ -137,7 +140,7 @@ def _key_of(sort: str) -> Callable[[Any], Any]:
         case "name":
             return lambda record: record.name
         case "state":
-            return lambda record: not record.queued
+            return lambda record: STATES.index(state_of(record))
         case "time_left":
             return lambda record: math.inf if record.timeout is None else record.timeout - record.duration
     raise WatchError(f"unknown order {sort!r}; there are: {', '.join(SORTS)}")
@@ -160,7 +163,12 @@ def _publishers(manager: Any) -> list[dict[str, Any]]:
 def _executors(manager: Any) -> list[dict[str, Any]]:
     """Return the functions in threads of each executor."""
     return [
-        {"executor": records.label, "running": records.owned - records.queued, "queued": records.queued}
+        {
+            "executor": records.label,
+            "running": records.owned - records.queued - records.waiting,
+            "queued": records.queued,
+            "waiting": records.waiting,
+        }
         for records in manager._open_loops()  # noqa: SLF001  the interface of the cold half
         if records.thread is None
     ]
@@ -176,6 +184,8 @@ def _stack(request: Mapping[str, Any]) -> dict[str, Any]:
     for _, record in _selected(request):
         lines = []
         coro = record.coro
+        if record.waiting:
+            return {"stack": ["  waits for its next attempt"], "name": record.name}
         while coro is not None:
             frame = _first(coro, "cr_frame", "gi_frame", "ag_frame")
             if frame is None:

@@ -50,8 +50,11 @@ class Managed(Protocol):
     def loop_stats(self) -> list[LoopStats]:
         """Return the figures of watched loops."""
 
-    def _merged(self) -> tuple[NameTotals, int]:
-        """Return the counters by name, and the number of queued tasks."""
+    def _merged(self) -> tuple[NameTotals, int, int]:
+        """Return the counters by name, and the numbers of queued and of waiting tasks."""
+
+    def _policy_counters(self) -> tuple[int, int]:
+        """Return how many attempts followed a first one, and how many services were given up."""
 
     def _live_records(self) -> list[Record]:
         """Return the records of the live tasks."""
@@ -105,14 +108,14 @@ class Collector:
 
     def collect(self) -> Iterator[Metric]:
         """Read the figures, as a registry asks for them."""
-        totals, queued = self._managed._merged()  # noqa: SLF001  the interface of the cold half
+        totals, *idle = self._managed._merged()  # noqa: SLF001  the interface of the cold half
         yield from self._named(totals)
-        yield from self._unnamed(totals, queued)
+        yield from self._unnamed(totals, *idle)
 
     def texts(self) -> tuple[dict[bytes, list[bytes]], Iterator[Metric]]:
         """Return the figures by name as text, for each metric; and the other figures."""
-        totals, queued = self._managed._merged()  # noqa: SLF001  as above
-        return self._text.families(totals.items(), self._ages()), self._unnamed(totals, queued)
+        totals, *idle = self._managed._merged()  # noqa: SLF001  as above
+        return self._text.families(totals.items(), self._ages()), self._unnamed(totals, *idle)
 
     def _named(self, totals: NameTotals) -> Iterator[Metric]:
         """Yield the figures by name."""
@@ -134,14 +137,18 @@ class Collector:
             oldest.add_metric([self.manager, encodable(name)], age)
         yield from (started, ended, durations, waits, oldest)
 
-    def _unnamed(self, totals: NameTotals, queued: int) -> Iterator[Metric]:
+    def _unnamed(self, totals: NameTotals, queued: int, waiting: int) -> Iterator[Metric]:
         """Yield all other figures."""
         mine = [self.manager]
-        running = totals.counters()["in_flight"] - queued
+        running = totals.counters()["in_flight"] - queued - waiting
+        retried, given_up = self._managed._policy_counters()  # noqa: SLF001  as above
         dropped = self._managed.dropped_count
         yield _counter("bgtasks_tasks_dropped", "Coroutines that were dropped at the limit.", mine, dropped)
         yield _gauge("bgtasks_tasks_running", "Tasks that run.", mine, running)
         yield _gauge("bgtasks_tasks_queued", "Tasks that wait for a concurrency slot.", mine, queued)
+        yield _gauge("bgtasks_tasks_waiting", "Tasks that wait for their next attempt.", mine, waiting)
+        yield _counter("bgtasks_tasks_retried", "Attempts after the first ones.", mine, retried)
+        yield _counter("bgtasks_services_given_up", "Services that are not restarted any more.", mine, given_up)
         yield from self._loops()
         if self._publishers:
             yield from self._events()

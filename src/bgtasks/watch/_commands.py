@@ -56,7 +56,7 @@ def _ps(given: argparse.Namespace) -> int:
     answers, errors = ask_all(given.pid, "tasks", **filters, sort=given.sort, limit=given.limit)
     if not _print_json(given, answers, errors):
         rows = [_row_of(task) for answer in answers for task in answer["tasks"]]
-        _print_table(("ID", "STATE", "AGE", "LEFT", "NAME", "COROUTINE", "PROGRESS"), rows)
+        _print_table(("ID", "STATE", "ATTEMPT", "NEXT", "AGE", "LEFT", "NAME", "COROUTINE", "PROGRESS"), rows)
         for answer in answers:
             if answer["matching"] > len(answer["tasks"]):
                 print(f"process {answer['pid']}: {len(answer['tasks'])} of {answer['matching']} tasks are shown")
@@ -68,6 +68,8 @@ def _row_of(task: dict[str, Any]) -> tuple[str, ...]:
     return (
         task["id"],
         task["state"],
+        str(task["attempt"]),
+        _seconds(task["next_attempt_seconds"]),
         _seconds(task["age_seconds"]),
         _seconds(task["time_left_seconds"]),
         task["name"],

@@ -107,7 +107,8 @@ def make_frame(source: Source, query: Query) -> bytes:
         "matching": sum(answer["matching"] for answer in answers),
         "name_count": len(names),
         "totals": {
-            key: sum(manager[key] for _, manager in _managers(figures)) for key in (*COUNTERS, "queued", "dropped")
+            key: sum(manager[key] for _, manager in _managers(figures))
+            for key in (*COUNTERS, "queued", "waiting", "retried", "dropped")
         },
     }
     lists = "".join(f', "{key}": [{rows}]' for key, rows in parts.items())
@@ -136,7 +137,7 @@ def _merged(rows: list[dict[str, Any]], sort: str) -> list[dict[str, Any]]:
         case "name":
             rows.sort(key=lambda row: row["name"])
         case "state":
-            rows.sort(key=lambda row: row["state"] != "queued")
+            rows.sort(key=lambda row: STATES.index(row["state"]))
         case "time_left":
             rows.sort(key=lambda row: math.inf if row["time_left_seconds"] is None else row["time_left_seconds"])
     return rows
@@ -158,6 +159,8 @@ def _task(row: Mapping[str, Any]) -> list[Any]:
         _number(row["time_left_seconds"]),
         progress and [_number(progress["done"]), _number(progress["total"]), _short(progress["text"] or "")],
         _short(context),
+        row["attempt"],
+        _number(row["next_attempt_seconds"]),
     ]
 
 

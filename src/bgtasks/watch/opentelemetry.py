@@ -130,6 +130,10 @@ def _make_tasks(meter: Meter, manager: Counted, mine: Mapping[str, str]) -> None
     _counter(meter, "bgtasks.task.wait.sum", "s", "Waits from creation to the first step.", of_histograms("wait"))
     _gauge(meter, "bgtasks.task.active", "{task}", "Live tasks.", of_names("in_flight"))
     _gauge(meter, "bgtasks.task.queued", "{task}", "Tasks that wait for a slot.", of_manager("queued"))
+    _gauge(meter, "bgtasks.task.waiting", "{task}", "Tasks that wait for their next attempt.", of_manager("waiting"))
+    _counter(meter, "bgtasks.task.retried", "{attempt}", "Attempts after the first ones.", of_manager("retried"))
+    given_up = of_manager("given_up")
+    _counter(meter, "bgtasks.service.given_up", "{service}", "Services that are not restarted any more.", given_up)
     _counter(meter, "bgtasks.loop.blocks", "{block}", "How often a loop was blocked.", of_loops("blocked"))
     _counter(
         meter, "bgtasks.loop.blocked", "s", "Seconds during which a loop was blocked.", of_loops("blocked_seconds")
