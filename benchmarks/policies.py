@@ -126,10 +126,10 @@ async def repeat(twin: str, count: int, seconds: float) -> bool:
     late: list[float] = []
 
     async def run(begun: float) -> None:
-        late.append((loop.time() - begun) % 1.0)
+        late.append((time.monotonic() - begun) % 1.0)
 
     def begin() -> None:
-        manager.every(1.0, run, loop.time())
+        manager.every(1.0, run, time.monotonic())
 
     for number in range(count):
         loop.call_later(number / count, begin)

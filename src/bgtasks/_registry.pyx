@@ -238,10 +238,9 @@ cdef class Record:
     cdef Slots slots
     cdef object given_name
     cdef object given_context
-    # A time on the loop's clock, and two durations, in seconds.
+    # A time on the loop's clock, after the end of the task how many seconds it took; and its timeout.
     cdef double created
     cdef double seconds
-    cdef double took
     cdef uint64_t tick
     cdef readonly long long task_id
     # The id of the task of the same manager and loop that created this one; 0 if none did.
@@ -373,7 +372,7 @@ cdef class Record:
         return self.records.notes.get(self, {}).get(key)
 
     cdef double get_duration(self) except? -1:
-        return self.took if self.state != RUNNING else self.records.now() - self.created
+        return self.created if self.state != RUNNING else self.records.now() - self.created
 
     def note(self, key: str, fact: Any) -> None:
         """Keep a fact about the task for ``info`` until its end; do nothing if it has ended."""
@@ -861,7 +860,7 @@ cdef int _remove(PyObject** first, Record record) except -1:
 @cython.final
 # As records are: cut from its record at the end of the task.
 @cython.no_gc
-@cython.freelist(256)
+@cython.freelist(1024)
 cdef class Submission:
     """A submitted function with its arguments, which one task runs, once or several times.
 
@@ -1599,7 +1598,7 @@ cdef class LoopRecords:
         cdef double duration = end - record.created
         self.last_end = end
         self.last_ended = record.task_id
-        record.took = duration
+        record.created = duration
         record.state = outcome
         record.name_stats.count_end(outcome, duration)
         # Whatever fails from here on, the record leaves the list.
@@ -1826,9 +1825,10 @@ cdef class LoopRecords:
     cdef bint defers(self) except -1:
         """Return whether ``fire`` may defer a start: tasks can start eagerly, and no foreign factory builds them."""
         # The answer holds for a whole batch, which starts in the next iteration of the loop.
-        return self.batch is not None or (
-            self.registry._slots is None and self.can_start_eagerly() and self.builds_tasks(self.task_factory())
-        )
+        return self.batch is not None or self.can_defer()
+
+    cdef bint can_defer(self) except -1:
+        return self.registry._slots is None and self.can_start_eagerly() and self.builds_tasks(self.task_factory())
 
     cdef int defer(self, Record record) except -1:
         """Start a task in the next iteration of the loop, in one batch with its neighbours."""
@@ -2313,6 +2313,32 @@ cdef class RegistryCore:
     ) -> None:
         """Start a submission as ``fire`` does; at its cap the manager raises."""
         self.fire_submission(self.records_here(coro), coro, name, timeout, context, submission, False)
+
+    def _fire_during(self, function: Callable[[Any], object], argument: Any) -> None:
+        """Call a function of a callback of the loop, and start what it fires right after it, as one batch."""
+        cdef LoopRecords records = self.records_of_running()
+        cdef list batch = []
+        cdef bint is_open = False
+        if records.held_loop is None:
+            # Until it has a record again, as it needs the loop now.
+            records.held_loop = records.loop
+        try:
+            is_open = records.can_defer()
+        finally:
+            if records.first_record is NULL:
+                records.held_loop = None
+        if not is_open:
+            function(argument)
+            return
+        records.batch_clock = records.now()
+        records.batch = batch
+        try:
+            function(argument)
+        finally:
+            if records.batch is batch:
+                records.batch = None
+            if batch:
+                records.start_batch(batch)
 
     cdef bint fire_submission(
         self,

@@ -1388,9 +1388,10 @@ class LoopRecords:
     def defers(self) -> bool:
         """Return whether ``fire`` may defer a start: tasks can start eagerly, and no foreign factory builds them."""
         # The answer holds for a whole batch, which starts in the next iteration of the loop.
-        return self.batch is not None or (
-            self.registry._slots is None and self.can_start_eagerly() and self.builds_tasks(self.task_factory())
-        )
+        return self.batch is not None or self.can_defer()
+
+    def can_defer(self) -> bool:
+        return self.registry._slots is None and self.can_start_eagerly() and self.builds_tasks(self.task_factory())
 
     def start_fired(self, record: Record) -> None:
         """Start a task of ``fire``, in the next iteration of the loop if possible."""
@@ -1840,6 +1841,31 @@ class RegistryCore(RegistryHooks):
     ) -> None:
         """Start a submission as ``fire`` does; at its cap the manager raises."""
         _fire_submission(self, coro, name, timeout, context, submission, may_drop=False)
+
+    def _fire_during(self, function: Callable[[Any], object], argument: Any) -> None:
+        """Call a function of a callback of the loop, and start what it fires right after it, as one batch."""
+        records = _records_of_running(self)
+        if records.held_loop is None:
+            # Until it has a record again, as it needs the loop now.
+            records.held_loop = records.loop
+        try:
+            is_open = records.can_defer()
+        finally:
+            if not records.records:
+                records.held_loop = None
+        if not is_open:
+            function(argument)
+            return
+        batch: list[Record] = []
+        records.batch_clock = records.now()
+        records.batch = batch
+        try:
+            function(argument)
+        finally:
+            if records.batch is batch:
+                records.batch = None
+            if batch:
+                records.start_batch(batch)
 
     def fire(
         self,

@@ -166,7 +166,9 @@ class BackgroundTaskManager(Registry):
         self._cancelled_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Counter[str]] = WeakKeyDictionary()
         self._capacity = CapacityWait(self, self._has_capacity, max_pending_tasks)
         self._handovers = Handovers(lambda future, task: None)
-        self._policies = Policies(self._live_records, self._is_open, self._make_submission, self._launch, self._fire)
+        self._policies = Policies(
+            self._live_records, self._is_open, self._make_submission, self._launch, self._fire, self._fire_during
+        )
         # A dict, not a set, because it keeps the order in which they were attached.
         self._attached: dict[Attachable, None] = {}
         self._shutdown = Shutdown(self, self._log, self._idle, self._capacity, self._policies, self._attached.keys())

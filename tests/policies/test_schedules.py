@@ -341,6 +341,87 @@ def test_a_next_time_that_fails_stops_the_schedule(make_manager, caplog):
     assert "its next_time failed" in caplog.text
 
 
+def test_what_stops_the_loop_takes_no_tick_from_other_schedules(make_manager):
+    """The ticks of the same moment come when the loop goes on."""
+    loop = VirtualLoop()
+    is_first = True
+
+    def following(now):
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            raise KeyboardInterrupt
+        return now + timedelta(days=1)
+
+    manager = make_manager()
+    others = []
+
+    async def main():
+        manager.every(None, clock(loop), next_time=following)
+        others.extend(manager.every(10, clock(loop)) for _ in range(3))
+        await asyncio.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(main())
+    assert [other.runs for other in others] == [0, 0, 0]
+    loop.run_until_complete(asyncio.sleep(11))
+    assert [other.runs for other in others] == [2, 2, 2]
+    loop.run_until_complete(manager.shutdown())
+    loop.close()
+
+
+def test_a_tick_is_never_early_and_late_by_a_millisecond_at_most(make_manager):
+    """Of intervals that are no multiples of a millisecond, and of many at once."""
+
+    async def main(loop):
+        manager = make_manager()
+        intervals = [0.0301 + number * 0.00007 for number in range(500)]
+        late = []
+
+        def tick(begun, seconds):
+            # Called by the tick itself, before its task begins.
+            passed = loop.time() - begun
+            late.append(passed - round(passed / seconds) * seconds)
+            return asyncio.sleep(0)
+
+        for seconds in intervals:
+            manager.every(seconds, tick, loop.time(), seconds, first="later")
+        await asyncio.sleep(0.5)
+        assert len(late) > 4000
+        assert min(late) >= -1e-9
+        assert max(late) < 0.00151
+        await manager.shutdown()
+
+    virtually(main)
+
+
+def test_runs_begin_in_the_order_of_their_ticks_with_what_they_fire(make_manager):
+    """One batch for all ticks of a moment; ``create_task`` in between changes nothing for those before it."""
+
+    async def main(loop):
+        manager = make_manager()
+        order = []
+
+        async def note(number):
+            order.append(number)
+
+        def tick(number):
+            if number == 2:
+                manager.fire(note("fired"))
+                manager.create_task(note("created"))
+            return note(number)
+
+        schedules = [manager.every(10, tick, number) for number in range(5)]
+        await asyncio.sleep(1)
+        assert sorted(order, key=str) == [0, 1, 2, 3, 4, "created", "fired"]
+        assert [each for each in order if each in range(5)] == [0, 1, 2, 3, 4]
+        assert [each.runs for each in schedules] == [1] * 5
+        assert manager.get_task_count() == 0
+        await manager.shutdown()
+
+    virtually(main)
+
+
 def test_a_lock_lets_one_in(make_manager):
     """The runs of others do nothing, and are counted."""
 

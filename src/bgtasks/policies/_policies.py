@@ -30,6 +30,7 @@ class Policies:
         make_submission: makes one: ``(function, args, kwargs, retry, listener)``.
         launch: starts its task: ``(coro, name, timeout, context, submission, is_held, is_service)``.
         fire: does so at a lower cost: ``(coro, name, timeout, context, submission)``.
+        fire_during: calls a function with an argument, and starts what it fires right after it.
 
     """
 
@@ -40,12 +41,13 @@ class Policies:
         make_submission: Callable[..., Submission],
         launch: Callable[..., Any],
         fire: Callable[..., None],
+        fire_during: Callable[[Callable[[Any], object], Any], None],
     ) -> None:
         self._live_records = live_records
         self._launch = launch
         self.attempts = Attempts(is_open)
         self.results = Results()
-        self.schedules = Schedules(make_submission, fire)
+        self.schedules = Schedules(make_submission, fire, fire_during)
         self.services = Services(make_submission, launch, is_open)
 
     # -- starting -------------------------------------------------------------------------------------------------

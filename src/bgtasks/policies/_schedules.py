@@ -1,4 +1,4 @@
-"""Functions that run again and again: one heap and one timer per loop, however many schedules there are."""
+"""Functions that run again and again: one timer per loop, however many schedules there are."""
 
 # ruff: noqa: SLF001  a schedule and its timers know each other's private parts
 
@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
 import logging
 import math
 import random
-from collections import deque
+import time
+from array import array
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
@@ -35,6 +35,11 @@ FirstRun: TypeAlias = Literal["now", "later"]
 MOST_OUTCOMES: Final = 10
 # A wall clock may be set: the time of the next run is looked up again after this many seconds.
 LONGEST_WAIT: Final = 60.0
+# Ticks of the same half of a millisecond are one entry of the timers.
+SLOTS_PER_SECOND: Final = 2000
+# Where no timer is set, and while it is not to be set.
+NO_SLOT: Final = 1 << 62
+ANY_SLOT: Final = -1
 
 
 class RunOutcome(NamedTuple):
@@ -65,18 +70,20 @@ class Schedule:
     Each worker process of a server has a schedule of its own.
     """
 
-    # 100,000 of them are slots in a heap, not dicts.
+    # There may be 100,000 of them.
     __slots__ = (
         "_args",
         "_begun",
         "_current",
+        "_durations",
         "_ended_runs",
-        "_entry",
+        "_failures",
         "_fired",
         "_function",
         "_kwargs",
         "_options",
         "_seconds",
+        "_slot",
         "_state",
         "_submission",
         "_target",
@@ -116,15 +123,19 @@ class Schedule:
         self.late = 0
         #: How many runs ``lock`` did not let in.
         self.locked_out = 0
-        self._ended_runs: deque[tuple[Any, float, str | None]] = deque(maxlen=MOST_OUTCOMES)
+        # The durations of the last ended runs, by their number modulo MOST_OUTCOMES: no object for each of them. And of
+        # those that did not complete, the outcome and the text of the error; None before the first.
+        self._ended_runs = 0
+        self._durations = array("d", bytes(8 * MOST_OUTCOMES))
+        self._failures: dict[int, tuple[Any, str | None]] | None = None
         self._state: Literal["active", "paused", "stopped"] = "active"
-        # The last tick on the grid, the next one, its time on the loop's clock, and which entry of the heap holds.
-        self._begun = timers.loop.time()
+        # The last tick on the grid, the next one, its time on the loop's clock, and its slot among the timers.
+        self._begun = timers.now()
         self._fired = -1
         self._tick = 0 if options.first == "now" else 1
         self._target: datetime | None = None
         self._when = self._begun
-        self._entry = 0
+        self._slot = NO_SLOT
         self._current: Record | None = None
         self._wants_run = False
         # That of every run: no two run at once.
@@ -141,12 +152,19 @@ class Schedule:
     @property
     def outcomes(self) -> list[RunOutcome]:
         """The last ten ended runs, the newest last."""
-        return [RunOutcome(*run) for run in self._ended_runs]
+        last = self._ended_runs
+        indices = [number % MOST_OUTCOMES for number in range(max(last - MOST_OUTCOMES, 0), last)]
+        failures = self._failures or {}
+        found = []
+        for index in indices:
+            outcome, text = failures.get(index, ("completed", None))
+            found.append(RunOutcome(outcome, self._durations[index], text))
+        return found
 
     @property
     def next_run_seconds(self) -> float | None:
         """Seconds until the next tick; None if there is none."""
-        return max(self._when - self._timers.loop.time(), 0.0) if self._state == "active" else None
+        return max(self._when - self._timers.now(), 0.0) if self._state == "active" else None
 
     @property
     def is_running(self) -> bool:
@@ -163,7 +181,7 @@ class Schedule:
         """Go on with the next tick; those in the meantime are not made up."""
         if self._state == "paused":
             self._state = "active"
-            self._find_next(self._timers.loop.time(), count_late=False)
+            self._find_next(self._timers.now(), count_late=False)
             self._timers.add(self)
 
     def cancel(self) -> None:
@@ -198,7 +216,10 @@ class Schedule:
             self._find_next(self._begun, count_late=False)
         else:
             self._when = self._begun + self._tick * (self._seconds or 0.0) + self._jitter()
-        self._timers.add(self)
+        # One that is due now belongs to the next iteration of the loop.
+        is_due = self._when <= self._begun
+        if self._state == "active":
+            self._timers.add(self, math.floor(self._when * SLOTS_PER_SECOND) if is_due else None)
 
     def _on_tick(self, now: float) -> None:
         """Begin a run, and set the next tick."""
@@ -212,10 +233,16 @@ class Schedule:
                 self.run_now()
         except errors.BgtasksError as error:
             logger.warning("A run of the schedule '%s' could not begin: %s", self.name, error)
-        self._fired = self._tick
+        self._fired = tick = self._tick
         if self._state == "active":
-            self._find_next(now, count_late=True)
-            self._timers.add(self)
+            if self._seconds is not None and (when := self._begun + (tick + 1) * self._seconds) > now:
+                self._tick = tick + 1
+                self._when = when + self._jitter() if self._options.jitter else when
+            else:
+                self._find_next(now, count_late=True)
+            # A failed next_time has stopped it.
+            if self._state == "active":
+                self._timers.add(self)
 
     def _jitter(self) -> float:
         return random.uniform(0.0, self._options.jitter)
@@ -269,12 +296,11 @@ class Schedule:
 
     def _run(self) -> None:
         self._wants_run = False
-        if self._options.lock is None:
+        options, submission = self._options, self._submission
+        if options.lock is None:
             coro = next_attempt(self._function, self._args, self._kwargs)
         else:
-            coro = self._run_locked(self._options.lock)
-        options = self._options
-        submission = self._submission
+            coro = self._run_locked(options.lock)
         self._timers.fire(coro, self.name, options.timeout, options.context, submission)
         self.runs += 1
         record: Record = submission.record
@@ -294,11 +320,12 @@ class Schedule:
         outcome = record.outcome
         self._current = None
         self._submission.result = None
-        if outcome == "completed":
-            self._ended_runs.append((outcome, record.duration, None))
-        else:
-            text = errors.text_of(error) if outcome == "failed" and error is not None else None
-            self._ended_runs.append((outcome, record.duration, text))
+        index = self._ended_runs % MOST_OUTCOMES
+        self._ended_runs += 1
+        self._durations[index] = record.duration
+        if outcome == "completed" and self._failures is None and not self._wants_run:
+            return
+        self._note(index, outcome, error)
         if outcome in ("failed", "timed_out") and self._options.on_error == "stop":
             self.cancel()
         elif outcome == "abandoned":
@@ -307,6 +334,16 @@ class Schedule:
         elif self._wants_run and self._state != "stopped":
             # Not in the step of the ending task.
             self._timers.loop.call_soon(self._run_waiting)
+
+    def _note(self, index: int, outcome: str, error: BaseException | None) -> None:
+        """Note how a run ended."""
+        failures = self._failures or {}
+        if outcome == "completed":
+            failures.pop(index, None)
+        else:
+            text = errors.text_of(error) if outcome == "failed" and error is not None else None
+            failures[index] = (outcome, text)
+        self._failures = failures or None
 
     def _run_waiting(self) -> None:
         if self._wants_run and self._current is None and self._state != "stopped":
@@ -317,70 +354,123 @@ class Schedule:
 
 
 class _Timers:
-    """The schedules of one loop: a heap by time, and one timer of the loop."""
+    """The schedules of one loop by the time of their next ticks, and one timer of the loop.
+
+    A slot is a number of half milliseconds on the loop's clock; a tick is never early, and less than a slot late.
+    """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         make_submission: Callable[..., Submission],
         fire: Callable[..., Any],
+        fire_during: Callable[[Callable[[Any], object], Any], None],
     ) -> None:
         self.loop = loop
+        # uvloop's own clock stands still during an iteration, and counts whole milliseconds.
+        self.now: Callable[[], float] = time.monotonic if type(loop).__module__ == "uvloop" else loop.time
         self.make_submission = make_submission
         self.fire = fire
+        self._fire_during = fire_during
         # A dict, not a set, because it keeps their order.
         self.schedules: dict[Schedule, None] = {}
-        # (time, number, schedule); an entry counts only if its number is that of its schedule.
-        self._heap: list[tuple[float, int, Schedule]] = []
-        self._numbers = itertools.count(1)
-        self._stale = 0
-        self._timer: asyncio.TimerHandle | None = None
+        # The schedules of each slot, and a heap of the slots, some of which may be gone.
+        self._slots: dict[int, dict[Schedule, None]] = {}
+        self._heap: list[int] = []
+        self._timer: asyncio.Handle | None = None
+        self._timer_slot = NO_SLOT
 
-    def add(self, schedule: Schedule) -> None:
-        """Have ``_on_tick`` of a schedule called at its time."""
-        schedule._entry = next(self._numbers)
-        heapq.heappush(self._heap, (schedule._when, schedule._entry, schedule))
-        if self._timer is None or schedule._when < self._timer.when():
+    def add(self, schedule: Schedule, slot: int | None = None) -> None:
+        """Have ``_on_tick`` of a schedule called at its time, or in a given slot."""
+        if slot is None:
+            slot = math.ceil(schedule._when * SLOTS_PER_SECOND)
+        schedule._slot = slot
+        if slot in self._slots:
+            self._slots[slot][schedule] = None
+            return
+        self._slots[slot] = {schedule: None}
+        if len(self._heap) > 64 and len(self._heap) > 2 * len(self._slots):
+            self._heap = list(self._slots)
+            heapq.heapify(self._heap)
+        else:
+            heapq.heappush(self._heap, slot)
+        if slot < self._timer_slot:
             self._set_timer()
 
     def discard(self, schedule: Schedule) -> None:
         """Have no tick of a schedule."""
-        if schedule._entry:
-            schedule._entry = 0
-            self._stale += 1
-        if self._stale > 64 and self._stale > len(self._heap) // 2:
-            self._heap = [entry for entry in self._heap if entry[1] == entry[2]._entry]
-            heapq.heapify(self._heap)
-            self._stale = 0
-        if self._timer is not None and len(self._heap) <= self._stale:
+        slot = schedule._slot
+        schedule._slot = NO_SLOT
+        schedules = self._slots.get(slot)
+        if schedules is None:
+            # It has no tick, or is about to be called.
+            return
+        del schedules[schedule]
+        if not schedules:
+            del self._slots[slot]
+        if not self._slots and self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            self._timer_slot = NO_SLOT
             self._heap.clear()
-            self._stale = 0
 
     def _set_timer(self) -> None:
+        """Have ``_on_timer`` called at the earliest slot."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self.loop.call_at(self._heap[0][0], self._on_timer)
+            self._timer = None
+        while self._heap and self._heap[0] not in self._slots:
+            heapq.heappop(self._heap)
+        if not self._heap:
+            self._timer_slot = NO_SLOT
+            return
+        self._timer_slot = self._heap[0]
+        wait = self._timer_slot / SLOTS_PER_SECOND - self.now()
+        if wait <= 0:
+            self._timer = self.loop.call_soon(self._on_timer)
+        else:
+            # Loops wait for whole milliseconds. uvloop rounds, and would come early.
+            self._timer = self.loop.call_later(math.ceil(wait * 1000) / 1000, self._on_timer)
 
     def _on_timer(self) -> None:
         """Call the schedules that are due, each at most once, and set the timer again."""
+        # Not by each call of add().
+        self._timer_slot = ANY_SLOT
         self._timer = None
-        now = self.loop.time()
-        due = []
-        while self._heap and self._heap[0][0] <= now:
-            _, number, schedule = heapq.heappop(self._heap)
-            if number == schedule._entry:
-                due.append(schedule)
-            else:
-                self._stale -= 1
-        # Set first: otherwise each add() of a schedule would set it.
-        if self._heap:
+        due = self._take_due(self.now())
+        try:
+            if due:
+                self._fire_during(self._call, due)
+        except BaseException:
+            self._put_back(due)
+            raise
+        finally:
             self._set_timer()
-        for schedule in due:
-            if schedule._entry:  # not cancelled by one before it
-                schedule._entry = 0
-                schedule._on_tick(now)
+
+    def _call(self, due: list[tuple[int, dict[Schedule, None]]]) -> None:
+        now = self.now()
+        for slot, schedules in due:
+            for schedule in schedules:
+                # Not if one before it has cancelled it.
+                if schedule._slot == slot:
+                    schedule._slot = NO_SLOT
+                    schedule._on_tick(now)
+
+    def _take_due(self, now: float) -> list[tuple[int, dict[Schedule, None]]]:
+        last = now * SLOTS_PER_SECOND
+        due = []
+        while self._heap and self._heap[0] <= last:
+            slot = heapq.heappop(self._heap)
+            if slot in self._slots:
+                due.append((slot, self._slots.pop(slot)))
+        return due
+
+    def _put_back(self, due: list[tuple[int, dict[Schedule, None]]]) -> None:
+        """Have those called later that an error kept from their tick."""
+        for slot, schedules in due:
+            for schedule in schedules:
+                if schedule._slot == slot:
+                    self.add(schedule, slot)
 
 
 class Schedules:
@@ -389,12 +479,19 @@ class Schedules:
     Args:
         make_submission: makes a submission: ``(function, args, kwargs, retry, listener)``.
         fire: starts its task: ``(coro, name, timeout, context, submission)``.
+        fire_during: calls a function with an argument, and starts what it fires right after it.
 
     """
 
-    def __init__(self, make_submission: Callable[..., Submission], fire: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        make_submission: Callable[..., Submission],
+        fire: Callable[..., Any],
+        fire_during: Callable[[Callable[[Any], object], Any], None],
+    ) -> None:
         self._make_submission = make_submission
         self._fire = fire
+        self._fire_during = fire_during
         self._by_loop: dict[asyncio.AbstractEventLoop, _Timers] = {}
 
     def start(
@@ -412,7 +509,7 @@ class Schedules:
         if timers is None:
             for other in [other for other in self._by_loop if other.is_closed()]:
                 del self._by_loop[other]
-            timers = self._by_loop[loop] = _Timers(loop, self._make_submission, self._fire)
+            timers = self._by_loop[loop] = _Timers(loop, self._make_submission, self._fire, self._fire_during)
         schedule = Schedule(timers, None if seconds is None else float(seconds), function, args, kwargs, options)
         timers.schedules[schedule] = None
         schedule._start()
