@@ -97,6 +97,10 @@ class ManagerInternals:
         policy = self._manager._policy_of(retry)
         return None if policy is None else self._manager._make_submission(function, args, kwargs, policy, None)
 
+    def wait_after(self, record: Record, error: BaseException) -> float | None:
+        """Return the seconds to wait after a failed attempt of a submission, None if no other one follows."""
+        return self._manager._wait_after(record, error)
+
     def add_loop(self, loop: Any) -> LoopRecords:
         """Return the records of the stand-in for a loop of an executor's threads."""
         return self._manager._add_loop(loop)

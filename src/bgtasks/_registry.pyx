@@ -361,10 +361,10 @@ cdef class Record:
             return None
         if self.queued or self.waiting:
             return self.seconds
-        if self.submission is None or self.records is None or self.wheel_slot == NOT_ARMED:
+        if self.submission is None or self.records is None or self.submission.failures is None:
             return max(self.seconds - self.get_duration(), 0.0)
         # Each attempt has the whole timeout.
-        return max(self.records.wheel_start + self.tick / TICKS_PER_SECOND - self.records.now(), 0.0)
+        return max(self.seconds - (self.records.now() - self.submission.failures.next_at), 0.0)
 
     cdef object noted_as(self, str key):
         if not self.noted or self.records is None:
@@ -615,6 +615,7 @@ cdef class Record:
             records.waiting -= 1
         self.submission.attempt += 1
         self.submission.failures.last = None
+        self.submission.failures.next_at = records.now()
         self.coro = next_attempt(self.submission.function, self.submission.args, self.submission.kwargs or {})
         if self.seconds > 0:
             records.arm_after(self, records.now(), self.seconds)
@@ -644,6 +645,14 @@ cdef class Record:
         if self.state != RUNNING:
             return False
         now = self.records.now()
+        if self.waiting:
+            self.waiting = False
+            self.queued = False
+            self.records.queued -= 1
+            self.submission.attempt += 1
+            self.submission.failures.last = None
+            self.submission.failures.next_at = now
+            return True
         self.name_stats.count_wait(now - self.created)
         self.entered = True
         self.created = now
@@ -651,11 +660,39 @@ cdef class Record:
         self.records.queued -= 1
         return True
 
-    def finish_call(self, outcome: str, error: BaseException | None = None, if_queued: bool = False) -> bool:
-        """Finish the record of a function, or only of a queued one; return whether it did. Safe from any thread."""
-        if self.state != RUNNING or (if_queued and not self.queued):
+    def finish_call(
+        self, outcome: str, error: BaseException | None = None, if_queued: bool = False, attempt: int = 0
+    ) -> bool:
+        """Finish the record of a function; return whether it did. Safe from any thread.
+
+        Args:
+            outcome: how it ended.
+            error: the error of a failed one.
+            if_queued: finish it only if it does not run.
+            attempt: finish it only if it runs its attempt of this number; 0 for a function that has one attempt.
+        """
+        if self.state != RUNNING or (if_queued and not self.queued and not self.waiting):
+            return False
+        if attempt and (self.waiting or self.submission.attempt != attempt):
             return False
         self.records.finish(self, OUTCOMES.index(outcome), error)
+        return True
+
+    def suspend_call(self, attempt: int) -> bool:
+        """Have a function wait that runs its attempt of this number; return False if it does not. From any thread."""
+        if self.state != RUNNING or self.waiting or self.queued or self.submission.attempt != attempt:
+            return False
+        self.waiting = True
+        self.records.waiting += 1
+        return True
+
+    def queue_call(self) -> bool:
+        """Mark a function that waits for its next attempt as queued; return False if it does not. From any thread."""
+        if self.state != RUNNING or not self.waiting or self.queued:
+            return False
+        self.queued = True
+        self.records.queued += 1
+        self.records.waiting -= 1
         return True
 
     def report_call(self, error: BaseException | None = None) -> None:
@@ -2015,7 +2052,14 @@ cdef class TaskSet:
             raise
 
     def enroll_call(
-        self, records: LoopRecords, call: Any, name: str, timeout: float | None, flags: int, future: Any
+        self,
+        records: LoopRecords,
+        call: Any,
+        name: str,
+        timeout: float | None,
+        flags: int,
+        future: Any,
+        submission: Any = None,
     ) -> Record:
         """Return the record of a queued function, with ``call`` as its coroutine. Safe from any thread."""
         cdef RegistryCore registry = self.registry
@@ -2031,6 +2075,9 @@ cdef class TaskSet:
         record.task_set = self
         record.flags = flags
         self.live += 1
+        if submission is not None:
+            record.submission = submission
+            record.submission.record = record
         record.queued = True
         those.queued += 1
         # Not by the caller: what stops it after this call would leave a record that nobody knows.

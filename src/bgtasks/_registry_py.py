@@ -459,6 +459,7 @@ class Record:
             records.waiting -= 1
         self.submission.attempt += 1
         self.submission.failures.last = None
+        self.submission.failures.next_at = records.now()
         self.coro = next_attempt(self.submission.function, self.submission.args, self.submission.kwargs or {})
         if self.seconds > 0:
             records.arm_after(self, records.now(), self.seconds)
@@ -491,6 +492,13 @@ class Record:
             records = self.records
             now = records.now()
             queued = records.queued - 1
+            if self.waiting:
+                self.waiting = self.queued = False
+                records.queued = queued
+                self.submission.attempt += 1
+                self.submission.failures.last = None
+                self.submission.failures.next_at = now
+                return True
             self.name_stats.count_wait(now - self.created)
             self.entered = True
             self.created = now
@@ -498,12 +506,43 @@ class Record:
             self.queued = False
         return True
 
-    def finish_call(self, outcome: str, error: BaseException | None = None, if_queued: bool = False) -> bool:
-        """Finish the record of a function, or only of a queued one; return whether it did. Safe from any thread."""
+    def finish_call(
+        self, outcome: str, error: BaseException | None = None, if_queued: bool = False, attempt: int = 0
+    ) -> bool:
+        """Finish the record of a function; return whether it did. Safe from any thread.
+
+        Args:
+            outcome: how it ended.
+            error: the error of a failed one.
+            if_queued: finish it only if it does not run.
+            attempt: finish it only if it runs its attempt of this number; 0 for a function that has one attempt.
+
+        """
         with _calls_lock:
-            if self.state != RUNNING or (if_queued and not self.queued):
+            if self.state != RUNNING or (if_queued and not self.queued and not self.waiting):
+                return False
+            if attempt and (self.waiting or self.submission.attempt != attempt):
                 return False
             self.records.finish(self, OUTCOMES.index(outcome), error)
+        return True
+
+    def suspend_call(self, attempt: int) -> bool:
+        """Have a function wait that runs its attempt of this number; return False if it does not. From any thread."""
+        with _calls_lock:
+            if self.state != RUNNING or self.waiting or self.queued or self.submission.attempt != attempt:
+                return False
+            self.waiting = True
+            self.records.waiting += 1
+        return True
+
+    def queue_call(self) -> bool:
+        """Mark a function that waits for its next attempt as queued; return False if it does not. From any thread."""
+        with _calls_lock:
+            if self.state != RUNNING or not self.waiting or self.queued:
+                return False
+            self.queued = True
+            self.records.queued += 1
+            self.records.waiting -= 1
         return True
 
     def report_call(self, error: BaseException | None = None) -> None:
@@ -522,10 +561,12 @@ def _time_left(record: Record) -> float | None:
     records: LoopRecords | None = record.records
     if record.queued or record.waiting:
         return record.seconds
-    if record.submission is None or records is None or record.tick < 0:
+    failures = None if record.submission is None else record.submission.failures
+    if failures is None or records is None:
         return max(record.seconds - record.duration, 0.0)
     # Each attempt has the whole timeout.
-    return max(records.wheel_start + record.tick / TICKS_PER_SECOND - records.now(), 0.0)
+    begun: float = failures.next_at
+    return max(record.seconds - (records.now() - begun), 0.0)
 
 
 def _noted_as(record: Record, key: str) -> Any:
@@ -1568,7 +1609,14 @@ class TaskSet:
             raise
 
     def enroll_call(
-        self, records: LoopRecords, call: Any, name: str, timeout: float | None, flags: int, future: Any
+        self,
+        records: LoopRecords,
+        call: Any,
+        name: str,
+        timeout: float | None,
+        flags: int,
+        future: Any,
+        submission: Any = None,
     ) -> Record:
         """Return the record of a queued function, with ``call`` as its coroutine. Safe from any thread."""
         registry = self.registry
@@ -1580,6 +1628,9 @@ class TaskSet:
             record.task = future
             record.task_set = self
             record.flags = flags
+            if submission is not None:
+                record.submission = submission
+                submission.record = record
             self.live = live
             record.queued = True
             records.queued = queued

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import assert_type
 
 from bgtasks import (
+    BackgroundFuture,
     BackgroundTaskManager,
     Limit,
     ManagerFire,
@@ -18,6 +19,7 @@ from bgtasks import (
     Retry,
     RetryOn,
     RetryPolicy,
+    Submit,
     TaskInfo,
     TaskResult,
     UnknownTaskError,
@@ -99,6 +101,13 @@ def shown(info: TaskInfo) -> None:
 def chosen(mode: OnDuplicate) -> None:
     """Name the modes."""
     print(mode)
+
+
+def in_threads(submit: Submit) -> None:
+    """Retry plain functions."""
+    assert_type(submit(len, "a", __retry__=Retry(on=ValueError)), BackgroundFuture[int])
+    assert_type(submit(len, "a", __timeout__=1.0, __retry__=Always()), BackgroundFuture[int])
+    submit(len, "a", __retry__=3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
 
 
 async def limits(manager: BackgroundTaskManager) -> None:

@@ -50,6 +50,7 @@ class Call:
         "context",
         "fn",
         "future",
+        "give_up",
         "is_running",
         "kwargs",
         "next_tick",
@@ -61,6 +62,8 @@ class Call:
 
     record: Record
     future: BackgroundFuture[Any]
+    # Fails the call while it waits for its next attempt; only for one that is retried.
+    give_up: Callable[[Call, BaseException], object]
     # Set when it runs: its thread and its runner.
     worker: threading.Thread
     runner: Runner
@@ -90,6 +93,12 @@ class Call:
     def is_closed(self) -> bool:
         """True once the function was released."""
         return self.context is None
+
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt that runs or waits, from 1; 0 for a call that is not retried, or has ended."""
+        submission = self.record.submission
+        return 0 if submission is None else submission.attempt
 
     def location(self) -> str:
         """Return where the function stands, as text for the log."""

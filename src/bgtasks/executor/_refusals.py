@@ -47,7 +47,7 @@ def check_submit_options(options: Mapping[str, object]) -> None:
         if name.startswith("__") and name.endswith("__"):
             raise errors.InvalidOptionError(
                 f"submit() has no option {name}; it has __name__, __cancel_on_exit__, __reraise_on_exit__, "
-                "__next_tick__ and __timeout__"
+                "__next_tick__, __timeout__ and __retry__"
             )
 
 

@@ -115,6 +115,7 @@ class Submit(Protocol):
         __reraise_on_exit__: bool = True,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> BackgroundFuture[Result]: ...
     @overload
@@ -127,6 +128,7 @@ class Submit(Protocol):
         __reraise_on_exit__: bool = True,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> BackgroundFuture[Result]: ...
     @overload
@@ -138,6 +140,7 @@ class Submit(Protocol):
         __reraise_on_exit__: bool,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> BackgroundFuture[Result]: ...
     @overload
@@ -148,6 +151,7 @@ class Submit(Protocol):
         *args: Any,
         __next_tick__: bool,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> BackgroundFuture[Result]: ...
     @overload
@@ -157,6 +161,16 @@ class Submit(Protocol):
         /,
         *args: Any,
         __timeout__: float | None,
+        __retry__: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> BackgroundFuture[Result]: ...
+    @overload
+    def __call__(
+        self,
+        fn: Callable[..., Result],
+        /,
+        *args: Any,
+        __retry__: RetryPolicy | None,
         **kwargs: Any,
     ) -> BackgroundFuture[Result]: ...
     @overload

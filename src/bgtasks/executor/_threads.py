@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from bgtasks import errors
 from bgtasks._checks import check_seconds
@@ -20,10 +20,11 @@ from bgtasks._internals import ManagerInternals
 from bgtasks._locks import Lock, Signal
 from bgtasks._notifier import Notifier
 from bgtasks._reporting import log_extra
+from bgtasks._submit import RetryPolicy
 from bgtasks.executor import _refusals
 from bgtasks.executor._base import CANCEL_ON_EXIT, RERAISE_ON_EXIT, ExecutorBase
 from bgtasks.executor._call import BackgroundFuture, Call, Runner, set_cancelled, set_outcome
-from bgtasks.executor._deadlines import Deadlines
+from bgtasks.executor._deadlines import WAIT, Deadlines
 from bgtasks.executor._kinds import ExecutorKind, default_concurrency, runners_of
 from bgtasks.executor._submit import Submit, typed_submit
 from bgtasks.executor._threads_loop import ThreadsLoop
@@ -99,10 +100,10 @@ class BackgroundExecutor(ExecutorBase):
         self._was_entered = False
         self._is_open = False
         self._is_exiting = False
-        # Calls that have not ended, and those that run. Submitters and workers change them without a lock, by one
-        # operation each, and read them afterwards: of two racing threads, at least one sees the other's change.
+        # Calls that have not ended, and the threads that run one. Submitters and workers change them without a lock, by
+        # one operation each, and read them afterwards: of two racing threads, at least one sees the other's change.
         self._live: dict[Call, None] = {}
-        self._running: dict[Call, None] = {}
+        self._running: dict[threading.Thread, None] = {}
         self._idle = Signal()
         # For coroutines that wait for the end of calls or of threads.
         self._notifier = Notifier()
@@ -126,6 +127,7 @@ class BackgroundExecutor(ExecutorBase):
         __reraise_on_exit__: bool = True,
         __next_tick__: bool = False,
         __timeout__: float | None = None,
+        __retry__: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> BackgroundFuture[Result]:
         """Run ``fn(*args, **kwargs)`` in a thread, in a copy of the submitter's context. Safe from any thread.
@@ -138,7 +140,10 @@ class BackgroundExecutor(ExecutorBase):
             __reraise_on_exit__: raise its failure at the end of the block.
             __next_tick__: let the submitter go on first.
             __timeout__: seconds from its start after which the future fails with ``TimeoutError``, > 0; the function
-                is then abandoned.
+                is then abandoned. With ``__retry__`` it is that of one attempt.
+            __retry__: when to run it again after a failure, as for ``BackgroundTaskManager.submit``; None for never.
+                All attempts have one future; the block waits for the last one, and raises its failure. An attempt that
+                timed out in a thread may still run when the next one begins.
             kwargs: its keyword arguments.
 
         Returns:
@@ -147,7 +152,7 @@ class BackgroundExecutor(ExecutorBase):
         Raises:
             ExecutorClosedError: the block has not begun or has ended.
             InvalidFunctionError: ``fn`` is not callable, or is a coroutine function.
-            InvalidOptionError: an unknown option.
+            InvalidOptionError: an unknown option, or ``__retry__`` is no policy.
             InvalidTimeoutError: ``__timeout__`` is not a finite number greater than 0.
             NotPicklableError: ``fn`` or an argument cannot go to another process or interpreter.
             ManagerClosedError: the manager was shut down.
@@ -169,12 +174,16 @@ class BackgroundExecutor(ExecutorBase):
 
             call.args = (packed(fn, args, kwargs),)
         name = call.__qualname__ if __name__ is None else str(__name__)
+        submission = None
+        if __retry__ is not None:
+            submission = self._internals.make_submission(fn, args, kwargs, __retry__)
+            call.give_up = self._give_up
         flags = (CANCEL_ON_EXIT if __cancel_on_exit__ else 0) | (RERAISE_ON_EXIT if __reraise_on_exit__ else 0)
         future: BackgroundFuture[Result] = BackgroundFuture(call)
         call.future = future
         try:
             # Sets ``call.record``.
-            self._task_set.enroll_call(self._records, call, name, __timeout__, flags, future)
+            self._task_set.enroll_call(self._records, call, name, __timeout__, flags, future, submission)
             self._live[call] = None
             if not self._is_open:
                 raise _refusals.closed(self, True, not self._has_no_block)
@@ -261,7 +270,7 @@ class BackgroundExecutor(ExecutorBase):
         running = self._running
         call.worker = worker
         call.runner = runner
-        running[call] = None
+        running[worker] = None
         is_serving = True
         if call.record.begin_call():
             if self._queue.qsize() > len(self._threads) - len(running) and len(self._threads) < self._limit:
@@ -272,12 +281,12 @@ class BackgroundExecutor(ExecutorBase):
             except BaseException:
                 self._log_escaped(call)
                 is_serving = worker in self._threads
-        running.pop(call, None)
+        running.pop(worker, None)
         return is_serving
 
     def _fail_unserved(self, call: Call, worker: threading.Thread, error: BaseException) -> bool:
         """Finish a call that could not be run; return whether the thread goes on to serve."""
-        self._running.pop(call, None)
+        self._running.pop(worker, None)
         try:
             # The bookkeeping at its end may have failed half-way.
             if call.record.finish_call("failed", error) or call in self._live:
@@ -290,11 +299,21 @@ class BackgroundExecutor(ExecutorBase):
     def _run(self, call: Call, runner: Runner) -> bool:
         """Run a function and finish its call; return False if the call and this thread were abandoned meanwhile."""
         call.is_running = True
-        result, error = self._outcome_of(call, runner)
-        is_first = call.record.finish_call("completed" if error is None else "failed", error)
-        call.close()
+        attempt = call.attempt
+        result, error = self._outcome_of(call, runner, attempt)
         if call.timeout is not None:
             self._deadlines.discard()
+        if attempt and error is not None:
+            if call.record.suspend_call(attempt):
+                # Idle, for those who count the threads that the next attempt may need.
+                self._running.pop(call.worker, None)
+                self._end_attempt(call, "failed", error)
+                return True
+            is_first = False
+        else:
+            is_first = call.record.finish_call("completed" if error is None else "failed", error, False, attempt)
+        if is_first or call.record.outcome != "running":
+            call.close()
         if is_first:
             self._finish(call, result, error)
         elif error is not None and not isinstance(error, errors.WorkerDiedError):
@@ -307,11 +326,11 @@ class BackgroundExecutor(ExecutorBase):
             )
         return is_first
 
-    def _outcome_of(self, call: Call, runner: Runner) -> tuple[Any, BaseException | None]:
+    def _outcome_of(self, call: Call, runner: Runner, attempt: int) -> tuple[Any, BaseException | None]:
         """Run a call; return its result and its error."""
         try:
             if call.timeout is not None:
-                self._deadlines.add(call, call.timeout)
+                self._deadlines.add(call, call.timeout, attempt)
             return runner.run(call), None
         except BaseException as error:
             return None, error
@@ -355,24 +374,71 @@ class BackgroundExecutor(ExecutorBase):
                 self._leave(call)
         return True
 
-    def _expire(self, call: Call) -> None:
-        """Fail a call that still runs with TimeoutError, and abandon its function."""
-        if not call.record.finish_call("timed_out"):
-            return
-        self._abandon(call)
+    def _expire(self, call: Call, attempt: int) -> None:
+        """End the wait of a call, or its attempt that still runs: with TimeoutError, and abandon its function."""
         try:
-            try:
-                self._internals.report_timeout(call.record)
-            finally:
-                self._finish(call, None, TimeoutError(f"timed out after {call.timeout} seconds"))
+            if attempt == WAIT:
+                self._requeue(call)
+            elif attempt and call.record.suspend_call(attempt):
+                self._abandon(call)
+                # The abandoned function is still in the other one.
+                call.context = None if call.context is None else call.context.copy()
+                self._end_attempt(call, "timed_out", TimeoutError(f"timed out after {call.timeout} seconds"))
+            elif not attempt and call.record.finish_call("timed_out"):
+                self._abandon(call)
+                self._finish_expired(call, TimeoutError(f"timed out after {call.timeout} seconds"))
         except BaseException:
             self._log_escaped(call)
+
+    def _finish_expired(self, call: Call, error: TimeoutError) -> None:
+        try:
+            self._internals.report_timeout(call.record)
+        finally:
+            self._finish(call, None, error)
+
+    # -- attempts -------------------------------------------------------------------------------------------------
+
+    def _end_attempt(self, call: Call, outcome: Literal["failed", "timed_out"], error: BaseException) -> None:
+        """Have another attempt follow the one that failed, or finish the call, which waits and does not run."""
+        call.is_running = False
+        seconds = self._internals.wait_after(call.record, error)
+        if seconds is None:
+            if call.record.finish_call(outcome, error):
+                call.close()
+                if isinstance(error, TimeoutError) and outcome == "timed_out":
+                    self._finish_expired(call, error)
+                else:
+                    self._finish(call, None, error)
+        elif seconds > 0:
+            try:
+                self._deadlines.add(call, seconds, WAIT)
+            except Exception:
+                # No thread could be started.
+                self._give_up(call, error)
+        else:
+            self._requeue(call)
+
+    def _requeue(self, call: Call) -> None:
+        """Have a thread begin the next attempt of a call that waits; do nothing if it was cancelled."""
+        if not call.record.queue_call():
+            return
+        self._queue.put(call)
+        try:
+            self._add_worker()
+        except Exception as error:
+            self._give_up(call, error)
+
+    def _give_up(self, call: Call, error: BaseException) -> None:
+        """Fail a call that waits for its next attempt."""
+        if call.record.finish_call("failed", error, True):
+            call.close()
+            self._finish(call, None, error)
 
     def _abandon(self, call: Call) -> None:
         """Give up the thread of a running function, and start another if one is needed."""
         with self._lock:
             self._threads.discard(call.worker)
-            self._running.pop(call, None)
+            self._running.pop(call.worker, None)
         call.runner.interrupt()
         # If none can be started, the next submission tries again.
         with contextlib.suppress(RuntimeError):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from bgtasks import errors
+from bgtasks._locks import Lock
 from bgtasks.integrations._extra import extra
 from bgtasks.manager import BackgroundTaskManager
 
@@ -29,7 +29,7 @@ _of_request: contextvars.ContextVar[BackgroundTaskManager | None] = contextvars.
 # Whether this is the task of a response: the functions of a sequence run inside it, one after another.
 _is_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("is_inside", default=False)
 
-_lock = threading.Lock()
+_lock = Lock()
 _originals: dict[Any, Call] = {}
 _manager: BackgroundTaskManager | None = None
 _waits = False

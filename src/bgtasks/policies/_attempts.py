@@ -27,7 +27,8 @@ class Failures:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        # While the task waits: the failure of the last attempt, and the time of the next one on the loop's clock.
+        # While the task waits, the failure of the last attempt; and when the next one is to begin, or the one that
+        # runs began, on the loop's clock.
         self.last: BaseException | None = None
         self.next_at = 0.0
         self.is_given_up = False
@@ -81,12 +82,16 @@ class Attempts:
     def give_up(record: Record) -> None:
         """Fail a task that waits for its next attempt with the error of the last one; called on its loop."""
         submission, turn = record.submission, record.turn
-        if not record.waiting or turn is None or turn.done():
+        failures = None if submission is None else submission.failures
+        if not record.waiting or failures is None or failures.last is None or (turn is not None and turn.done()):
             return
-        failures = submission.failures
         failures.is_given_up = True
-        turn.set_exception(failures.last)
-        failures.last = None
+        error, failures.last = failures.last, None
+        if turn is not None:
+            turn.set_exception(error)
+        else:
+            # A function in a thread.
+            record.coro.give_up(record.coro, error)
 
     @staticmethod
     def describe(record: Record, info: Any) -> None:
@@ -96,7 +101,7 @@ class Attempts:
         if submission is None or loop is None:
             return
         info["attempt"] = submission.attempt
-        if record.waiting:
+        if record.waiting and submission.failures is not None:
             info["next_attempt_seconds"] = max(submission.failures.next_at - loop.time(), 0.0)
 
 

@@ -74,7 +74,7 @@ class Results:
         failure = errors.text_of(error) if outcome == "failed" and error is not None else None
         progress = record.info()["progress"]
         kept = TaskResult(record.task_id, record.name, outcome, submission.result, failure, progress, time.time())
-        with self._lock:
+        with self._lock.lock:
             self._drop_old()
             self._kept[kept.task_id] = kept
             heapq.heappush(self._ends, (time.monotonic() + submission.keep, kept.task_id))
@@ -103,7 +103,7 @@ class Results:
 
     def _on_timer(self) -> None:
         self._has_timer = False
-        with self._lock:
+        with self._lock.lock:
             self._drop_old()
             is_empty = not self._ends
         if not is_empty:
@@ -116,7 +116,7 @@ class Results:
             UnknownTaskError: no result of this id is kept or to be kept.
 
         """
-        with self._lock:
+        with self._lock.lock:
             self._drop_old()
             kept = self._kept.get(task_id)
             record = self._live.get(task_id)
@@ -135,7 +135,7 @@ class Results:
         result = self.get(task_id)
         if result.done:
             return result
-        with self._lock:
+        with self._lock.lock:
             waiting = self._waiting.setdefault(task_id, Notifier())
         await waiting.wait_until(lambda: task_id not in self._live, timeout)
         return self.get(task_id)
