@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import tracemalloc
 
 import pytest
 from work import after, forever, until
@@ -319,3 +321,47 @@ def test_a_key_needs_a_loop(make_manager):
     """As create_task does."""
     with pytest.raises(NoRunningLoopError):
         make_manager().submit(forever, key="k")
+
+
+def held_bytes(manager, count, **options):
+    """Return the traced bytes of tasks that wait, each with a key of its own if there is one to be."""
+
+    async def main():
+        event = asyncio.Event()
+
+        async def work():
+            await event.wait()
+
+        async def hold(numbers):
+            for number in numbers:
+                manager.submit(work, **dict.fromkeys(options, number))
+            await asyncio.sleep(0)
+
+        await hold(range(10**6, 10**6 + 100))
+        gc.collect()
+        tracemalloc.start()
+        try:
+            await hold(range(count))
+            gc.collect()
+            held = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        event.set()
+        await manager.wait_for_all()
+        return held
+
+    return asyncio.run(main())
+
+
+def test_many_keys_cost_what_their_records_cost(make_manager):
+    """An entry of a dict, the key, and the record of the function: no second table, no task in between; and all goes.
+
+    A million keys take a million times as much, so this holds 20,000.
+    """
+    manager = make_manager()
+    count = 20_000
+    plain = held_bytes(manager, count) / count
+    keyed = held_bytes(manager, count, key=True) / count
+    assert keyed - plain < 600, (plain, keyed)
+    assert not any(records.keys for records in manager._by_loop.values() if hasattr(records, "keys"))
+    assert manager.get_task_count() == 0

@@ -203,7 +203,7 @@ def test_jitter_delays_and_does_not_add_up(make_manager):
         work = clock(loop)
         manager.every(10, work, jitter=3)
         await asyncio.sleep(1000)
-        assert all(0 <= when - 10 * number <= 3.000001 for number, when in enumerate(work.times))
+        assert all(0 <= when - 10 * number <= 3.002 for number, when in enumerate(work.times))
         assert len({when - 10 * number for number, when in enumerate(work.times)}) > 50
         await manager.shutdown()
 
@@ -370,11 +370,13 @@ def test_what_stops_the_loop_takes_no_tick_from_other_schedules(make_manager):
     loop.close()
 
 
-def test_a_tick_is_never_early_and_late_by_a_millisecond_at_most(make_manager):
-    """Of intervals that are no multiples of a millisecond, and of many at once."""
+@pytest.mark.parametrize("start", [0.1, 1000.0, 123456.789, 1e7 / 3])
+def test_a_tick_is_never_early_and_late_by_a_millisecond_at_most(make_manager, start):
+    """Of intervals that are no multiples of a millisecond, of many at once, and wherever the clock stands."""
 
     async def main(loop):
         manager = make_manager()
+        loop.now = start
         intervals = [0.0301 + number * 0.00007 for number in range(500)]
         late = []
 
@@ -388,7 +390,7 @@ def test_a_tick_is_never_early_and_late_by_a_millisecond_at_most(make_manager):
             manager.every(seconds, tick, loop.time(), seconds, first="later")
         await asyncio.sleep(0.5)
         assert len(late) > 4000
-        assert min(late) >= -1e-9
+        assert min(late) >= -1e-8
         assert max(late) < 0.00151
         await manager.shutdown()
 

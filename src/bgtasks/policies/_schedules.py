@@ -457,9 +457,9 @@ class _Timers:
                     schedule._on_tick(now)
 
     def _take_due(self, now: float) -> list[tuple[int, dict[Schedule, None]]]:
-        last = now * SLOTS_PER_SECOND
         due = []
-        while self._heap and self._heap[0] <= last:
+        # The same division as that of the wait: otherwise rounding could leave a slot that is not due without a wait.
+        while self._heap and self._heap[0] / SLOTS_PER_SECOND <= now:
             slot = heapq.heappop(self._heap)
             if slot in self._slots:
                 due.append((slot, self._slots.pop(slot)))
