@@ -53,8 +53,12 @@ def async_generator(function: object) -> errors.InvalidFunctionError:
     )
 
 
-def refuse_function(function: object) -> NoReturn:
+def refuse_function(function: object, starter: str) -> NoReturn:
     """Refuse an object that cannot be called, or is a coroutine already.
+
+    Args:
+        function: the object.
+        starter: the name of what was to run it, for the text of the error.
 
     Raises:
         InvalidFunctionError: always.
@@ -63,10 +67,10 @@ def refuse_function(function: object) -> NoReturn:
     if asyncio.iscoroutine(function):
         errors.close_refused(function)
         raise errors.InvalidFunctionError(
-            f"submit takes a function and its arguments, got the coroutine object {errors.describe(function)}: "
-            "pass the function, submit(function, *args), as it may run more than once"
+            f"{starter} takes a function and its arguments, got the coroutine object {errors.describe(function)}: "
+            f"pass the function, {starter}(function, *args), as it may run more than once"
         )
-    raise errors.InvalidFunctionError(f"submit takes a coroutine function, got {errors.describe(function)}")
+    raise errors.InvalidFunctionError(f"{starter} takes a coroutine function, got {errors.describe(function)}")
 
 
 def next_attempt(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2291,7 +2291,7 @@ cdef class RegistryCore:
         if keep_result is not None or on_duplicate != "join":
             keep = self._check_submission(key, on_duplicate, keep_result)
         if not callable(function):
-            refuse_function(function)
+            refuse_function(function, "submit")
         records = self.records_of_running()
         if key is not None:
             current = records.submission_of(key)
@@ -2529,7 +2529,7 @@ cdef class RegistryCore:
             self._last_policy = self._policy_of(retry)
             self._last_retry = retry
         if not callable(function):
-            refuse_function(function)
+            refuse_function(function, "fire_function")
         self.records_of_running()
         coro = function(*args, **kwargs)
         if not PyCoro_CheckExact(coro):

@@ -1828,7 +1828,7 @@ class RegistryCore(RegistryHooks):
         if keep_result is not None or on_duplicate != "join":
             keep = self._check_submission(key, on_duplicate, keep_result)
         if not callable(function):
-            refuse_function(function)
+            refuse_function(function, "submit")
         records = _records_of_running(self)
         current = None if key is None else records.submission_of(key)
         if current is not None and on_duplicate in ("join", "skip"):
@@ -1987,7 +1987,7 @@ class RegistryCore(RegistryHooks):
             self._last_policy = self._policy_of(retry)
             self._last_retry = retry
         if not callable(function):
-            refuse_function(function)
+            refuse_function(function, "fire_function")
         _records_of_running(self)
         coro: Any = function(*args, **kwargs)
         if type(coro) is not CoroutineType:

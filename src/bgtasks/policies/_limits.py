@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bgtasks._checks import check_limit, check_seconds
+from bgtasks._checks import as_seconds, check_limit, check_seconds
 from bgtasks.errors import InvalidOptionError, describe
 
 __all__ = ["Limit", "Rate", "check_limits", "check_rate", "timing_of"]
@@ -38,7 +38,8 @@ class Rate:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check_seconds("count", self.count, positive=True)
+        if not as_seconds(self.count):
+            raise InvalidOptionError(f"count must be a finite number, greater than 0; got {describe(self.count)}")
         check_seconds("per", self.per, positive=True)
         if self.burst is None:
             raise InvalidOptionError("burst must be a whole number, 1 or more; got None")

@@ -545,7 +545,7 @@ def _check(seconds: Any, function: Any, options: ScheduleOptions) -> None:
     if seconds is not None:
         check_seconds("seconds", seconds, positive=True)
     if not callable(function):
-        refuse_function(function)
+        refuse_function(function, "every")
     if options.timeout is not None and not as_seconds(options.timeout):
         raise errors.invalid_timeout(options.timeout)
     if options.context is not None and not isinstance(options.context, Mapping):

@@ -313,7 +313,7 @@ def _check(function: Any, options: ServiceOptions) -> None:
 
     """
     if not callable(function):
-        refuse_function(function)
+        refuse_function(function, "service")
     if not isinstance(options.restart, Restart):
         raise errors.InvalidOptionError(f"restart must be a bgtasks.Restart; got {errors.describe(options.restart)}")
     for each in options.after:

@@ -59,7 +59,8 @@ def trace(
     ``fire``, ``spawn`` and ``create_task_threadsafe`` make spans; executors and ``task_factory`` do not.
 
     Without this call, no task executes a single instruction for traces. With it, tasks run in a context of their own:
-    of one that is passed as ``contextvars_context``, a copy. The ``context`` of a task is a copy, too.
+    of one that is passed as ``contextvars_context``, a copy. The ``context`` of a task is a copy, too. Submitted functions,
+    the runs of schedules, and services have no spans.
 
     Args:
         manager: the manager.
@@ -147,9 +148,11 @@ class _Tracing:
         eager_start: bool = False,
         contextvars_context: Context | None = None,
         service: bool = False,
+        retry: None = None,
     ) -> asyncio.Task[Result]:
         """Start a task in a span; see ``BackgroundTaskManager.create_task``."""
-        options: dict[str, Any] = {"name": name, "timeout": timeout, "eager_start": eager_start, "service": service}
+        options: dict[str, Any] = {"name": name, "timeout": timeout, "eager_start": eager_start}
+        options.update(service=service, retry=retry)
         begun = self._begin(coro, name, context, contextvars_context)
         if begun is None:
             return self._original_create_task(coro, **options, context=context, contextvars_context=contextvars_context)
