@@ -59,8 +59,8 @@ def trace(
     ``fire``, ``spawn`` and ``create_task_threadsafe`` make spans; executors and ``task_factory`` do not.
 
     Without this call, no task executes a single instruction for traces. With it, tasks run in a context of their own:
-    of one that is passed as ``contextvars_context``, a copy. The ``context`` of a task is a copy, too. Submitted functions,
-    the runs of schedules, and services have no spans.
+    of one that is passed as ``contextvars_context``, a copy. The ``context`` of a task is a copy, too. Submitted
+    functions, the runs of schedules, and services have no spans.
 
     Args:
         manager: the manager.
