@@ -8,6 +8,7 @@ import inspect
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from types import TracebackType
@@ -503,7 +504,14 @@ class BackgroundExecutor(ExecutorBase):
         """End the threads, except those of abandoned functions."""
         for worker in self._dismiss_threads():
             if worker is not threading.current_thread():
-                worker.join()
+                self._join(worker)
+
+    def _join(self, worker: threading.Thread) -> None:
+        """Wait for the end of a thread, which another one may be about to start."""
+        while worker in self._threads and not worker.is_alive():
+            time.sleep(0.0001)
+        if worker.is_alive():
+            worker.join()
 
     def _dismiss_threads(self) -> list[threading.Thread]:
         """Have the threads end once they are idle, and return them."""
@@ -558,7 +566,7 @@ class BackgroundExecutor(ExecutorBase):
                 cancellation = error
         for worker in workers:
             # It has done its last step.
-            worker.join()
+            self._join(worker)
         if cancellation is not None:
             raise cancellation
 
