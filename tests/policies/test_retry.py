@@ -183,7 +183,7 @@ def test_a_wait_is_no_timer_and_no_task(make_manager):
     on_virtual_loop(main)
 
 
-def test_a_timeout_is_that_of_one_attempt(make_manager):
+def test_a_timeout_is_that_of_one_attempt(make_manager, caplog):
     """Each attempt has its own; one that expires counts as TimeoutError, the last one ends the task."""
 
     async def main():
@@ -196,6 +196,11 @@ def test_a_timeout_is_that_of_one_attempt(make_manager):
             await task
         assert 8 <= loop.time() - begun < 8.02
         assert manager.stats()["timed_out"] == 1
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * 3 + ["ERROR"]
+        assert caplog.records[-1].getMessage() == (
+            "Background task 'sleep' timed out for the last time (attempt 3; before: TimeoutError: attempt 1 timed out "
+            "after 2.0 seconds; TimeoutError: attempt 2 timed out after 2.0 seconds)"
+        )
 
         attempts = []
 

@@ -64,6 +64,9 @@ class Attempts:
         answers: list[float | None] = []
         guarded(record, _ask, record, error, answers)
         if not answers or answers[0] is None:
+            if is_timeout and submission.failures is not None:
+                # A failure of the last attempt is logged as that of the task.
+                guarded(record, _give_up_after_timeout, record)
             return None
         seconds = 0.0 if waits_are_skipped() else answers[0]
         failures = submission.failures
@@ -108,6 +111,16 @@ class Attempts:
 def _ask(record: Record, error: Exception, answers: list[float | None]) -> None:
     submission = record.submission
     answers.append(submission.retry.next_wait(error, attempt=submission.attempt, elapsed=record.duration))
+
+
+def _give_up_after_timeout(record: Record) -> None:
+    submission = record.submission
+    logger.error(
+        "Background task '%s' timed out for the last time%s",
+        record.name,
+        submission.failures.text(submission.attempt),
+        extra=log_extra(record),
+    )
 
 
 def _warn(record: Record, error: Exception, seconds: float) -> None:
