@@ -110,6 +110,24 @@ def assert_salvaged(stem, batches, most_lost, caplog, is_file=True):
     return stats
 
 
+@pytest.mark.parametrize("written_back", [True, False], ids=["in the file", "in the log"])
+@pytest.mark.parametrize("number", [0, 20, 39])
+def test_a_damaged_body_is_counted_wherever_it_is(leave, caplog, number, written_back):
+    """Also that of the first and of the last batch: the columns before it tell how many events it had."""
+    batches, stem, path = leave(written_back=written_back)
+    start = batches[number][1][0][:7]
+    hits = 0
+    for file in (path, _file.log_of(path)):
+        content = file.read_bytes() if file.exists() else b""
+        hits += content.count(start)
+        file.write_bytes(content.replace(start, bytes(byte ^ 0xFF for byte in start)))
+    assert hits
+    # A row that is read from the file is dropped alone; a damaged log is salvaged.
+    stats = assert_salvaged(stem, batches, 1, caplog, is_file=not written_back)
+    assert stats["dropped"]["corrupt"] == len(batches[number][1])
+    assert stats["recovered"] == sum(len(batch) for _, batch in batches)
+
+
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 VALUES = [None, -10, 10**12, 2.5, "text", b"\xff\xfe", b"", "99"]

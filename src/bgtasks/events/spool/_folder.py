@@ -248,29 +248,36 @@ class SpoolFolder:
         if successor.batches:
             # A process that was killed before it could rename the file has written it.
             return 0
-        gaps = _Gaps()
         with Wreck(file.path) as wreck:
+            gaps = _Gaps(wreck.begin, wreck.end)
             rows = wreck.rows()
             if known is not None:
                 rows = (row for row in merge(rows, known, key=lambda row: row.sequence) if file.has(row.sequence))
-            successor.append_rows(gaps.passed(_distinct(rows)), self._most_downtime)
+            successor.append_rows(_distinct(gaps.passed(rows)), self._most_downtime)
         return gaps.events if known is None else max(file.events - successor.events, 0)
 
 
 class _Gaps:
-    """Counts the events that are missing between rows."""
+    """Counts the events that are missing before, between and after rows.
 
-    def __init__(self) -> None:
+    Args:
+        begin: the number of events before the first row, as far as that is known.
+        end: their number up to the last one.
+
+    """
+
+    def __init__(self, begin: int, end: int) -> None:
         self.events = 0
+        self._passed = begin
+        self._end = end
 
     def passed(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield rows unchanged."""
-        end: int | None = None
         for row in rows:
-            if end is not None:
-                self.events += max(row.position - end, 0)
-            end = row.position + row.events
+            self.events += max(row.position - self._passed, 0)
+            self._passed = row.position + row.events
             yield row
+        self.events += max(self._end - self._passed, 0)
 
 
 def _distinct(rows: Iterable[Row]) -> Iterator[Row]:

@@ -101,6 +101,9 @@ def is_log_damaged(path: Path) -> bool:
 class Wreck:
     """The readable rows of a damaged file.
 
+    ``begin`` and ``end`` are the numbers of events that had been appended before the first row and up to the last one,
+    as far as the columns before the bodies tell; both are 0 if none is readable.
+
     Args:
         path: the file. While it is locked by this process, the lock is lost when this is closed.
 
@@ -113,12 +116,13 @@ class Wreck:
             self._log: BinaryIO | None = None
             with contextlib.suppress(FileNotFoundError):
                 self._log = stack.enter_context(log_of(path).open("rb"))
+            frames = [] if self._log is None else list(_frames(self._log))
+            # The content of the pages in two views: by all frames, and by those that are intact.
+            self._views = [{frame.page: frame.offset for frame in frames}]
+            if not all(frame.is_intact for frame in frames):
+                self._views.append({frame.page: frame.offset for frame in frames if frame.is_intact})
+            self._search()
             self._stack = stack.pop_all()
-        frames = [] if self._log is None else list(_frames(self._log))
-        # The content of the pages in two views: by all frames, and by those that are intact.
-        self._views = [{frame.page: frame.offset for frame in frames}]
-        if not all(frame.is_intact for frame in frames):
-            self._views.append({frame.page: frame.offset for frame in frames if frame.is_intact})
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -132,23 +136,33 @@ class Wreck:
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows that are intact and were not deleted, by their numbers."""
+        # Read again, one by one: they may be too many for the memory.
+        for sequence in sorted(self._found):
+            row = self._row(*self._found[sequence])
+            if row is not None and _is_intact(row):
+                yield row
+
+    def _search(self) -> None:
+        """Find the rows, and where the first one begins and the last one ends."""
         found: dict[int, tuple[dict[int, int], int, int]] = {}
+        extents: dict[int, tuple[int, int]] = {}
         floor = 0
         for view in self._views:
-            free = self._free_pages(view)
-            for page in range(1, max(self._pages, max(view, default=0)) + 1):
-                if page in free:
+            for page, at in self._all_cells(view):
+                row = self._row(view, page, at)
+                if row is None:
                     continue
-                for at in self._cells(view, page):
-                    row = self._row(view, page, at)
-                    if row is not None and row.sequence not in found:
-                        found[row.sequence] = (view, page, at)
-                        floor = max(floor, row.floor)
-        # Read again, one by one: they may be too many for the memory.
-        for sequence in sorted(found):
-            row = self._row(*found[sequence]) if sequence >= floor else None
-            if row is not None:
-                yield row
+                is_intact = _is_intact(row)
+                if is_intact and row.sequence not in found:
+                    found[row.sequence] = (view, page, at)
+                    floor = max(floor, row.floor)
+                # In an older view, a row without its body may have been deleted since.
+                if is_intact or view is self._views[0]:
+                    extents[row.sequence] = (row.position, row.position + row.events)
+        self._found = {sequence: place for sequence, place in found.items() if sequence >= floor}
+        live = [extent for sequence, extent in extents.items() if sequence >= floor]
+        self.begin = min((begin for begin, _ in live), default=0)
+        self.end = max((end for _, end in live), default=0)
 
     def _page(self, view: dict[int, int], number: int) -> bytes:
         """Return the content of a page, an empty one if it cannot be read."""
@@ -176,6 +190,14 @@ class Wreck:
             trunk = following
         return free
 
+    def _all_cells(self, view: dict[int, int]) -> Iterator[tuple[int, int]]:
+        """Yield page and offset of every row in a page that is not free."""
+        free = self._free_pages(view)
+        for page in range(1, max(self._pages, max(view, default=0)) + 1):
+            if page not in free:
+                for at in self._cells(view, page):
+                    yield page, at
+
     def _cells(self, view: dict[int, int], page: int) -> Iterator[int]:
         """Yield the offsets of the rows in a page that looks like a leaf."""
         content = self._page(view, page)
@@ -185,20 +207,18 @@ class Wreck:
             yield from struct.unpack_from(f">{count}H", content, start + 8)
 
     def _row(self, view: dict[int, int], page: int, at: int) -> Row | None:
-        """Return the row at an offset of a page, None if it is damaged or something else."""
+        """Return the row at an offset of a page, whose body may be damaged; None if more is, or it is no row."""
         try:
             content = self._page(view, page)
             length, at = _varint(content, at)
             sequence, at = _varint(content, at)
             payload = self._payload(view, content, at, length)
-            row = checked([sequence, *_values(payload)[1:]])
-            decode(row)
+            return checked([sequence, *_values(payload)[1:]])
         except (IndexError, ValueError, struct.error, DamagedRowError):
             return None
-        return row
 
     def _payload(self, view: dict[int, int], content: bytes, at: int, length: int) -> bytes:
-        """Return the content of a row, that in its overflow pages included."""
+        """Return the content of a row, that in its overflow pages included up to the first that is missing."""
         if not 0 <= length <= PAGE_SIZE * (self._pages + len(view)):
             raise ValueError("the length is wrong")
         if length <= MOST_LOCAL:
@@ -212,11 +232,20 @@ class Wreck:
         while left > 0:
             content = self._page(view, following)
             if len(content) < PAGE_SIZE:
-                raise ValueError("an overflow page is missing")
+                break
             parts.append(content[4 : 4 + left])
             left -= PAGE_SIZE - 4
             following = int.from_bytes(content[:4], "big")
         return b"".join(parts)
+
+
+def _is_intact(row: Row) -> bool:
+    """Return whether the body of a row is right, too."""
+    try:
+        decode(row)
+    except DamagedRowError:
+        return False
+    return True
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
