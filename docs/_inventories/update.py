@@ -25,6 +25,7 @@ MODULES = {
     "contextlib",
     "contextvars",
     "dataclasses",
+    "datetime",
     "logging",
     "os",
     "pathlib",
