@@ -107,7 +107,7 @@ def in_threads(submit: Submit) -> None:
     """Retry plain functions."""
     assert_type(submit(len, "a", __retry__=Retry(on=ValueError)), BackgroundFuture[int])
     assert_type(submit(len, "a", __timeout__=1.0, __retry__=Always()), BackgroundFuture[int])
-    submit(len, "a", __retry__=3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    submit(len, "a", __retry__=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 async def limits(manager: BackgroundTaskManager) -> None:

@@ -116,13 +116,13 @@ class Schedule:
         #: The name of its runs.
         self.name: str = str(options.name or getattr(function, "__qualname__", type(function).__qualname__))
         #: How many runs have begun.
-        self.runs = 0
+        self.runs: int = 0
         #: How many ticks began no run because the last one had not ended.
-        self.skipped = 0
+        self.skipped: int = 0
         #: How many ticks came so late that the next one was due, and were dropped.
-        self.late = 0
+        self.late: int = 0
         #: How many runs ``lock`` did not let in.
-        self.locked_out = 0
+        self.locked_out: int = 0
         # The durations of the last ended runs, by their number modulo MOST_OUTCOMES: no object for each of them. And of
         # those that did not complete, the outcome and the text of the error; None before the first.
         self._ended_runs = 0

@@ -96,7 +96,7 @@ class Collector:
     ) -> None:
         if not isinstance(manager, str):
             raise InvalidOptionError(f"manager is the text of a label; got {describe(manager)}")
-        self.manager = encodable(manager)
+        self.manager: str = encodable(manager)
         self._managed = checked_manager(managed)
         self._publishers = checked_publishers(publishers)
         self._edges = Edges(_checked(buckets))
