@@ -415,6 +415,8 @@ def test_waits_grow_up_to_the_longest():
     jittered = waits(Retry(on=ValueError, attempts=None, wait=1, max_wait=9, jitter=0.5))
     assert all(least <= wait <= least + 0.5 for wait, least in zip(jittered, (1, 2, 4, 8), strict=True))
     assert Retry(on=ValueError, attempts=None, jitter=0).next_wait(ValueError(), attempt=10**6, elapsed=0) == 5.0
+    whole = Retry(on=ValueError, attempts=None, wait=1, base=2, jitter=0)
+    assert whole.next_wait(ValueError(), attempt=10**6, elapsed=0) == 5.0
 
 
 def test_a_function_decides():

@@ -100,7 +100,8 @@ class Retry:
                 )
             return seconds
         try:
-            grown = self.wait * self.base ** (attempt - 1)
+            # As floats: the power of a whole number would only grow.
+            grown = self.wait * float(self.base) ** (attempt - 1)
         except OverflowError:
             return self.max_wait
         # Not for security: it spreads the load.
