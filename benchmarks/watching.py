@@ -2,7 +2,7 @@
 
 Medians are printed beside the goals (``must``). Run it with nothing else on the machine::
 
-    python benchmarks/watching.py                    # everything, nine minutes
+    python benchmarks/watching.py                    # everything
     python benchmarks/watching.py scrape frame       # some parts: cost, viewer, pause, scrape, frame, memory
     python benchmarks/watching.py cost --before DIR  # against the sources in DIR, instead of those before watching
 
@@ -333,7 +333,10 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 def run_each(parts: Sequence[str], given: argparse.Namespace) -> int:
     """Run each part in a process of its own; return the exit status."""
     options = ["--rounds", str(given.rounds), *(["--before", str(given.before)] if given.before else [])]
-    return max([subprocess.call([sys.executable, __file__, part, *options]) for part in parts])
+    begun = time.monotonic()
+    status = max([subprocess.call([sys.executable, __file__, part, *options]) for part in parts])
+    print(f"took {time.monotonic() - begun:.0f} s")
+    return status
 
 
 def main() -> int:

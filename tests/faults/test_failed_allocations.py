@@ -10,10 +10,11 @@ import logging
 import pytest
 from allocations import NEEDS_TESTCAPI, Sweep, call_failing, locked_elsewhere, others_errors, step_failing
 from event_tools import assert_counters_add_up
-from work import value
+from work import value, wait_until
 
 from bgtasks.events import Publisher
 from bgtasks.events.sinks.memory import MemorySink
+from bgtasks.events.spool._syncing import Syncer
 from bgtasks.executor import AsyncBackgroundExecutor, BackgroundExecutor
 
 # Not on a loop with eager tasks: a constructor that fails there leaves asyncio's current task wrong. Nor on uvloop: it
@@ -317,3 +318,20 @@ async def test_a_close_that_fails_can_be_called_again(queue_of_twin, loop_errors
             assert_counters_add_up(stats)
             assert (stats["delivered"], stats["state"]) == (10, "closed")
             assert others_errors(loop_errors) == []
+
+
+def test_a_syncer_whose_stop_fails_ends_and_syncs_what_was_committed(tmp_path):
+    """The thread of the spool ends at the next stop, and another one starts with the next commit."""
+    log = tmp_path / "log"
+    log.write_bytes(b"commit")
+    for number in range(20):
+        syncer = Syncer()
+        syncer.mark(log)
+        with contextlib.suppress(MemoryError):
+            call_failing(number, syncer.stop)
+        syncer.stop()
+        assert wait_until(lambda syncer=syncer: not syncer._is_running)
+        syncer.mark(log)
+        assert syncer._is_running
+        syncer.stop()
+        assert wait_until(lambda syncer=syncer: not syncer._is_running)

@@ -288,6 +288,8 @@ def test_a_log_without_its_file_is_deleted(make_spool, start_owner, stem):
     left = stem.with_name("events.1-b.spool-wal")
     for path in (*kept[1:], stem.with_name("events.1-a.corrupt"), left):
         path.write_bytes(b"log")
+    # One that cannot be deleted harms nothing.
+    stem.with_name("events.1-c.spool-wal").mkdir()
     spool = make_spool()
     fill(spool, numbered(1, 1))
     assert drain(spool) == numbered(1, 1)

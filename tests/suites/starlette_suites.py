@@ -8,15 +8,12 @@ packages that are not installed: those that fail without bgtasks may fail with i
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-import tarfile
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from framework_suites import ROOT, run
+from source_distributions import ROOT, SUITES, fetched_source, make_environment, outcomes
 
 PACKAGES = {
     "starlette": ("starlette[full]",),
@@ -28,50 +25,22 @@ EXPECTED = {"starlette": "test_background", "fastapi": "test_background_tasks"}
 USES = re.compile(r"BackgroundTask|background_tasks|background=")
 
 
-def environment(folder: Path, framework: str) -> Path:
-    """Make an environment with the framework and this checkout; return its interpreter."""
-    run(sys.executable, "-m", "venv", folder)
-    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    run(python, "-m", "pip", "install", "--quiet", str(ROOT), *PACKAGES[framework], *TOOLS)
-    return python
-
-
-def fetched_tests(python: Path, folder: Path, framework: str) -> tuple[str, Path, list[str]]:
-    """Fetch the source distribution of the installed release; return its version, its folder and the files to run."""
-    code = f"import importlib.metadata as metadata; print(metadata.version({framework!r}))"
-    version = run(python, "-c", code).stdout.strip()
-    pip = (python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", folder)
-    run(*pip, f"{framework}=={version}")
-    (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as file:
-        file.extractall(folder / "source", filter="data")
-    (source,) = (folder / "source").iterdir()
+def files_of(source: Path) -> list[str]:
+    """Return the files with tests of background tasks."""
     files = [path for path in sorted(source.glob("tests/**/test_*.py")) if USES.search(path.read_text("utf-8"))]
-    return version, source, [str(path.relative_to(source)) for path in files]
-
-
-def outcomes(python: Path, source: Path, files: list[str], *options: str) -> dict[str, bool]:
-    """Run the tests; return whether each passed, except for skipped ones."""
-    report = source / "report.xml"
-    variables = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "suites")}
-    # Without the options of the framework, which need further packages.
-    pytest = (python, "-m", "pytest", "-q", "-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider")
-    run(*pytest, f"--junit-xml={report}", *options, *files, cwd=source, env=variables)
-    return {
-        f"{case.get('classname')}::{case.get('name')}": case.find("failure") is None and case.find("error") is None
-        for case in ElementTree.parse(report).iter("testcase")
-        if case.find("skipped") is None
-    }
+    return [str(path.relative_to(source)) for path in files]
 
 
 def check(framework: str) -> bool:
     """Compare both runs of one framework's tests and print the result."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        python = environment(folder / "environment", framework)
-        version, source, files = fetched_tests(python, folder, framework)
-        original = outcomes(python, source, files)
-        replaced = outcomes(python, source, files, "-p", "starlette_plugin")
+        python = make_environment(folder / "environment", str(ROOT), *PACKAGES[framework], *TOOLS)
+        version, source = fetched_source(python, folder, framework)
+        # Without the framework's filters of warnings, which need further packages.
+        arguments = ("-o", "filterwarnings=", *files_of(source))
+        original = outcomes(python, source, *arguments, PYTHONPATH=str(SUITES))
+        replaced = outcomes(python, source, *arguments, "-p", "starlette_plugin", PYTHONPATH=str(SUITES))
     worse = sorted(test for test, passed in original.items() if passed and not replaced.get(test))
     is_complete = any(passed and EXPECTED[framework] in test for test, passed in replaced.items())
     print(

@@ -225,7 +225,7 @@ async def test_a_frame_is_shorter_than_50_kb(make_manager, letter):
 
 @pytest.mark.loops("asyncio")
 async def test_two_hundred_tasks_with_common_names_fit(make_manager):
-    """The table is full although there are 10,000 tasks."""
+    """The table is full although there are 1,000 tasks."""
     async with make_manager() as manager:
         for number in range(1000):
             manager.create_task(nap(), name=f"import_customer_orders_{number % 40}", timeout=1000)
@@ -460,7 +460,6 @@ async def test_logging_in_gives_a_cookie_that_scripts_and_other_sites_cannot_use
 
 
 @pytest.mark.loops("asyncio")
-@pytest.mark.loops("asyncio")
 @pytest.mark.parametrize("cookies", ['theme={"dark": 1}; {}', "{}; a b=1", "a[0]=1; {}; {}x", "; =; {};"])
 async def test_cookies_of_the_application_do_not_hide_the_session(make_manager, cookies):
     """Also those that no standard allows."""
@@ -481,6 +480,7 @@ async def test_a_token_may_have_any_letters(make_manager):
     assert (await client.get("/stack?id=1.1.1", authorization=header[:-1])).status == 401
 
 
+@pytest.mark.loops("asyncio")
 async def test_a_token_in_a_url_is_refused(make_manager):
     """Servers log URLs."""
     answer = await client_of(make_manager()).get(f"/?token={TOKEN.replace(' ', '+')}")

@@ -290,8 +290,11 @@ def test_viewers_wait_while_there_is_no_file_descriptor(start):
     """The thread of the socket outlives it, and says so once."""
     process = start(
         """
-        import asyncio, os, resource, sys, threading
+        import asyncio, logging, resource, sys
         import bgtasks
+
+        warnings = []
+        logging.getLogger("bgtasks.watch").addFilter(lambda record: warnings.append(record.getMessage()))
 
         async def main(manager):
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -300,7 +303,7 @@ def test_viewers_wait_while_there_is_no_file_descriptor(start):
             print("ready", flush=True)
             await asyncio.to_thread(sys.stdin.readline)
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            print("again", flush=True)
+            print(*warnings, flush=True)
             await asyncio.to_thread(sys.stdin.readline)
 
         bgtasks.run(main)
@@ -315,8 +318,27 @@ def test_viewers_wait_while_there_is_no_file_descriptor(start):
     assert not asked.done()
     process.stdin.write("\n")
     process.stdin.flush()
-    assert process.stdout.readline() == "again\n"
+    (warning,) = process.stdout.readline().splitlines()
+    assert warning.count("Viewers have to wait") == 1
     assert asked.result(timeout=30)["pid"] == process.pid
+
+
+def test_a_descriptor_that_the_program_closed_is_let_go_of(runtime, caplog):
+    """The thread ends, and closes nothing that has its number by then."""
+    listen()
+    listener = _listener._listener
+    number = listener.socket.fileno()
+    os.close(number)
+    # If the thread waits already, it does so until its next viewer.
+    with contextlib.suppress(WatchError):
+        ask(listener.path, "names")
+    listener.thread.join(20)
+    assert not listener.thread.is_alive()
+    assert "cannot be looked at any more" in caplog.text
+    with open(os.devnull) as other:
+        assert other.fileno() == number
+        stop()
+        assert os.fstat(number)
 
 
 async def test_an_answer_that_cannot_be_sent_is_an_error(make_manager, runtime, caplog):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bgtasks._checks import as_seconds, check_limit, check_seconds
+from bgtasks._checks import as_seconds, check_count, check_limit, check_seconds
 from bgtasks.errors import InvalidOptionError, describe
 
 __all__ = ["Limit", "Rate", "check_limits", "check_rate", "timing_of"]
@@ -41,9 +41,7 @@ class Rate:
         if not as_seconds(self.count):
             raise InvalidOptionError(f"count must be a finite number, greater than 0; got {describe(self.count)}")
         check_seconds("per", self.per, positive=True)
-        if self.burst is None:
-            raise InvalidOptionError("burst must be a whole number, 1 or more; got None")
-        check_limit("burst", self.burst)
+        check_count("burst", self.burst, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,9 +30,8 @@ class Restart:
     forgotten. A function that returns has ended, and is not restarted.
 
     Args:
-        max: how many restarts there are at most ``within`` so many seconds; then the service is given up. None for no
-            limit.
-        within: the seconds in which ``max`` counts, > 0.
+        max: how many restarts there are at most in ``within`` seconds; then the service is given up. None for no limit.
+        within: the length of that time in seconds, > 0.
         wait: seconds before the first restart, >= 0.
         max_wait: the longest wait, in seconds, >= 0.
         reset_after: seconds that a healthy run takes at least, > 0.

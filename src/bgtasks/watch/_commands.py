@@ -146,7 +146,8 @@ def _cancel(given: argparse.Namespace) -> int:
     answers, errors = ask_all(pid, "cancel", **chosen, confirmed=True)
     if not _print_json(given, answers, errors):
         print(asked_to_end(answers))
-    return max(_status([error for error in errors if error not in missed]), bool(errors))
+    _status([error for error in errors if error not in missed])
+    return 1 if errors else 0
 
 
 def _confirms(question: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -31,6 +32,8 @@ logger: Final = logging.getLogger("bgtasks.watch")
 # Seconds that a peer may take for its request, and for reading the answer.
 PATIENCE: Final = 2.0
 LONGEST_REQUEST: Final = 65536
+# Errors of accept() that pass: no descriptor or no memory is left, or the viewer has gone.
+PASSING: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR)
 # Seconds until the next try after a viewer could not be let in.
 PAUSE: Final = 0.2
 
@@ -72,7 +75,12 @@ class _Listener:
             except OSError as error:
                 if self._is_closed:
                     return
-                # The process has no file descriptor left, for example.
+                if error.errno not in PASSING:
+                    # The program closed the descriptor, and its number may soon be that of another socket: not to be
+                    # closed here.
+                    self.socket.detach()
+                    logger.warning("This process cannot be looked at any more: %s", error)
+                    return
                 if not is_reported:
                     logger.warning("Viewers have to wait until they can be let in: %s", error)
                 is_reported = True

@@ -59,7 +59,7 @@ def checked_publishers(publishers: Iterable[Published]) -> tuple[Published, ...]
         InvalidOptionError: they are none.
 
     """
-    found = tuple(publishers) if isinstance(publishers, Iterable) else ()
-    if not (isinstance(publishers, Iterable) and all(hasattr(each, "stats") for each in found)):
+    found = tuple(publishers) if isinstance(publishers, Iterable) else None
+    if found is None or not all(hasattr(each, "stats") for each in found):
         raise InvalidOptionError(f"publishers must be a list such as [publisher]; got {describe(publishers)}")
     return found

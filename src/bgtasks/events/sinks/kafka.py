@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
@@ -103,11 +102,11 @@ class KafkaSink(Sink):
         """Write a batch; return when Kafka has stored it."""
         sending = self._sending
         assert sending is not None
-        sending.wanted.set()
+        sending.is_wanted = True
         try:
             await self._producer_thread.run(sending.send, batch, batch_id, self._timeout)
         finally:
-            sending.wanted.clear()
+            sending.is_wanted = False
 
     async def close(self) -> None:
         """Close the producer, and discard its undelivered messages."""
@@ -124,7 +123,7 @@ def _text(error: Exception) -> str:
 
 
 class _Sending:
-    """A producer and its current batch. All methods run in the thread; ``wanted`` is for other threads."""
+    """A producer and its current batch. All methods run in the thread; ``is_wanted`` is for other threads."""
 
     def __init__(self, settings: Mapping[str, object], topic: str, key: str | bytes | None) -> None:
         from confluent_kafka import KafkaError, KafkaException, Producer
@@ -144,7 +143,7 @@ class _Sending:
         self._bad: list[int] = []
         self._reported: list[tuple[bytes, Any]] = []
         self._last_error = ""
-        self.wanted = threading.Event()
+        self.is_wanted = False
 
     def find_topic(self, timeout: float) -> None:
         """Ask a broker for the topic.
@@ -175,7 +174,7 @@ class _Sending:
         deadline = time.monotonic() + timeout
         self._produce(batch)
         while left := self._producer.flush(SLICE):
-            if not self.wanted.is_set() or time.monotonic() >= deadline:
+            if not self.is_wanted or time.monotonic() >= deadline:
                 raise Retry(reason=f"{self._name}: no answer for {left} messages yet; {self._last_error}")
         self._sort_reported(batch)
         if self._unsent:

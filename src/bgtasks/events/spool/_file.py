@@ -448,7 +448,9 @@ def remove_left_log(log: Path) -> None:
     path = log.with_name(log.name.removesuffix("-wal"))
     # In this order: a file that is set aside has one name or the other, and its log still the old one for a moment.
     if not path.exists() and not _aside(path).exists():
-        log.unlink(missing_ok=True)
+        # It may belong to another user. It harms nothing.
+        with contextlib.suppress(OSError):
+            log.unlink()
 
 
 def _aside(path: Path) -> Path:

@@ -223,9 +223,9 @@ class Spool:
         self._is_open = False
         self._files = []
         self._held.clear()
+        del _claims[self._folder.stem]
         if self._syncer is not None:
             self._syncer.stop()
-        del _claims[self._folder.stem]
 
     # -- under the lock -------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from bgtasks._locks import Lock
+from bgtasks._locks import Lock, Signal
 
 try:
     import fcntl
@@ -36,7 +36,7 @@ class Syncer:
     def renew(self) -> None:
         """Begin without a thread, in the child of a fork too."""
         self._lock = Lock()
-        self._stopping = threading.Event()
+        self._stopping = Signal()
         # The files with commits that are not on the disk yet.
         self._logs: set[Path] = set()
         self._is_running = False
@@ -79,15 +79,24 @@ class Syncer:
         self._stopping.set()
 
     def _work(self) -> None:
-        while True:
-            self._stopping.wait(SYNC_SECONDS)
-            with self._lock:
-                # Replaced before the sync: a commit during the sync needs the next one.
-                logs, self._logs = self._logs, set()
-                if not logs:
-                    self._is_running = False
-                    return
-            self._sync(logs)
+        try:
+            while logs := self._next_logs():
+                self._sync(logs)
+        except BaseException:
+            # The next commit starts another thread.
+            self._is_running = False
+            raise
+
+    def _next_logs(self) -> set[Path]:
+        """Return the logs to sync at the end of the interval; none if the thread is to end."""
+        if self._stopping.wait(SYNC_SECONDS):
+            # No further wait until the thread has ended.
+            self._stopping.set()
+        with self._lock:
+            # Replaced before the sync: a commit during the sync needs the next one.
+            logs, self._logs = self._logs, set()
+            self._is_running = bool(logs)
+        return logs
 
     def _sync(self, logs: set[Path]) -> None:
         for log in logs:
